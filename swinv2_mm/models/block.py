@@ -1,0 +1,87 @@
+"""The residual post-norm block and the stage made of it."""
+import torch
+from mmcv.cnn.bricks import DropPath
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import WindowAttention
+from .patch import PatchMerging
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them, the hidden one four times as wide."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class SwinBlock(nn.Module):
+    """Attention and MLP, each normalised after it and then added to the main branch (res-post-norm, Sec. 3.2).
+
+    Args:
+        dim: Channels.
+        drop_path: Probability of dropping a residual branch for a sample. The branch is dropped after its norm, so that a
+            dropped branch adds nothing, not even the norm's bias.
+        extra_norm: Whether the main branch itself is normalised at the end, as every sixth block of H and G does.
+        **attention: Arguments of `WindowAttention`.
+    """
+
+    def __init__(self, dim: int, drop_path: float, extra_norm: bool, **attention) -> None:
+        super().__init__()
+        self.attn = WindowAttention(dim, **attention)
+        self.norm1 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.enorm = nn.LayerNorm(dim) if extra_norm else None
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *S, C) -> (B, *S, C)."""
+        x = x + self.drop_path(self.norm1(self.attn(x)))
+        x = x + self.drop_path(self.norm2(self.mlp(x)))
+        return x if self.enorm is None else self.enorm(x)
+
+
+class SwinStage(nn.Module):
+    """Blocks with windows that are shifted in every second one, and the merging that leads to the next stage.
+
+    Args:
+        dim: Channels.
+        drop_path: Drop-path rate of each block; its length is the depth.
+        window_size: Tokens of a window along each axis.
+        extra_norm_every_n_blocks: The main branch is normalised after every n-th block; 0 for never.
+        downsample: Whether patches are merged at the end.
+        with_cp: Whether activations of a block are recomputed in the backward pass.
+        **attention: Further arguments of `WindowAttention`.
+    """
+
+    def __init__(self, dim: int, drop_path: list[float], window_size: tuple[int, ...], extra_norm_every_n_blocks: int,
+                 downsample: bool, with_cp: bool, **attention) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        period = extra_norm_every_n_blocks
+        self.blocks = nn.ModuleList(
+            SwinBlock(
+                dim,
+                drop_path=rate,
+                extra_norm=bool(period) and (i + 1) % period == 0,
+                window_size=window_size,
+                shift_size=tuple(w // 2 if i % 2 else 0 for w in window_size),
+                **attention) for i, rate in enumerate(drop_path))
+        self.downsample = PatchMerging(dim) if downsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *S, C) -> (B, *S, C), before merging."""
+        for block in self.blocks:
+            if self.with_cp and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x

@@ -1,0 +1,45 @@
+"""Patch embedding and patch merging."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.windows import pad_to_windows
+
+
+class PatchEmbed(nn.Module):
+    """Cut the input into patches and embed each: a strided convolution and a norm.
+
+    Args:
+        in_channels: Channels of the input.
+        dim: Channels of the embedding.
+        patch_size: Pixels (and frames) of a patch along each axis.
+    """
+
+    def __init__(self, in_channels: int, dim: int, patch_size: tuple[int, ...]) -> None:
+        super().__init__()
+        conv = {2: nn.Conv2d, 3: nn.Conv3d}[len(patch_size)]
+        self.patch_size = patch_size
+        self.proj = conv(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *input size) -> (B, *S, dim); inputs that patches do not divide are padded with zeros at the end."""
+        end = [-s % p for s, p in zip(x.shape[2:], self.patch_size, strict=True)]
+        if any(end):
+            x = F.pad(x, [p for e in reversed(end) for p in (0, e)])
+        return self.norm(self.proj(x).movedim(1, -1))
+
+
+class PatchMerging(nn.Module):
+    """Halve height and width, the last two axes, and double the channels; the norm comes last, unlike in Swin V1."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, [T,] H, W, C) -> (B, [T,] ceil(H / 2), ceil(W / 2), 2C)."""
+        x = pad_to_windows(x, (1, ) * (x.dim() - 4) + (2, 2))
+        corners = [x[..., h::2, w::2, :] for w in (0, 1) for h in (0, 1)]  # the official order: height first
+        return self.norm(self.reduction(torch.cat(corners, -1)))

@@ -1,0 +1,224 @@
+"""Swin Transformer V2 backbones: one trunk for any number of axes, and what each toolbox sees of it."""
+from collections.abc import Sequence
+
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from ..ops.window_attention import check_backend
+from ..registry import MODELS
+from .attention import WindowAttention
+from .block import SwinBlock, SwinStage
+from .patch import PatchEmbed
+
+# Sec. 3.5 of the paper; every head has 32 channels. `giant_simmim` is the size of the SimMIM files named "giant", whose
+# `huge` and `giant` carry no extra norms: load those with `extra_norm_every_n_blocks=0`.
+ARCHS = {
+    'tiny': dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    'small': dict(embed_dims=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    'base': dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    'large': dict(embed_dims=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
+    'huge': dict(embed_dims=352, depths=(2, 2, 18, 2), num_heads=(11, 22, 44, 88), extra_norm_every_n_blocks=6),
+    'giant_simmim': dict(embed_dims=448, depths=(2, 2, 18, 2), num_heads=(14, 28, 56, 112)),
+    'giant': dict(embed_dims=512, depths=(2, 2, 42, 4), num_heads=(16, 32, 64, 128), extra_norm_every_n_blocks=6),
+}
+ARCH_KEYS = ('embed_dims', 'depths', 'num_heads', 'extra_norm_every_n_blocks')
+
+
+class SwinV2(BaseModule):
+    """Trunk of the Swin Transformer V2 backbones, for as many axes as the subclass says.
+
+    Parameters are named as in the official code, so that its checkpoints need no renaming, except for the output norms
+    (`norm{i}` for stage i) and the extra norms of H and G (`enorm`, which the official code lacks).
+
+    Args:
+        arch: 'tiny', 'small', 'base', 'large', 'huge', 'giant_simmim' or 'giant', or a dict with `embed_dims`, `depths`,
+            `num_heads` and, if wanted, `extra_norm_every_n_blocks`.
+        window_size: Tokens of a window: one number, or one entry per stage, each a number or one number per axis.
+        pretrained_window_sizes: Windows that the position bias was pre-trained with, in the same forms. They must match
+            the checkpoint: for example (12, 12, 12, 6) for the models pre-trained on ImageNet-22K. If None, or 0 for a
+            stage, the window itself.
+        patch_size: Pixels of a patch, one number or one per axis.
+        in_channels: Channels of the input.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        out_indices: Stages to return, each through a norm of its own.
+        frozen_stages: 0 freezes the patch embedding, n > 0 also the first n stages; -1 freezes nothing.
+        norm_eval: Whether norms stay in eval mode during training.
+        with_cp: Whether activations of each block are recomputed in the backward pass, to save memory.
+        mask_padding: Whether tokens that pad the map to whole windows are excluded from attention. False gives the
+            convention of Swin's dense code, where they take part.
+        attention_backend: Backend of `swinv2_mm.ops.window_attention`.
+        sequential_stages: Stages that compute attention one head after the other, to save memory (Sec. 3.4).
+        init_cfg: See `mmengine.model.BaseModule`.
+
+    Raises:
+        ValueError: An argument is out of its range, or its length does not fit the number of stages or axes.
+    """
+
+    num_axes: int
+
+    def __init__(self,
+                 arch: str | dict = 'tiny',
+                 window_size: int | Sequence = 8,
+                 pretrained_window_sizes: int | Sequence | None = None,
+                 patch_size: int | Sequence[int] = 4,
+                 in_channels: int = 3,
+                 drop_path_rate: float = 0.1,
+                 out_indices: Sequence[int] = (0, 1, 2, 3),
+                 frozen_stages: int = -1,
+                 norm_eval: bool = False,
+                 with_cp: bool = False,
+                 mask_padding: bool = True,
+                 attention_backend: str = 'auto',
+                 sequential_stages: Sequence[int] = (),
+                 init_cfg: dict | list[dict] | None = None) -> None:
+        super().__init__(init_cfg=init_cfg)
+        arch = _resolve_arch(arch)
+        depths = arch['depths']
+        windows = _per_stage('window_size', window_size, len(depths), self.num_axes, minimum=1)
+        pretrained = _per_stage('pretrained_window_sizes', 0 if pretrained_window_sizes is None else pretrained_window_sizes,
+                                len(depths), self.num_axes)
+        _check_stages('out_indices', out_indices, len(depths))
+        _check_stages('sequential_stages', sequential_stages, len(depths))
+        check_backend(attention_backend)
+        if not -1 <= frozen_stages <= len(depths):
+            raise ValueError(f'frozen_stages must lie between -1 and {len(depths)}, got {frozen_stages}')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate must lie in [0, 1), got {drop_path_rate}')
+
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.num_features = [arch['embed_dims'] * 2**i for i in range(len(depths))]
+        self.patch_embed = PatchEmbed(in_channels, arch['embed_dims'],
+                                      _per_axis('patch_size', patch_size, self.num_axes, minimum=1))
+        # plain floats: a tensor's .item() would fail on the meta device
+        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        self.layers = nn.ModuleList(
+            SwinStage(
+                dim,
+                drop_path=rates[sum(depths[:i]):sum(depths[:i + 1])],
+                window_size=windows[i],
+                extra_norm_every_n_blocks=arch['extra_norm_every_n_blocks'],
+                downsample=i < len(depths) - 1,
+                with_cp=with_cp,
+                num_heads=arch['num_heads'][i],
+                pretrained_window_size=tuple(p or w for p, w in zip(pretrained[i], windows[i], strict=True)),
+                mask_padding=mask_padding,
+                backend=attention_backend,
+                sequential=i in sequential_stages) for i, dim in enumerate(self.num_features))
+        for i in self.out_indices:
+            self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
+        self._reset_parameters()
+        self._freeze()
+
+    def init_weights(self) -> None:
+        """Initialise as the official code does, then load what `init_cfg` names."""
+        self._reset_parameters()
+        super().init_weights()
+
+    def _reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm | nn.Conv2d | nn.Conv3d):
+                module.reset_parameters()
+            elif isinstance(module, WindowAttention):
+                module.reset_scale_and_biases()
+        for module in self.modules():
+            if isinstance(module, SwinBlock):  # each block starts as the identity
+                for norm in (module.norm1, module.norm2):
+                    nn.init.zeros_(norm.weight)
+                    nn.init.zeros_(norm.bias)
+
+    def train(self, mode: bool = True) -> 'SwinV2':
+        """Set the mode of all but what is frozen, or what `norm_eval` keeps in eval mode."""
+        super().train(mode)
+        self._freeze()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eval()
+        return self
+
+    def _freeze(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        norms = [getattr(self, f'norm{i}') for i in self.out_indices if i < self.frozen_stages]
+        for module in (self.patch_embed, *self.layers[:self.frozen_stages], *norms):
+            module.eval()
+            module.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, C, *input size) -> one (B, C_i, *S_i) for each of `out_indices`, in the order of the stages.
+
+        Raises:
+            ValueError: The input has another number of axes or channels.
+        """
+        channels = self.patch_embed.proj.in_channels
+        if x.dim() != self.num_axes + 2 or x.shape[1] != channels:
+            axes = ('T, ' if self.num_axes == 3 else '') + 'H, W'
+            raise ValueError(f'{type(self).__name__} takes an input of shape (N, {channels}, {axes}), got {tuple(x.shape)}')
+        x = self.patch_embed(x)
+        outs = []
+        last = max(self.out_indices)
+        for i, stage in enumerate(self.layers[:last + 1]):
+            x = stage(x)
+            if i in self.out_indices:
+                outs.append(getattr(self, f'norm{i}')(x).movedim(-1, 1).contiguous())
+            if i < last:
+                x = stage.downsample(x)
+        return tuple(outs)
+
+
+@MODELS.register_module()
+class SwinTransformerV2(SwinV2):
+    """Swin Transformer V2 for images: (N, C, H, W) -> a tuple of (N, C_i, H_i, W_i), for mmdet and mmsegmentation.
+
+    Takes images of any size. The arguments are those of `SwinV2`. In a config of any toolbox:
+
+        backbone=dict(
+            type='swinv2_mm.SwinTransformerV2', arch='base', window_size=32, pretrained_window_sizes=(12, 12, 12, 6))
+    """
+
+    num_axes = 2
+
+
+def _resolve_arch(arch: str | dict) -> dict:
+    if isinstance(arch, str):
+        if arch not in ARCHS:
+            raise ValueError(f'arch {arch!r} is not known; use one of {", ".join(ARCHS)}, or a dict with {ARCH_KEYS}')
+        arch = ARCHS[arch]
+    arch = dict(dict(extra_norm_every_n_blocks=0), **arch)
+    if set(arch) != set(ARCH_KEYS):
+        raise ValueError(f'arch must have the keys {ARCH_KEYS}, the last one optional, got {tuple(arch)}')
+    depths, heads = tuple(arch['depths']), tuple(arch['num_heads'])
+    if not depths or len(depths) != len(heads):
+        raise ValueError(f'depths and num_heads of arch must have one entry per stage, got {depths} and {heads}')
+    for i, num in enumerate(heads):
+        dim = arch['embed_dims'] * 2**i
+        if num < 1 or dim % num:
+            raise ValueError(f'num_heads must divide the channels of its stage: {num} does not divide the {dim} of stage {i}')
+    return dict(arch, depths=depths, num_heads=heads)
+
+
+def _per_axis(name: str, value: int | Sequence[int], num_axes: int, minimum: int = 0) -> tuple[int, ...]:
+    axes = (value, ) * num_axes if isinstance(value, int) else tuple(value)
+    if len(axes) != num_axes or not all(isinstance(a, int) and a >= minimum for a in axes):
+        raise ValueError(f'{name} must be a number of at least {minimum}, or {num_axes} of them, got {value!r}')
+    return axes
+
+
+def _per_stage(name: str, value: int | Sequence, num_stages: int, num_axes: int, minimum: int = 0) -> list[tuple[int, ...]]:
+    stages = [value] * num_stages if isinstance(value, int) else list(value)
+    if len(stages) != num_stages:
+        raise ValueError(f'{name} must be one number, or one entry for each of the {num_stages} stages, got {value!r}')
+    return [_per_axis(f'{name} of stage {i}', stage, num_axes, minimum) for i, stage in enumerate(stages)]
+
+
+def _check_stages(name: str, indices: Sequence[int], num_stages: int) -> None:
+    if not all(isinstance(i, int) and 0 <= i < num_stages for i in indices) or len(set(indices)) != len(indices):
+        raise ValueError(f'{name} must be different stages between 0 and {num_stages - 1}, got {tuple(indices)}')
+    if name == 'out_indices' and not indices:
+        raise ValueError('out_indices must name at least one stage')

@@ -1,0 +1,4 @@
+"""Operations that need torch alone."""
+from .window_attention import window_attention
+
+__all__ = ['window_attention']

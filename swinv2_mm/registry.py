@@ -1,0 +1,18 @@
+"""Registries of swinv2_mm, children of mmengine's.
+
+From a config of any toolbox, `type='swinv2_mm.SwinTransformerV2'` finds the class without `custom_imports`: the prefix
+makes mmengine import this module, and the first look-up imports `locations`. This file imports mmengine alone, because
+mmengine swallows an ImportError that is raised here and then reports a missing name.
+"""
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import Registry
+
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='swinv2_mm', locations=['swinv2_mm.models'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='swinv2_mm', locations=['swinv2_mm.engine'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope='swinv2_mm',
+    locations=['swinv2_mm.engine'])

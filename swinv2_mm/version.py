@@ -1,0 +1,34 @@
+"""Version of the package, and of what it needs."""
+import importlib
+
+__version__ = '0.1.0'
+
+MINIMUM = {'torch': '2.0', 'mmengine': '0.10.0', 'mmcv': '2.0.0'}
+
+
+def check_dependencies() -> None:
+    """Raise an ImportError that names each package which is missing or too old, and the way to get it.
+
+    They are no install requirements, because their builds differ from user to user: by CUDA version, as prebuilt wheels,
+    or under other distribution names.
+    """
+    wrong = []
+    for name, minimum in MINIMUM.items():
+        try:
+            found = importlib.import_module(name).__version__
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            wrong.append(f'{name}>={minimum} (not installed)')
+            continue
+        if _release(found) < _release(minimum):
+            wrong.append(f'{name}>={minimum} (found {found})')
+    if wrong:
+        raise ImportError(f'swinv2_mm {__version__} needs {", ".join(wrong)}. Install torch from https://pytorch.org, then '
+                          '`pip install -U openmim && mim install mmengine "mmcv>=2.0.0"`; or run `make setup` in the '
+                          'repository, which makes an environment with all of them.')
+
+
+def _release(version: str) -> tuple[int, ...]:
+    numbers = version.split('+')[0].split('.')[:2]
+    return tuple(int(''.join(filter(str.isdigit, n)) or 0) for n in numbers)

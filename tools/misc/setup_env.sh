@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Make a virtual environment with torch, the OpenMMLab stack and this package, in editable mode.
+#
+#   tools/misc/setup_env.sh            # or: make setup
+#   PYTHON=python3.12 VENV=~/envs/swin TORCH=2.13.0 tools/misc/setup_env.sh
+#
+# mmcv has to match torch to the letter, so its wheel is kept in a cache of its own, keyed by everything that it was
+# built for. An interrupted run can simply be started again: finished steps are skipped, a half-done build goes on.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+PYTHON=${PYTHON:-python3}
+VENV=${VENV:-.venv}
+TORCH=${TORCH:-2.13.0}
+MMCV=2.1.0
+CACHE=${SWINV2_MM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/swinv2_mm}
+
+step() { printf '\n==> %s\n' "$*"; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+# setuptools 82 removed pkg_resources, which mmcv's setup.py and mmengine import; other packages would upgrade it
+pip_install() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@" 'setuptools<81'; }
+module_version() { "$VENV/bin/python" -c "from importlib.metadata import version; print(version('$1'))" 2>/dev/null || true; }
+
+"$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
+    fail "$("$PYTHON" --version) at $(command -v "$PYTHON") is not supported; set PYTHON to a Python 3.10, 3.11 or 3.12"
+
+stamp=$(cat setup.cfg requirements/*.txt "$0" | cat - <("$PYTHON" --version; echo "$TORCH") | sha256sum | cut -c1-16)
+if [ "$(cat "$VENV/.swinv2_mm" 2>/dev/null)" = "$stamp" ] && "$VENV/bin/python" -c 'import mmcv.ops, mmdet, swinv2_mm' 2>/dev/null; then
+    echo "$VENV is up to date"
+    exit 0
+fi
+
+step "Virtual environment $VENV ($("$PYTHON" --version))"
+"$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv --clear "$VENV"
+rm -f "$VENV/.swinv2_mm"
+pip_install wheel ninja
+
+step "torch $TORCH"
+case "$(module_version torch)" in
+    "$TORCH" | "$TORCH"+*) ;;
+    *) pip_install "torch==$TORCH" ;;
+esac
+
+step "Python dependencies"
+pip_install -r requirements/runtime.txt
+pip_install --no-deps -r requirements/stack.txt
+
+key=$("$VENV/bin/python" - "$MMCV" <<'PY'
+import platform, sys, torch
+cuda = 'cu' + torch.version.cuda.replace('.', '') if torch.version.cuda else 'cpu'
+print(f'mmcv{sys.argv[1]}-torch{torch.__version__.split("+")[0]}-{cuda}-py{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}')
+PY
+)
+wheels="$CACHE/$key"
+
+fetch_mmcv() {  # OpenMMLab builds mmcv 2.1.0 for torch 2.1 and older
+    local torch_minor cuda index
+    torch_minor=$(sed -E 's/.*torch([0-9]+\.[0-9]+).*/\1/' <<<"$key")
+    cuda=$(sed -E 's/.*-(cpu|cu[0-9]+)-py.*/\1/' <<<"$key")
+    index="https://download.openmmlab.com/mmcv/dist/$cuda/torch$torch_minor.0/index.html"
+    case "$torch_minor" in 1.* | 2.0 | 2.1) ;; *) return 1 ;; esac
+    step "mmcv $MMCV prebuilt for $key"
+    "$VENV/bin/python" -m pip download --quiet --no-deps --only-binary mmcv --no-index --find-links "$index" \
+        --dest "$wheels.part" "mmcv==$MMCV" || { echo "no prebuilt wheel at $index"; return 1; }
+}
+
+build_mmcv() {
+    local build="$CACHE/build/$key" log="$CACHE/build/$key.log"
+    step "mmcv $MMCV compiled for $key (about 10 minutes on 2 cores; log: $log)"
+    command -v c++ >/dev/null || fail "no C++ compiler (c++) on PATH; install g++ or clang, then run this again"
+    "$VENV/bin/python" -c 'import sysconfig, os; h = sysconfig.get_path("include"); raise SystemExit(not os.path.exists(h + "/Python.h"))' ||
+        fail "Python.h is missing; install the development headers of $("$PYTHON" --version) (python3-dev), then run this again"
+    if [ ! -f "$build/setup.py" ]; then
+        rm -rf "$build" "$build.part" && mkdir -p "$build.part"
+        "$VENV/bin/python" -m pip download --quiet --no-deps --no-build-isolation --no-binary mmcv --dest "$build.part" "mmcv==$MMCV"
+        tar -xzf "$build.part/mmcv-$MMCV.tar.gz" -C "$build.part"
+        mv "$build.part/mmcv-$MMCV" "$build" && rm -rf "$build.part"
+    fi
+    # -g0: debug symbols double the time. Ninja takes up an interrupted build where it stopped.
+    (cd "$build" && PATH="$VENV_BIN:$PATH" MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} CFLAGS="-O2 -g0" PYTHONUNBUFFERED=1 \
+        "$VENV_BIN/python" setup.py bdist_wheel --dist-dir dist 2>&1) | tee "$log" |
+        sed -unE 's#^\[([0-9]+/[0-9]+)\].* -c .*/([A-Za-z0-9_]+\.(cpp|cu)).*#  [\1] \2#p' ||
+        { tail -n 30 "$log"; fail "mmcv did not compile; the whole log is in $log"; }
+    mkdir -p "$wheels.part" && mv "$build"/dist/*.whl "$wheels.part/" && rm -rf "$build"
+}
+
+VENV_BIN=$(cd "$VENV/bin" && pwd)
+if [ ! -d "$wheels" ]; then
+    mkdir -p "$CACHE/build" && rm -rf "$wheels.part"
+    fetch_mmcv || build_mmcv
+    mv "$wheels.part" "$wheels"
+fi
+step "mmcv $MMCV from $wheels"
+pip_install --no-deps --force-reinstall "$wheels"/*.whl
+
+step "swinv2_mm with its tests' oracles"
+# torchvision, which timm imports, pins one torch release; its minor version is torch's plus 15
+pip_install --no-deps timm safetensors huggingface_hub "torchvision==0.$(($(cut -d. -f2 <<<"$TORCH") + 15)).*"
+pip_install -e '.[dev]'
+
+"$VENV/bin/python" -c 'import mmcv.ops, mmdet, swinv2_mm'
+echo "$stamp" >"$VENV/.swinv2_mm"
+echo
+echo "$VENV is ready: source $VENV/bin/activate"

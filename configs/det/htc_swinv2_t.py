@@ -1,0 +1,7 @@
+# HTC on SwinV2-T. The paper has no such system: this is the recipe of B and L (see htc_swinv2_b.py), from ImageNet-1K
+# at 256x256 with window 8.
+_base_ = './htc_swinv2_b.py'
+
+model = dict(
+    backbone=dict(arch='tiny', pretrained_window_sizes=8),
+    neck=dict(in_channels=[96, 192, 384, 768]))

@@ -1,0 +1,168 @@
+"""Mends of known breakages of the stock packages: each looks whether its breakage is present, and says when it can go.
+
+Nothing here imports mmcv or a toolbox; importing `swinv2_mm` stays cheap.
+"""
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import types
+
+import numpy as np
+import torch
+
+
+def apply() -> None:
+    """Mend what is broken in this environment. Calling it again does no harm."""
+    stub_drn_localizer()
+    alias_importlib_metadata()
+    allow_runner_checkpoints()
+    replace_package_lookup()
+    restore_numpy_names()
+
+
+def stub_drn_localizer() -> None:
+    """Let `mmaction.models` import although the mmaction2 wheel lacks `models/localizers/drn`.
+
+    The folder has no `__init__.py` and so is left out of the wheel: open-mmlab/mmaction2 #2714, fix #2721 not merged.
+    Delete when a release of mmaction2 holds the folder.
+    """
+    name = 'mmaction.models.localizers.drn'
+    spec = importlib.util.find_spec('mmaction')
+    if spec is None or name in sys.modules:
+        return
+    localizers = os.path.join(spec.submodule_search_locations[0], 'models', 'localizers')
+    if not os.path.isdir(localizers) or os.path.isdir(os.path.join(localizers, 'drn')):
+        return
+    package, module = types.ModuleType(name), types.ModuleType(f'{name}.drn')
+    package.__path__ = []
+    package.drn, module.DRN = module, _MissingDRN
+    sys.modules.update({package.__name__: package, module.__name__: module})
+
+
+class _MissingDRN:
+    """Stands in for mmaction's DRN, which its wheel lacks."""
+
+    def __init__(self, *args, **kwargs):
+        raise ImportError('the mmaction2 wheel lacks the DRN localizer (open-mmlab/mmaction2 #2714); to use DRN, install '
+                          'mmaction2 from a clone of its repository with `pip install -e .`')
+
+
+def alias_importlib_metadata() -> None:
+    """Let mmaction2 import the backport `importlib_metadata`, which it does not declare as a requirement.
+
+    Needed by `mmaction/utils/dependency.py` of mmaction2 1.2.0; no upstream issue is known. Python's own module has what it
+    uses. Delete when that file imports `importlib.metadata`.
+    """
+    if importlib.util.find_spec('mmaction') and importlib.util.find_spec('importlib_metadata') is None:
+        sys.modules['importlib_metadata'] = importlib.metadata
+
+
+def allow_runner_checkpoints() -> None:
+    """Let `torch.load` read what mmengine's Runner itself stores in a checkpoint, beside tensors: logs and NumPy values.
+
+    torch 2.6 made `weights_only=True` the default, which refuses them, so no training can be resumed: open-mmlab/mmengine
+    #1655, fix #1650 not merged. The check stays on; names that a file may use are added to it, under the spelling of
+    NumPy 1 as well as of NumPy 2. Delete when mmengine does this itself.
+    """
+    if _torch_release() < (2, 6):
+        return
+    from mmengine.logging import HistoryBuffer
+
+    names = [HistoryBuffer, np.ndarray, np.dtype, (_history_buffer_statistic, 'builtins.getattr')]
+    for function in (np.array(0.).__reduce__()[0], np.float64(0).__reduce__()[0]):
+        names += [(function, f'numpy.{core}.multiarray.{function.__name__}') for core in ('core', '_core')]
+    # the classes of dtypes have no name in a checkpoint, but an instance is filled in only if its class is on the list
+    names += sorted({type(np.dtype(code)) for code in '?bhilqBHILQefdgFDGSUMm'}, key=str)
+    torch.serialization.add_safe_globals(names)
+
+
+def _history_buffer_statistic(owner: type, name: str):
+    """Take the place of `getattr` in a checkpoint: a HistoryBuffer stores its statistics as `getattr(HistoryBuffer, 'min')`.
+
+    Raises:
+        ValueError: The file asks for anything else, which nothing that mmengine writes does.
+    """
+    from mmengine.logging import HistoryBuffer
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
+        raise ValueError(f'refused to load a checkpoint that looks up {name!r} of {owner!r}')
+    return getattr(owner, name)
+
+
+def replace_package_lookup() -> None:
+    """Let mmengine find installed packages, for `_base_ = 'swinv2_mm::...'` and `get_config`.
+
+    mmengine 0.10.7 needs pkg_resources, which setuptools 82 removed, and joins a distribution's location with its name,
+    which does not exist for an editable install (PEP 660). Seen with `_base_` of other packages: open-mmlab/mmengine #1581
+    (open). Replaced wherever mmengine has imported the two functions already. Delete when mmengine's `get_installed_path`
+    works without pkg_resources and returns the folder of an editable install.
+    """
+    if importlib.util.find_spec('pkg_resources') is not None and not _is_editable('swinv2_mm'):
+        return
+    from mmengine.utils import package_utils
+    for function in (is_installed, get_installed_path):
+        stock = getattr(package_utils, function.__name__)
+        for name, module in list(sys.modules.items()):
+            if name.startswith('mmengine') and getattr(module, function.__name__, None) is stock:
+                setattr(module, function.__name__, function)
+
+
+def _is_editable(package: str) -> bool:
+    try:
+        files = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return not os.path.isdir(files.locate_file(package))
+
+
+def is_installed(package: str) -> bool:
+    """Whether a distribution or a regular package of this name is installed."""
+    try:
+        get_installed_path(package)
+    except (ModuleNotFoundError, RuntimeError):
+        return False
+    return True
+
+
+def get_installed_path(package: str) -> str:
+    """Folder of a package, given by its import name ('mmseg') or by that of its distribution ('mmsegmentation').
+
+    Raises:
+        ModuleNotFoundError: No such package.
+        RuntimeError: The package is a namespace package, which has no single folder.
+    """
+    spec = importlib.util.find_spec(package) or importlib.util.find_spec(_module_of(package))
+    if spec is None:
+        raise ModuleNotFoundError(f'{package} is not installed')
+    if spec.origin is None:
+        raise RuntimeError(f'{package} is a namespace package: it has no single folder')
+    return os.path.dirname(spec.origin)
+
+
+def _module_of(distribution: str) -> str:
+    """Import name of a distribution: PackageNotFoundError (a ModuleNotFoundError) where there is no such distribution."""
+    modules = importlib.metadata.distribution(distribution).read_text('top_level.txt') or distribution
+    return modules.split()[0]
+
+
+def restore_numpy_names() -> None:
+    """Give NumPy the names back that it removed and that mmdet 3.3 and mmaction2 1.2 still use.
+
+    `np.float` (mmdet ytviseval.py) went in NumPy 1.24, `np.Inf` and `np.NAN` (mmaction pose transforms and AVA metrics) in
+    2.0, `np.trapz` and `np.in1d` (mmaction metrics) in 2.4. Upstream has no release after those. Delete each name when the
+    oldest supported toolbox no longer uses it.
+    """
+    names = {
+        'float': lambda: float,
+        'Inf': lambda: np.inf,
+        'NAN': lambda: np.nan,
+        'trapz': lambda: np.trapezoid,
+        'in1d': lambda: lambda ar1, ar2, **kwargs: np.isin(np.ravel(ar1), ar2, **kwargs),
+    }
+    for name, value in names.items():
+        if name not in np.__dict__:
+            setattr(np, name, value())
+
+
+def _torch_release() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split('.')[:2])

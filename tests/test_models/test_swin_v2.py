@@ -1,0 +1,278 @@
+"""Behaviour of the backbone that no peer can vouch for: sizes, modes, savers, initialisation, errors."""
+import copy
+import math
+
+import oracles
+import pytest
+import torch
+from mmcv.cnn.bricks import DropPath
+from torch import nn
+
+from swinv2_mm.models import SwinTransformerV2
+from swinv2_mm.models.block import SwinBlock
+
+ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
+
+
+def build(**kwargs) -> SwinTransformerV2:
+    kwargs = dict(arch=ARCH, window_size=4, drop_path_rate=0.) | kwargs
+    return oracles.randomize(SwinTransformerV2(**kwargs))
+
+
+def image(*size: int, batch: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def grads(backbone: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    backbone.zero_grad()
+    torch.manual_seed(3)  # the same drop path for all who are compared
+    sum(o.square().mean() for o in backbone(x)).backward()
+    return {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('size', [(64, 64), (64, 96), (65, 129), (100, 44), (7, 200), (1, 1)])
+@torch.no_grad()
+def test_any_input_size_gives_maps_of_the_stages_strides(size):
+    outs = build().eval()(image(*size))
+    assert [tuple(o.shape) for o in outs] == [(1, 16 * 2**i, math.ceil(size[0] / s), math.ceil(size[1] / s))
+                                              for i, s in enumerate((4, 8, 16, 32))]
+    assert all(o.isfinite().all() for o in outs)
+
+
+@torch.no_grad()
+def test_a_window_larger_than_the_map_is_the_shrunk_window():
+    x, pretrained = image(64, 40), (4, 4, 4, 2)
+    large = build(window_size=16, pretrained_window_sizes=pretrained).eval()
+    exact = build(window_size=((16, 10), (8, 5), (4, 3), (2, 2)), pretrained_window_sizes=pretrained).eval()
+    for a, b in zip(large(x), exact(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_of_the_map_is_not_seen_unless_asked_for():
+    x = image(72, 56)
+    masked, unmasked = build().eval()(x), build(mask_padding=False).eval()(x)
+    whole = image(64, 128)
+    assert not torch.allclose(masked[0], unmasked[0], atol=1e-3)
+    for a, b in zip(build().eval()(whole)[:2], build(mask_padding=False).eval()(whole)[:2], strict=True):
+        assert torch.equal(a, b)  # nothing is padded in the first two stages
+
+
+@torch.no_grad()
+def test_a_window_of_one_token_is_finite():
+    assert all(o.isfinite().all() for o in build(window_size=1).eval()(image(32, 32)))
+
+
+# --- half precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('mask_padding', [True, False])
+def test_every_gradient_is_finite_under_autocast_with_padding(dtype, mask_padding):
+    backbone = build(mask_padding=mask_padding)
+    with torch.autocast('cpu', dtype=dtype):
+        loss = sum(o.float().square().mean() for o in backbone(image(72, 56)))
+    (loss * 1024).backward()  # a loss scale, as fp16 training has it
+    for name, p in backbone.named_parameters():
+        assert p.grad.isfinite().all(), name
+
+
+@torch.no_grad()
+def test_bfloat16_weights_give_features_of_bfloat16():
+    x = image(40, 40)
+    backbone = build().eval()
+    expected = backbone(x)[0]
+    out = backbone.bfloat16()(x.bfloat16())[0]
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - expected).norm() < 0.05 * expected.norm()
+
+
+# --- savers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('saver', [dict(with_cp=True), dict(sequential_stages=(0, 1, 2, 3)),
+                                   dict(with_cp=True, sequential_stages=(1, ))])
+def test_memory_savers_leave_every_gradient_as_it_is(saver):
+    x = image(40, 56, batch=3)
+    plain, saved = build(drop_path_rate=0.5), build(drop_path_rate=0.5, **saver)
+    expected = grads(plain.train(), x)
+    for name, grad in grads(saved.train(), x).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def saved_bytes(backbone: nn.Module, x: torch.Tensor) -> int:
+    seen = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.data_ptr(), t), lambda t: t):
+        outs = backbone(x)
+    own = {p.data_ptr() for p in backbone.parameters()}
+    del outs
+    return sum(t.untyped_storage().nbytes() for pointer, t in seen.items() if pointer not in own)
+
+
+def test_memory_savers_keep_less_for_the_backward_pass():
+    x = image(128, 128)
+    kwargs = dict(window_size=(32, 4, 4, 4), arch=ARCH | dict(num_heads=(8, 8, 8, 8)))
+    plain = saved_bytes(build(**kwargs), x)
+    assert saved_bytes(build(sequential_stages=(0, 1, 2, 3), **kwargs), x) < 0.3 * plain
+    assert saved_bytes(build(with_cp=True, **kwargs), x) < 0.1 * plain
+
+
+# --- modes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('frozen_stages', [0, 1, 3])
+def test_frozen_stages_get_no_gradient_and_stay_in_eval_mode(frozen_stages):
+    backbone = build(frozen_stages=frozen_stages, drop_path_rate=0.5).train()
+    got = grads(backbone, image(64, 64))
+    frozen = ('patch_embed.', *(f'layers.{i}.' for i in range(frozen_stages)), *(f'norm{i}.' for i in range(frozen_stages)))
+    assert {n for n, _ in backbone.named_parameters()} - set(got) == {
+        n for n, _ in backbone.named_parameters() if n.startswith(frozen)}
+    for name, module in backbone.named_modules():
+        assert module.training != f'{name}.'.startswith(frozen), name
+
+
+def test_without_freezing_every_parameter_gets_a_gradient():
+    assert set(grads(build().train(), image(64, 64))) == {n for n, _ in build().named_parameters()}
+
+
+def test_norm_eval_keeps_norms_in_eval_mode():
+    backbone = build(norm_eval=True).train()
+    assert backbone.layers[0].blocks[0].training
+    assert not any(m.training for m in backbone.modules() if isinstance(m, nn.LayerNorm))
+
+
+def test_train_and_eval_return_the_backbone():
+    backbone = build()
+    assert backbone.eval() is backbone
+    assert backbone.train() is backbone
+
+
+@torch.no_grad()
+def test_a_deep_copy_is_equal_and_independent():
+    backbone = build().eval()
+    twin, x = copy.deepcopy(backbone), image(40, 40)
+    assert torch.equal(twin(x)[3], backbone(x)[3])
+    before = backbone(x)[3]
+    for p in twin.parameters():
+        p.zero_()
+    assert torch.equal(backbone(x)[3], before)
+
+
+@torch.no_grad()
+def test_a_dropped_branch_adds_nothing_not_even_the_bias_of_its_norm():
+    block = build(drop_path_rate=0.999).layers[3].blocks[1].train()
+    assert isinstance(block.drop_path, DropPath)
+    assert block.norm1.bias.abs().min() > 0.1
+    x = torch.randn(8, 4, 4, 128)
+    torch.manual_seed(0)  # eight samples, two branches: all are dropped
+    assert torch.equal(block(x), x)
+
+
+def test_drop_path_grows_linearly_to_the_given_rate():
+    backbone = SwinTransformerV2('tiny', drop_path_rate=0.2)
+    rates = [getattr(m.drop_path, 'drop_prob', 0.) for m in backbone.modules() if isinstance(m, SwinBlock)]
+    assert rates == pytest.approx(torch.linspace(0, 0.2, 12).tolist())
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_new_block_is_the_identity():
+    backbone = SwinTransformerV2(ARCH, window_size=4).eval()
+    x = image(32, 32)
+    expected = backbone.norm0(backbone.patch_embed(x)).permute(0, 3, 1, 2)
+    assert torch.equal(backbone(x)[0], expected)
+
+
+def test_initial_values_are_the_official_ones():
+    backbone = SwinTransformerV2('tiny')
+    attn, mlp = backbone.layers[2].blocks[0].attn, backbone.layers[2].blocks[0].mlp
+    assert attn.logit_scale.flatten().tolist() == pytest.approx([math.log(10)] * 12)
+    assert float(attn.qkv.weight.std()) == pytest.approx(0.02, rel=0.02)
+    assert float(attn.cpb_mlp[0].weight.std()) == pytest.approx(0.02, rel=0.2)
+    for zero in (attn.q_bias, attn.v_bias, attn.proj.bias, attn.cpb_mlp[0].bias, mlp.fc1.bias):
+        assert zero.eq(0).all()
+    assert backbone.norm2.weight.eq(1).all()
+
+
+def test_deferred_initialisation_leaves_nothing_uninitialised():
+    """FSDP builds on the meta device, allocates without filling, and calls init_weights."""
+    with torch.device('meta'):
+        backbone = SwinTransformerV2(ARCH, window_size=4)
+    backbone.to_empty(device='cpu')
+    for p in backbone.parameters():
+        nn.init.constant_(p, math.nan)
+    backbone.init_weights()
+    assert all(p.isfinite().all() for p in backbone.parameters())
+    assert all(o.isfinite().all() for o in backbone(image(40, 40)))
+
+
+def test_nothing_is_saved_but_parameters():
+    backbone = SwinTransformerV2(ARCH, window_size=4)
+    backbone.eval()(image(40, 40))
+    assert set(backbone.state_dict()) == {n for n, _ in backbone.named_parameters()}
+
+
+# the official code's counts, without classifier and with the final norm; H and G plus their extra norms
+COUNTS = dict(tiny=27_578_154, small=48_959_418, base=86_893_816, large=195_202_932, huge=655_210_922 + 8_448,
+              giant_simmim=1_060_976_996, giant=2_997_815_008 + 28_672)
+
+
+@pytest.mark.parametrize(('arch', 'count'), COUNTS.items())
+def test_parameter_counts_are_the_official_ones(arch, count):
+    with torch.device('meta'):
+        backbone = SwinTransformerV2(arch, out_indices=(3, ))
+    assert sum(p.numel() for p in backbone.parameters()) == count
+
+
+@pytest.mark.parametrize(('arch', 'last'), [('huge', 17), ('giant', 41)])
+def test_every_sixth_block_of_huge_and_giant_norms_the_main_branch(arch, last):
+    with torch.device('meta'):
+        backbone = SwinTransformerV2(arch)
+    normed = {name for name, m in backbone.named_modules() if isinstance(m, SwinBlock) and m.enorm is not None}
+    assert normed == {f'layers.2.blocks.{i}' for i in range(5, last + 1, 6)}
+
+
+@torch.no_grad()
+def test_the_extra_norm_comes_after_the_second_residual():
+    backbone = build(arch=ARCH | dict(extra_norm_every_n_blocks=2)).eval()
+    block, x = backbone.layers[0].blocks[1], torch.randn(1, 8, 8, 16)
+    norm, block.enorm = block.enorm, None
+    expected = nn.functional.layer_norm(block(x), (16, ), norm.weight, norm.bias)
+    block.enorm = norm
+    assert torch.equal(block(x), expected)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('kwargs', 'message'), [
+    (dict(arch='titanic'), "'titanic' is not known; use one of tiny, small"),
+    (dict(arch=dict(embed_dims=16, depths=(2, 2))), 'must have the keys'),
+    (dict(arch=dict(embed_dims=16, depths=(2, 2), num_heads=(1, 2, 4))), 'one entry per stage'),
+    (dict(arch=ARCH | dict(num_heads=(1, 3, 4, 8))), '3 does not divide the 32 of stage 1'),
+    (dict(window_size=(8, 8, 8)), 'window_size must be one number, or one entry for each of the 4 stages'),
+    (dict(window_size=(8, 8, 0, 8)), 'window_size of stage 2 must be a number of at least 1'),
+    (dict(window_size=((8, 8, 8), ) * 4), 'window_size of stage 0 must be a number of at least 1, or 2 of them'),
+    (dict(pretrained_window_sizes=(12, 12, 6)), 'pretrained_window_sizes must be one number'),
+    (dict(out_indices=(0, 4)), 'out_indices must be different stages between 0 and 3'),
+    (dict(out_indices=()), 'at least one stage'),
+    (dict(sequential_stages=(-1, )), 'sequential_stages must be different stages'),
+    (dict(frozen_stages=5), 'frozen_stages must lie between -1 and 4'),
+    (dict(drop_path_rate=1.), r'drop_path_rate must lie in \[0, 1\)'),
+    (dict(attention_backend='flash'), "'flash' is not known"),
+    (dict(patch_size=0), 'patch_size must be a number of at least 1'),
+])
+def test_wrong_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SwinTransformerV2(**dict(arch=ARCH, window_size=4) | kwargs)
+
+
+@pytest.mark.parametrize('shape', [(3, 32, 32), (1, 4, 32, 32), (1, 3, 8, 32, 32)])
+def test_an_input_of_another_shape_is_named(shape):
+    with pytest.raises(ValueError, match=r'takes an input of shape \(N, 3, H, W\), got'):
+        build()(torch.zeros(shape))

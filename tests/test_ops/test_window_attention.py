@@ -1,0 +1,106 @@
+"""The reference backend against a loop over token pairs, and the promises of `window_attention`."""
+import math
+
+import pytest
+import torch
+from brute_force import brute_force_attention
+
+from swinv2_mm.ops import window_attention
+
+# map, window, shift: whole, padded, one more than a multiple, shrunk on some axes, non-square, 1 to 3 axes
+CASES = [
+    ((8, ), (4, ), (2, )),
+    ((7, ), (4, ), (1, )),
+    ((6, 6), (3, 3), (1, 1)),
+    ((6, 6), (3, 3), (0, 0)),
+    ((5, 7), (3, 3), (1, 1)),
+    ((4, 9), (4, 4), (2, 2)),
+    ((3, 5), (4, 2), (2, 1)),
+    ((2, 3), (4, 4), (2, 2)),
+    ((5, 4), (1, 4), (0, 2)),
+    ((4, 4, 4), (2, 2, 2), (1, 1, 1)),
+    ((3, 3, 5), (2, 2, 3), (1, 1, 1)),
+    ((2, 5, 3), (4, 3, 3), (2, 1, 1)),
+    ((1, 4, 5), (1, 3, 3), (0, 1, 1)),
+]
+
+
+def draw(size, window, heads=2, dim=3, batch=1, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(batch, *size, 3, heads, dim, dtype=dtype, generator=generator)
+    logit_scale = torch.tensor([1.0, 5.0], dtype=dtype)[:heads].view(-1, 1, 1)  # the second is beyond ln 100
+    table = torch.rand(heads, math.prod(2 * w - 1 for w in window), dtype=dtype, generator=generator) * 16
+    return qkv, logit_scale, table
+
+
+@pytest.mark.parametrize(('size', 'window', 'shift'), CASES)
+def test_equals_a_loop_over_token_pairs(size, window, shift):
+    qkv, scale, table = draw(size, window, batch=2)
+    out = window_attention(qkv, scale, table, window, shift)
+    expected = torch.stack([brute_force_attention(sample, scale, table, window, shift) for sample in qkv])
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(('size', 'window', 'shift'), [((5, 4), (3, 3), (1, 1)), ((2, 5, 3), (4, 3, 3), (2, 1, 1))])
+def test_gradients_equal_finite_differences(size, window, shift):
+    inputs = [t.requires_grad_() for t in draw(size, window)]
+    with torch.no_grad():
+        inputs[1][1] = 3.0  # the clamp has no derivative at its edge, and none beyond it
+    assert torch.autograd.gradcheck(lambda *t: window_attention(*t, window, shift), inputs)
+
+
+def test_a_scale_beyond_100_is_cut_and_gets_no_gradient():
+    qkv, scale, table = draw((4, 4), (2, 2))
+    scale = scale.requires_grad_()
+    out = window_attention(qkv, scale, table, (2, 2), (1, 1))
+    cut = window_attention(qkv, scale.detach().clamp(max=math.log(100)), table, (2, 2), (1, 1))
+    assert torch.equal(out, cut)
+    out.square().sum().backward()
+    assert scale.grad[1] == 0
+    assert scale.grad[0] != 0
+
+
+@pytest.mark.parametrize(('size', 'window', 'shift'), [((5, 7), (3, 3), (1, 1)), ((7, ), (4, ), (2, ))])
+def test_more_padding_changes_nothing(size, window, shift):
+    """With scales that the shift mask of -100 holds back, the result is that of a map padded by whole windows more."""
+    qkv, _, table = draw(size, window)
+    scale = torch.zeros(2, 1, 1, dtype=torch.float64)
+    expected = brute_force_attention(qkv[0], scale, table, window, shift, extra_windows=1)
+    torch.testing.assert_close(window_attention(qkv, scale, table, window, shift)[0], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_window_larger_than_the_map_is_the_shrunk_window():
+    qkv, scale, table = draw((3, 5), (8, 8))
+    grid = table.view(2, 15, 15)[:, 5:10, 3:12]  # offsets -2..2 and -4..4
+    shrunk = window_attention(qkv, scale, grid.flatten(1), (3, 5), (0, 0))
+    assert torch.equal(window_attention(qkv, scale, table, (8, 8), (4, 4)), shrunk)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_stays_close_to_float64_with_finite_gradients(dtype):
+    qkv, scale, table = draw((5, 7), (4, 4), dim=32)
+    qkv[0, 0, 0] = 0  # a token of zeros, as padding before the projection makes them
+    half = qkv.to(dtype).requires_grad_()
+    scale32 = scale.float().requires_grad_()
+    out = window_attention(half, scale32, table.float(), (4, 4), (2, 2))
+    assert out.dtype == dtype
+    expected = window_attention(half.detach().double(), scale, table, (4, 4), (2, 2))
+    step = torch.finfo(dtype).eps * expected.abs().max()  # the weights and the sum are rounded to dtype
+    assert (out - expected).abs().max() < 4 * step
+    out.float().square().sum().backward()
+    assert half.grad.isfinite().all()
+    assert scale32.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (dict(backend='cuda'), "'cuda' is not known; use 'auto' or one of 'reference'"),
+    (dict(window_size=(3, )), 'has 2 map axes, but window_size is'),
+    (dict(shift_size=(3, 0)), 'must lie between 0 and window_size'),
+    (dict(bias_table=torch.zeros(2, 9)), 'need bias_table'),
+    (dict(qkv=torch.zeros(1, 6, 6, 2, 3)), 'must have the shape'),
+])
+def test_arguments_that_do_not_fit_are_named(change, message):
+    qkv, scale, table = draw((6, 6), (3, 3))
+    arguments = dict(qkv=qkv, logit_scale=scale, bias_table=table, window_size=(3, 3), shift_size=(1, 1)) | change
+    with pytest.raises(ValueError, match=message):
+        window_attention(**arguments)

@@ -16,6 +16,7 @@ def apply() -> None:
     """Mend what is broken in this environment. Calling it again does no harm."""
     stub_drn_localizer()
     alias_importlib_metadata()
+    stub_vindlu()
     allow_runner_checkpoints()
     replace_package_lookup()
     restore_numpy_names()
@@ -56,6 +57,21 @@ def alias_importlib_metadata() -> None:
     """
     if importlib.util.find_spec('mmaction') and importlib.util.find_spec('importlib_metadata') is None:
         sys.modules['importlib_metadata'] = importlib.metadata
+
+
+def stub_vindlu() -> None:
+    """Let `mmaction.models` import beside a transformers whose `modeling_utils` lost names that mmaction's VindLU imports.
+
+    mmaction2 1.2.0 imports VindLU whenever transformers is installed. With the empty stub, VindLU's models are not
+    registered; everything else is. Delete when mmaction2 imports with the current transformers.
+    """
+    name = 'mmaction.models.multimodal.vindlu'
+    transformers = importlib.util.find_spec('transformers')
+    if transformers is None or importlib.util.find_spec('mmaction') is None or name in sys.modules:
+        return
+    with open(os.path.join(os.path.dirname(transformers.origin), 'modeling_utils.py'), encoding='utf-8') as file:
+        if 'apply_chunking_to_forward' not in file.read():
+            sys.modules[name] = types.ModuleType(name)
 
 
 def allow_runner_checkpoints() -> None:

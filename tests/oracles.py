@@ -1,4 +1,7 @@
 """Swin V2 of timm and transformers, fed with the weights of ours. Both are independent of this package."""
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,12 +20,17 @@ HF_NAMES = (
 )
 
 
-def declare_torchvision_ops() -> None:
-    """Let torchvision, which timm imports, be imported beside a torch that it was not compiled for."""
+def find_peers() -> None:
+    """Make timm and transformers importable, and torchvision beside a torch that it was not compiled for.
+
+    `make setup` keeps them out of the environment proper: mmengine imports any torchvision that it sees, and mmdet any
+    transformers.
+    """
+    sys.path.append(str(Path(sys.prefix, 'oracles')))
     try:
         import torchvision  # noqa: F401
         return
-    except (ImportError, RuntimeError):
+    except RuntimeError:  # its operators do not exist
         pass
     library = torch.library.Library('torchvision', 'DEF')
     for name in ('nms', 'qnms', 'roi_align', 'ps_roi_align', 'roi_pool', 'ps_roi_pool', '_roi_align_backward',
@@ -68,7 +76,7 @@ def timm_name(name: str) -> str:
 
 def timm_twin(backbone: nn.Module, image_size: tuple[int, int], arch: dict, window_size: int,
               pretrained_window_sizes: tuple[int, ...]) -> nn.Module:
-    declare_torchvision_ops()
+    find_peers()
     from timm.models.swin_transformer_v2 import SwinTransformerV2
     twin = SwinTransformerV2(
         img_size=image_size, window_size=window_size, pretrained_window_sizes=pretrained_window_sizes, num_classes=0,
@@ -108,7 +116,7 @@ def hf_weights(backbone: nn.Module) -> dict[str, torch.Tensor]:
 
 def hf_twin(backbone: nn.Module, image_size: int, arch: dict, window_size: int,
             pretrained_window_sizes: tuple[int, ...]) -> nn.Module:
-    declare_torchvision_ops()
+    find_peers()
     from transformers import Swinv2Backbone, Swinv2Config
     config = Swinv2Config(
         image_size=image_size, window_size=window_size, pretrained_window_sizes=pretrained_window_sizes,

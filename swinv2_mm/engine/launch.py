@@ -5,9 +5,11 @@ one line at once and not in a traceback per process after the data have been loa
 """
 import contextlib
 import copy
+import ctypes
 import datetime
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +24,8 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from swinv2_mm.registry import MODELS
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @contextlib.contextmanager
@@ -268,6 +272,15 @@ def init_cpu_processes(cfg: Config) -> None:
         cfg.model_wrapper_cfg = wrapper
     elif cfg.get('strategy', {}).get('type', 'DDPStrategy') == 'DDPStrategy':
         cfg.strategy = dict(cfg.get('strategy', {}), type='DDPStrategy', model_wrapper=wrapper)
+
+
+def die_with_launcher(cfg: Config) -> None:
+    """Have this process killed when torchrun is: its workers are in sessions of their own and would train on, unseen.
+
+    A resumed training would then write into the same folder as the one believed dead. Linux only.
+    """
+    if cfg.launcher == 'pytorch' and sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _export_ranks(launcher: str) -> None:

@@ -80,8 +80,6 @@ class SwinStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, *S, C) -> (B, *S, C), before merging."""
         for block in self.blocks:
-            if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            recompute = self.with_cp and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         return x

@@ -16,7 +16,7 @@ def formula(offset: int, pretrained: int) -> float:
 def test_coordinates_follow_the_formula_along_each_axis(window, pretrained):
     coords = log_spaced_coords(window, pretrained).view(*(2 * w - 1 for w in window), len(window))
     for axis, (w, p) in enumerate(zip(window, pretrained, strict=True)):
-        along = coords.movedim(axis, 0)[:, *[0] * (len(window) - 1), axis] if len(window) > 1 else coords[:, 0]
+        along = coords.movedim(axis, 0).flatten(1, -2)[:, 0, axis]
         assert along.tolist() == pytest.approx([formula(d, p) for d in range(1 - w, w)], abs=1e-6)
 
 

@@ -93,10 +93,12 @@ fi
 step "mmcv $MMCV from $wheels"
 pip_install --no-deps --force-reinstall "$wheels"/*.whl
 
-step "swinv2_mm with its tests' oracles"
-# torchvision, which timm imports, pins one torch release; its minor version is torch's plus 15
-pip_install --no-deps timm safetensors huggingface_hub "torchvision==0.$(($(cut -d. -f2 <<<"$TORCH") + 15)).*"
+step "swinv2_mm in editable mode, and what its tests need"
 pip_install -e '.[dev]'
+pip_install --no-deps openmim model-index  # openmim asks for packages of its download service, which nothing here uses
+# torchvision, which timm imports, pins one release of torch: its minor version is torch's plus 15
+"$VENV/bin/python" -m pip install --quiet --no-deps --upgrade --target "$VENV/oracles" -r requirements/peers.txt \
+    "torchvision==0.$(($(cut -d. -f2 <<<"$TORCH") + 15)).*"
 
 "$VENV/bin/python" -c 'import mmcv.ops, mmdet, swinv2_mm'
 echo "$stamp" >"$VENV/.swinv2_mm"

@@ -4,27 +4,30 @@ _base_ = 'mmdet::_base_/datasets/coco_instance.py'
 
 image_size = (1536, 1536)
 train_pipeline = [
-    dict(type='mmdet.LoadImageFromFile', backend_args={{_base_.backend_args}}),
-    dict(type='mmdet.LoadAnnotations', with_bbox=True, with_mask=True, with_seg=True),
-    dict(type='mmdet.RandomResize', scale=image_size, ratio_range=(0.1, 2.0), keep_ratio=True),
+    dict(type='LoadImageFromFile', backend_args={{_base_.backend_args}}),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True, with_seg=True),
+    dict(type='RandomResize', scale=image_size, ratio_range=(0.1, 2.0), keep_ratio=True),
     dict(
-        type='mmdet.RandomCrop',
+        type='RandomCrop',
         crop_type='absolute',
         crop_size=image_size,
         recompute_bbox=True,
         allow_negative_crop=True),
-    dict(type='mmdet.FilterAnnotations', min_gt_bbox_wh=(1e-2, 1e-2)),
-    dict(type='mmdet.RandomFlip', prob=0.5),
-    dict(type='mmdet.PackDetInputs'),
+    dict(type='FilterAnnotations', min_gt_bbox_wh=(1e-2, 1e-2)),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackDetInputs'),
 ]
 test_pipeline = [
-    dict(type='mmdet.LoadImageFromFile', backend_args={{_base_.backend_args}}),
-    dict(type='mmdet.Resize', scale=(1600, 1100), keep_ratio=True),
-    dict(type='mmdet.LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='LoadImageFromFile', backend_args={{_base_.backend_args}}),
+    dict(type='Resize', scale=(1600, 1100), keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
-        type='mmdet.PackDetInputs',
+        type='PackDetInputs',
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
+# as mmengine would stamp another scope on a pipeline that is taken from `_base_ = 'swinv2_mm::...'`
+train_pipeline = [dict(t, _scope_='mmdet') for t in train_pipeline]
+test_pipeline = [dict(t, _scope_='mmdet') for t in test_pipeline]
 train_dataloader = dict(
     num_workers=4,
     persistent_workers=False,

@@ -1,0 +1,17 @@
+PYTHON ?= python3
+VENV ?= .venv
+
+.PHONY: setup demo test lint
+
+setup:  ## make $(VENV) with torch, the OpenMMLab stack and this package
+	PYTHON=$(PYTHON) VENV=$(VENV) tools/misc/setup_env.sh
+
+demo:  ## train and evaluate a small detector on generated images, on this machine
+	$(VENV)/bin/python tools/demo.py
+
+test:  ## everything that needs no GPU
+	$(VENV)/bin/python -m pytest -m 'not gpu' --durations=10
+
+lint:
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .

@@ -2,6 +2,7 @@
 
 Nothing here imports mmcv or a toolbox; importing `swinv2_mm` stays cheap.
 """
+
 import importlib.metadata
 import importlib.util
 import os
@@ -45,22 +46,24 @@ class _MissingDRN:
     """Stands in for mmaction's DRN, which its wheel lacks."""
 
     def __init__(self, *args, **kwargs):
-        raise ImportError('the mmaction2 wheel lacks the DRN localizer (open-mmlab/mmaction2 #2714); to use DRN, install '
-                          'mmaction2 from a clone of its repository with `pip install -e .`')
+        raise ImportError(
+            'the mmaction2 wheel lacks the DRN localizer (open-mmlab/mmaction2 #2714); to use DRN, install '
+            'mmaction2 from a clone of its repository with `pip install -e .`'
+        )
 
 
 def alias_importlib_metadata() -> None:
     """Let mmaction2 import the backport `importlib_metadata`, which it does not declare as a requirement.
 
-    Needed by `mmaction/utils/dependency.py` of mmaction2 1.2.0; no upstream issue is known. Python's own module has what it
-    uses. Delete when that file imports `importlib.metadata`.
+    Needed by `mmaction/utils/dependency.py` of mmaction2 1.2.0; no upstream issue is known. Python's own module has
+    what it uses. Delete when that file imports `importlib.metadata`.
     """
     if importlib.util.find_spec('mmaction') and importlib.util.find_spec('importlib_metadata') is None:
         sys.modules['importlib_metadata'] = importlib.metadata
 
 
 def stub_vindlu() -> None:
-    """Let `mmaction.models` import beside a transformers whose `modeling_utils` lost names that mmaction's VindLU imports.
+    """Let `mmaction.models` import beside a transformers that lost names which mmaction's VindLU imports.
 
     mmaction2 1.2.0 imports VindLU whenever transformers is installed. With the empty stub, VindLU's models are not
     registered; everything else is. Delete when mmaction2 imports with the current transformers.
@@ -75,18 +78,18 @@ def stub_vindlu() -> None:
 
 
 def allow_runner_checkpoints() -> None:
-    """Let `torch.load` read what mmengine's Runner itself stores in a checkpoint, beside tensors: logs and NumPy values.
+    """Let `torch.load` read what mmengine's Runner stores beside tensors: logs and NumPy values.
 
-    torch 2.6 made `weights_only=True` the default, which refuses them, so no training can be resumed: open-mmlab/mmengine
-    #1655, fix #1650 not merged. The check stays on; names that a file may use are added to it, under the spelling of
-    NumPy 1 as well as of NumPy 2. Delete when mmengine does this itself.
+    torch 2.6 made `weights_only=True` the default, which refuses them, so no training can be resumed:
+    open-mmlab/mmengine #1655, fix #1650 not merged. The check stays on; names that a file may use are added to it,
+    under the spelling of NumPy 1 as well as of NumPy 2. Delete when mmengine does this itself.
     """
     if _torch_release() < (2, 6):
         return
     from mmengine.logging import HistoryBuffer
 
     names = [HistoryBuffer, np.ndarray, np.dtype, (_history_buffer_statistic, 'builtins.getattr')]
-    for function in (np.array(0.).__reduce__()[0], np.float64(0).__reduce__()[0]):
+    for function in (np.array(0.0).__reduce__()[0], np.float64(0).__reduce__()[0]):
         names += [(function, f'numpy.{core}.multiarray.{function.__name__}') for core in ('core', '_core')]
     # the classes of dtypes have no name in a checkpoint, but an instance is filled in only if its class is on the list
     names += sorted({type(np.dtype(code)) for code in '?bhilqBHILQefdgFDGSUMm'}, key=str)
@@ -94,12 +97,13 @@ def allow_runner_checkpoints() -> None:
 
 
 def _history_buffer_statistic(owner: type, name: str):
-    """Take the place of `getattr` in a checkpoint: a HistoryBuffer stores its statistics as `getattr(HistoryBuffer, 'min')`.
+    """Take the place of `getattr` in a checkpoint: HistoryBuffer stores statistics as `getattr(HistoryBuffer, 'min')`.
 
     Raises:
         ValueError: The file asks for anything else, which nothing that mmengine writes does.
     """
     from mmengine.logging import HistoryBuffer
+
     if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
         raise ValueError(f'refused to load a checkpoint that looks up {name!r} of {owner!r}')
     return getattr(owner, name)
@@ -109,13 +113,14 @@ def replace_package_lookup() -> None:
     """Let mmengine find installed packages, for `_base_ = 'swinv2_mm::...'` and `get_config`.
 
     mmengine 0.10.7 needs pkg_resources, which setuptools 82 removed, and joins a distribution's location with its name,
-    which does not exist for an editable install (PEP 660). Seen with `_base_` of other packages: open-mmlab/mmengine #1581
-    (open). Replaced wherever mmengine has imported the two functions already. Delete when mmengine's `get_installed_path`
-    works without pkg_resources and returns the folder of an editable install.
+    which does not exist for an editable install (PEP 660). Seen with `_base_` of other packages: open-mmlab/mmengine
+    #1581 (open). Replaced wherever mmengine has imported the two functions already. Delete when mmengine's
+    `get_installed_path` works without pkg_resources and returns the folder of an editable install.
     """
     if importlib.util.find_spec('pkg_resources') is not None and not _is_editable('swinv2_mm'):
         return
     from mmengine.utils import package_utils
+
     for function in (is_installed, get_installed_path):
         stock = getattr(package_utils, function.__name__)
         for name, module in list(sys.modules.items()):
@@ -156,7 +161,7 @@ def get_installed_path(package: str) -> str:
 
 
 def _module_of(distribution: str) -> str:
-    """Import name of a distribution: PackageNotFoundError (a ModuleNotFoundError) where there is no such distribution."""
+    """Import name of a distribution; a PackageNotFoundError, which is a ModuleNotFoundError, if there is none."""
     modules = importlib.metadata.distribution(distribution).read_text('top_level.txt') or distribution
     return modules.split()[0]
 
@@ -164,9 +169,9 @@ def _module_of(distribution: str) -> str:
 def restore_numpy_names() -> None:
     """Give NumPy the names back that it removed and that mmdet 3.3 and mmaction2 1.2 still use.
 
-    `np.float` (mmdet ytviseval.py) went in NumPy 1.24, `np.Inf` and `np.NAN` (mmaction pose transforms and AVA metrics) in
-    2.0, `np.trapz` and `np.in1d` (mmaction metrics) in 2.4. Upstream has no release after those. Delete each name when the
-    oldest supported toolbox no longer uses it.
+    `np.float` (mmdet ytviseval.py) went in NumPy 1.24, `np.Inf` and `np.NAN` (mmaction pose transforms and AVA metrics)
+    in 2.0, `np.trapz` and `np.in1d` (mmaction metrics) in 2.4. Upstream has no release after those. Delete each name
+    when the oldest supported toolbox no longer uses it.
     """
     names = {
         'float': lambda: float,

@@ -1,4 +1,5 @@
 """Hooks that make a training survive an interruption: no broken checkpoint, and the same weights after resuming."""
+
 import functools
 import os
 import random
@@ -22,11 +23,11 @@ UNFINISHED = '.unfinished'
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook with the same arguments, safe against a kill at any moment.
 
-    A checkpoint gets its name only when it is complete on the disk, `last_checkpoint` changes only after that, and older
-    files are removed last. (The stock hook removes first and writes in place.) What a kill leaves unfinished is removed at
-    the next start. Holds for checkpoints that are files in a local folder; sharded ones that are folders (DeepSpeed, FSDP
-    with local state) get their name when complete too, but when validation writes the same epoch again there is a moment
-    between two renames. Remote `out_dir`s are left to their backend.
+    A checkpoint gets its name only when it is complete on the disk, `last_checkpoint` changes only after that, and
+    older files are removed last. (The stock hook removes first and writes in place.) What a kill leaves unfinished is
+    removed at the next start. Holds for checkpoints that are files in a local folder; sharded ones that are folders
+    (DeepSpeed, FSDP with local state) get their name when complete too, but when validation writes the same epoch again
+    there is a moment between two renames. Remote `out_dir`s are left to their backend.
 
     Examples:
         >>> default_hooks = dict(checkpoint=dict(type='swinv2_mm.AtomicCheckpointHook', interval=1, max_keep_ckpts=3))
@@ -64,7 +65,8 @@ class AtomicCheckpointHook(CheckpointHook):
             meta=meta,
             by_epoch=self.by_epoch,
             backend_args=self.backend_args,
-            **self.args)
+            **self.args,
+        )
         if is_main_process():
             pointer = Path(runner.work_dir, 'last_checkpoint')
             _unfinished(pointer).write_text(self.last_ckpt)
@@ -129,7 +131,7 @@ def _unfinished(path: str | Path) -> Path:
 
 
 def _finish(path: Path) -> None:
-    """Give a complete file or folder its name, in one step where it is a file, and have it on the disk before returning."""
+    """Give a complete file or folder its name, a file in one step, and have it on the disk before returning."""
     unfinished = _unfinished(path)
     _sync(unfinished)
     if path.is_dir():
@@ -162,16 +164,17 @@ class ReproducibleResumeHook(Hook):
     """Make a resumed training reach the same weights as one that was never interrupted.
 
     mmengine restores weights, optimizer and schedules, but not the state of the random generators, so that drop path,
-    sampling of RoIs and augmentation differ after resuming. This hook makes every random state a pure function of the seed:
-    of (seed, rank, epoch) at the start of an epoch and in its data loader workers, of (seed, rank, iteration) before each
-    iteration. The seed is the runner's; a resumed runner takes it from the checkpoint, so that none has to be given. As a
-    side effect, augmentation differs from epoch to epoch, where mmengine starts the workers of each epoch alike.
+    sampling of RoIs and augmentation differ after resuming. This hook makes every random state a pure function of the
+    seed: of (seed, rank, epoch) at the start of an epoch and in its data loader workers, of (seed, rank, iteration)
+    before each iteration. The seed is the runner's; a resumed runner takes it from the checkpoint, so that none has to
+    be given. As a side effect, augmentation differs from epoch to epoch, where mmengine starts the workers of each
+    epoch alike.
 
     With the same configuration, number of processes and machine, the weights are equal bit for bit if
 
     - the kernels are deterministic: CPU, or a GPU under `randomness=dict(deterministic=True)`;
-    - with `EpochBasedTrainLoop`, checkpoints are those of ends of epochs, `persistent_workers=False`, and no transform in
-      the main process remembers data of earlier epochs (`CachedMosaic` with `num_workers=0` does);
+    - with `EpochBasedTrainLoop`, checkpoints are those of ends of epochs, `persistent_workers=False`, and no transform
+      in the main process remembers data of earlier epochs (`CachedMosaic` with `num_workers=0` does);
     - with `IterBasedTrainLoop`, nothing more: mmengine replays the data loader up to the iteration of the checkpoint;
     - gradients are not being accumulated across the checkpoint (`accumulative_counts` divides its iteration).
 
@@ -189,19 +192,23 @@ class ReproducibleResumeHook(Hook):
         """Take charge of the data loader.
 
         Raises:
-            ValueError: The data loader's workers live on from epoch to epoch, or different seeds per rank are to be resumed
-                without being given.
+            ValueError: The data loader's workers live on from epoch to epoch, or different seeds per rank are to be
+                resumed without being given.
         """
         loop = runner.train_loop
         iter_based = hasattr(loop, 'dataloader_iterator')
         if loop.dataloader.persistent_workers and not iter_based:
-            raise ValueError('ReproducibleResumeHook needs workers that start anew in each epoch: set '
-                             'train_dataloader.persistent_workers=False (or remove the hook)')
+            raise ValueError(
+                'ReproducibleResumeHook needs workers that start anew in each epoch: set '
+                'train_dataloader.persistent_workers=False (or remove the hook)'
+            )
         if runner.seed != self._sampler_seed:
             self._rebuild_dataloader(runner)
         if not iter_based and runner.iter % len(loop.dataloader):
-            runner.logger.warning('Resuming from the middle of an epoch, which mmengine begins again: the weights will '
-                                  'differ from those of an uninterrupted training.')
+            runner.logger.warning(
+                'Resuming from the middle of an epoch, which mmengine begins again: the weights will '
+                'differ from those of an uninterrupted training.'
+            )
         loop.dataloader.worker_init_fn = functools.partial(_seed_worker, first=loop.dataloader.worker_init_fn)
         if iter_based:
             loop.dataloader_iterator = _SeededFetches(loop.dataloader_iterator, runner.seed, runner.rank)
@@ -215,11 +222,13 @@ class ReproducibleResumeHook(Hook):
         _seed_all(runner.seed, runner.rank, _ITERATION, runner.iter)
 
     def _rebuild_dataloader(self, runner) -> None:
-        """Build the data loader again with the restored seed: the samplers took theirs before the checkpoint was read."""
+        """Build the data loader anew with the restored seed: its samplers took theirs before the file was read."""
         loop = runner.train_loop
         if runner.cfg.get('randomness', {}).get('diff_rank_seed', False):
-            raise ValueError('to resume a training with different seeds per rank, give the seed of the first run: '
-                             f'randomness.seed={runner.seed - runner.rank}')
+            raise ValueError(
+                'to resume a training with different seeds per rank, give the seed of the first run: '
+                f'randomness.seed={runner.seed - runner.rank}'
+            )
         loop.dataloader = runner.build_dataloader(runner.cfg.train_dataloader, seed=runner.seed)
         if hasattr(loop, 'dataloader_iterator'):
             loop.dataloader_iterator = type(loop.dataloader_iterator)(loop.dataloader)
@@ -229,7 +238,7 @@ _EPOCH, _ITERATION, _FETCH = range(3)  # keep the streams of random numbers apar
 
 
 class _SeededFetches:
-    """Iterator over batches that seeds before each one, so that replaying them gives the same without training between."""
+    """Iterator over batches that seeds before each one: replaying them gives the same without training between."""
 
     def __init__(self, batches: Iterator, seed: int, rank: int):
         self._batches = batches

@@ -1,8 +1,9 @@
 """What the command line tools share: reading a config, checking it before anything starts, and starting processes.
 
-The checks look at what a newcomer gets wrong first (paths, numbers of GPUs, ports, sizes of the backbone), so that it ends in
-one line at once and not in a traceback per process after the data have been loaded.
+The checks look at what a newcomer gets wrong first (paths, numbers of GPUs, ports, sizes of the backbone), so that it
+ends in one line at once and not in a traceback per process after the data have been loaded.
 """
+
 import contextlib
 import copy
 import ctypes
@@ -50,8 +51,8 @@ def _rank() -> int:
 def load_config(path: str, cfg_options: dict | None = None) -> Config:
     """Read a config and apply the user's options to it.
 
-    `data_root` among the options also moves the paths below the config's former `data_root` in data loaders and evaluators,
-    which a text config has copied from it by then.
+    `data_root` among the options also moves the paths below the config's former `data_root` in data loaders and
+    evaluators, which a text config has copied from it by then.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -74,7 +75,7 @@ def _move(value, old: str, new: str):
     if isinstance(value, (list, tuple)):
         return type(value)(_move(item, old, new) for item in value)
     if isinstance(value, str) and f'{value}/'.startswith(f'{old.rstrip("/")}/'):
-        return new.rstrip('/') + value[len(old.rstrip('/')):]
+        return new.rstrip('/') + value[len(old.rstrip('/')) :]
     return value
 
 
@@ -111,8 +112,10 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
             ways_out = [f'{root_option}=DIR' if root_option else f'{option}=PATH']
             if cfg.get('data_root') and path.startswith(cfg.data_root):
                 ways_out.insert(0, 'data_root=DIR (which moves all data)')
-            raise FileNotFoundError(f'{split} data: {path} does not exist{_seen_from(path)}; it is set by {option}. Put the '
-                                    f'data there, or point the config to them: --cfg-options {" or ".join(ways_out)}')
+            raise FileNotFoundError(
+                f'{split} data: {path} does not exist{_seen_from(path)}; it is set by {option}. Put the '
+                f'data there, or point the config to them: --cfg-options {" or ".join(ways_out)}'
+            )
 
 
 def _data_paths(cfg: Config, split: str) -> Iterator[tuple[str, str, str | None]]:
@@ -130,7 +133,11 @@ def _data_paths(cfg: Config, split: str) -> Iterator[tuple[str, str, str | None]
             if not isinstance(path, str) or not (root or path):
                 continue
             relative = bool(root) and not os.path.isabs(path) and '://' not in path
-            yield os.path.join(root, path) if relative else path, path_option, f'{option}.data_root' if relative else None
+            yield (
+                os.path.join(root, path) if relative else path,
+                path_option,
+                f'{option}.data_root' if relative else None,
+            )
     evaluator = cfg.get(f'{split}_evaluator') or []
     for i, metric in enumerate(evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]):
         if isinstance(metric, dict) and isinstance(metric.get('ann_file'), str):
@@ -185,8 +192,10 @@ def check_last_checkpoint(work_dir: str) -> None:
     """
     last = find_latest_checkpoint(work_dir) if os.path.exists(os.path.join(work_dir, 'last_checkpoint')) else None
     if last is not None and not os.path.exists(last):
-        raise FileNotFoundError(f'{work_dir}/last_checkpoint names {last or "nothing"}, which does not exist; pass the '
-                                'checkpoint to go on from: --resume PATH')
+        raise FileNotFoundError(
+            f'{work_dir}/last_checkpoint names {last or "nothing"}, which does not exist; pass the '
+            'checkpoint to go on from: --resume PATH'
+        )
 
 
 def check_gpus(processes: int) -> None:
@@ -196,8 +205,10 @@ def check_gpus(processes: int) -> None:
         ValueError: It has fewer.
     """
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
-        raise ValueError(f'{processes} GPUs asked for, but this machine has {torch.cuda.device_count()} '
-                         f'(CUDA_VISIBLE_DEVICES={os.environ.get("CUDA_VISIBLE_DEVICES", "not set")})')
+        raise ValueError(
+            f'{processes} GPUs asked for, but this machine has {torch.cuda.device_count()} '
+            f'(CUDA_VISIBLE_DEVICES={os.environ.get("CUDA_VISIBLE_DEVICES", "not set")})'
+        )
 
 
 def check_port(port: int) -> None:
@@ -211,8 +222,10 @@ def check_port(port: int) -> None:
         try:
             probe.bind(('', port))
         except OSError as error:
-            raise ValueError(f'port {port} cannot be used ({error.strerror}): choose another one, such as '
-                             f'PORT={port + 1} before the command') from None
+            raise ValueError(
+                f'port {port} cannot be used ({error.strerror}): choose another one, such as '
+                f'PORT={port + 1} before the command'
+            ) from None
 
 
 def check_processes(preflight: int | None) -> None:
@@ -241,8 +254,11 @@ def use_fp32_on_cpu(cfg: Config) -> None:
     cfg.optim_wrapper = {k: v for k, v in wrapper.items() if k not in ('dtype', 'loss_scale', 'use_fsdp')}
     cfg.optim_wrapper.type = 'OptimWrapper'
     if _rank() == 0:
-        print_log('No GPU: training in fp32 (OptimWrapper) instead of mixed precision (AmpOptimWrapper).', logger='current',
-                  level=logging.WARNING)
+        print_log(
+            'No GPU: training in fp32 (OptimWrapper) instead of mixed precision (AmpOptimWrapper).',
+            logger='current',
+            level=logging.WARNING,
+        )
 
 
 def init_cpu_processes(cfg: Config) -> None:
@@ -266,7 +282,8 @@ def init_cpu_processes(cfg: Config) -> None:
     wrapper = cfg.get('model_wrapper_cfg') or dict(
         type='MMDistributedDataParallel',
         broadcast_buffers=False,
-        find_unused_parameters=cfg.get('find_unused_parameters', False))
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
     wrapper = dict(wrapper, device_ids=None)
     if 'runner_type' not in cfg:
         cfg.model_wrapper_cfg = wrapper
@@ -294,6 +311,8 @@ def _export_ranks(launcher: str) -> None:
     elif launcher == 'mpi':
         if 'MASTER_ADDR' not in env:
             raise ValueError('the MPI launcher needs the address of the first machine: set MASTER_ADDR')
-        env.update({name: env[f'OMPI_COMM_WORLD_{name}'] for name in ('RANK', 'LOCAL_RANK')},
-                   WORLD_SIZE=env['OMPI_COMM_WORLD_SIZE'])
+        env.update(
+            {name: env[f'OMPI_COMM_WORLD_{name}'] for name in ('RANK', 'LOCAL_RANK')},
+            WORLD_SIZE=env['OMPI_COMM_WORLD_SIZE'],
+        )
     env.setdefault('MASTER_PORT', '29500')

@@ -31,7 +31,8 @@ if [ "$(cat "$VENV/.swinv2_mm" 2>/dev/null)" = "$stamp" ] && "$VENV/bin/python" 
 fi
 
 step "Virtual environment $VENV ($("$PYTHON" --version))"
-"$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv --clear "$VENV"
+same_python() { [ "$("$VENV/bin/python" --version 2>&1)" = "$("$PYTHON" --version)" ]; }
+{ same_python && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; } || "$PYTHON" -m venv --clear "$VENV"
 rm -f "$VENV/.swinv2_mm"
 pip_install wheel ninja
 
@@ -42,7 +43,9 @@ case "$(module_version torch)" in
 esac
 
 step "Python dependencies"
-pip_install -r requirements/runtime.txt
+# torch before 2.3 was compiled for NumPy 1
+case "$TORCH" in 1.* | 2.[012] | 2.[012].*) numpy='numpy<2' ;; *) numpy=numpy ;; esac
+pip_install -r requirements/runtime.txt "$numpy"
 pip_install --no-deps -r requirements/stack.txt
 
 key=$("$VENV/bin/python" - "$MMCV" <<'PY'

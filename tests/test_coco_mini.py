@@ -1,0 +1,191 @@
+"""Real COCO images and published figures. Skipped where the sample data are absent (SWINV2_MM_DATA, or ../shared/data)."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip('mmdet')
+REPOSITORY = Path(__file__).parents[1]
+DATA = Path(os.environ.get('SWINV2_MM_DATA', REPOSITORY.parent / 'shared' / 'data'))
+needs = {name: pytest.mark.skipif(not (DATA / name).is_dir(), reason=f'{DATA / name} does not exist')
+         for name in ('coco_mini', 'coco_metric_check')}
+
+REDUCED = """
+_base_ = [__import__('swinv2_mm').config_path('det/{base}.py')]
+data_root = '{root}/'
+size = {size}
+train_pipeline = [dict(type='LoadImageFromFile'),
+                  dict(type='LoadAnnotations', with_bbox=True, with_mask=True, with_seg=True),
+                  dict(type='Resize', scale=(size, size), keep_ratio=True),
+                  dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')]
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(size, size), keep_ratio=True),
+                 dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+                 dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]
+train_dataloader = dict(num_workers=0, dataset=dict(data_root=data_root, pipeline=train_pipeline,
+    data_prefix=dict(img='train2017/', seg='stuffthingmaps/train2017/')))
+val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root, pipeline=test_pipeline))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
+test_evaluator = val_evaluator
+"""
+
+
+def write_semantic_maps(root: Path, annotations: dict) -> None:
+    """Maps as in COCO-Stuff, of things alone: category id less 1, and 255 where there is none."""
+    from pycocotools.coco import COCO
+    coco = COCO()
+    coco.dataset = annotations
+    coco.createIndex()
+    folder = root / 'stuffthingmaps' / 'train2017'
+    folder.mkdir(parents=True)
+    for image in annotations['images']:
+        labels = np.full((image['height'], image['width']), 255, np.uint8)
+        for annotation in coco.imgToAnns[image['id']]:
+            labels[coco.annToMask(annotation) > 0] = annotation['category_id'] - 1
+        cv2.imwrite(str(folder / image['file_name'].replace('.jpg', '.png')), labels)
+
+
+def run(script: str, *arguments: object, cwd: Path) -> str:
+    command = ['bash', str(REPOSITORY / 'tools' / script), *map(str, arguments)]
+    with socket.socket() as probe:
+        probe.bind(('', 0))
+        env = os.environ | dict(PYTHON=sys.executable, PORT=str(probe.getsockname()[1]))
+    result = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads(max(folder.glob('20*/*.json')).read_text().splitlines()[-1])
+
+
+@needs['coco_mini']
+@pytest.mark.slow
+def test_the_tiny_config_trains_and_evaluates_real_images_on_two_processes(tmp_path):
+    root = tmp_path / 'coco'
+    root.mkdir()
+    for name in ('annotations', 'train2017', 'val2017'):
+        (root / name).symlink_to(DATA / 'coco_mini' / name)
+    write_semantic_maps(root, json.loads((root / 'annotations/instances_train2017.json').read_text()))
+    config = tmp_path / 'tiny.py'
+    config.write_text(REDUCED.format(base='htc_swinv2_t', root=root, size=224) + """
+train_dataloader.update(batch_size=1)
+train_dataloader['dataset'].update(indices=6)
+train_cfg = dict(max_epochs=1)
+rcnn = [dict(stage, sampler=dict(stage.sampler, num=32)) for stage in _base_.model.train_cfg.rcnn]
+model = dict(  # fewer RoIs: a CPU spends most of a step on their masks
+    data_preprocessor=dict(batch_augments=None),
+    train_cfg=dict(rcnn=rcnn),
+    test_cfg=dict(rpn=dict(max_per_img=100), rcnn=dict(max_per_img=20)))
+optim_wrapper = dict(accumulative_counts=1)
+default_hooks = dict(logger=dict(interval=1))
+""")
+    log = run('dist_train.sh', config, 2, '--no-validate', '--work-dir', 'out', cwd=tmp_path)
+    losses = [json.loads(line)['loss'] for line in max(tmp_path.glob('out/20*/vis_data/scalars.json')).open()]
+    assert len(losses) == 3
+    assert np.isfinite(losses).all()
+    assert 'unexpected' not in log
+    run('dist_test.sh', config, 'out/epoch_1.pth', 2, '--work-dir', 'test', cwd=tmp_path)
+    figures = metrics(tmp_path / 'test')
+    assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(figures)
+    assert all(-1 <= value <= 1 for key, value in figures.items() if key.startswith('coco/'))
+
+
+def simple_images(annotations: dict, number: int) -> dict:
+    """The first images with up to four objects, all of them large and none a crowd."""
+    kept = []
+    for image in sorted(annotations['images'], key=lambda i: i['id']):
+        objects = [a for a in annotations['annotations'] if a['image_id'] == image['id']]
+        large = all(a['area'] > 0.02 * image['width'] * image['height'] and not a['iscrowd'] for a in objects)
+        if 1 <= len(objects) <= 4 and large:
+            kept.append(image)
+    ids = {image['id'] for image in kept[:number]}
+    return annotations | dict(
+        images=[i for i in annotations['images'] if i['id'] in ids],
+        annotations=[a for a in annotations['annotations'] if a['image_id'] in ids])
+
+
+@needs['coco_mini']
+@pytest.mark.slow
+def test_a_nano_htc_overfits_eight_real_images(tmp_path):
+    """Only a pipeline in which images, boxes, masks, semantic maps and labels belong together gets there."""
+    root = tmp_path / 'coco'
+    (root / 'annotations').mkdir(parents=True)
+    chosen = simple_images(json.loads((DATA / 'coco_mini/annotations/instances_train2017.json').read_text()), 8)
+    assert len(chosen['images']) == 8
+    for split in ('train', 'val'):
+        (root / f'annotations/instances_{split}2017.json').write_text(json.dumps(chosen))
+        (root / f'{split}2017').symlink_to(DATA / 'coco_mini' / 'train2017')
+    write_semantic_maps(root, chosen)
+    config = tmp_path / 'overfit.py'
+    config.write_text(REDUCED.format(base='htc_swinv2_demo', root=root, size=192) + """
+all_80 = dict(_delete_=True)  # not the classes of the demo
+train_dataloader.update(batch_size=4)
+for loader in (train_dataloader, val_dataloader):
+    loader['dataset'].update(metainfo=all_80)
+del loader
+model = dict(
+    rpn_head=dict(anchor_generator=dict(scales=[8])),
+    roi_head=dict(
+        bbox_head=[dict(head, num_classes=80) for head in _base_.model.roi_head.bbox_head],
+        mask_head=[dict(head, num_classes=80) for head in _base_.model.roi_head.mask_head]))
+max_epochs = 250  # of one step
+train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
+    dict(type='CosineAnnealingLR', begin=0, end=max_epochs, eta_min=1e-5, by_epoch=True)]
+default_hooks = dict(checkpoint=dict(interval=max_epochs))
+""")
+    run('dist_train.sh', config, 2, '--work-dir', 'out', cwd=tmp_path)
+    last = [json.loads(line) for line in max(tmp_path.glob('out/20*/vis_data/scalars.json')).open()][-1]
+    assert last['coco/bbox_mAP'] >= 0.6
+    assert last['coco/segm_mAP'] >= 0.5
+
+
+@needs['coco_metric_check']
+@pytest.mark.parametrize(('kind', 'published'), [('bbox', (0.505, 0.697, 0.573)), ('segm', (0.320, 0.562, 0.299))])
+def test_the_configured_metric_gives_the_published_figures(kind, published):
+    from mmdet.registry import METRICS
+    from mmengine.config import Config
+    folder = DATA / 'coco_metric_check'
+    evaluator = Config.fromfile(REPOSITORY / 'configs/det/htc_swinv2_b.py').val_evaluator
+    evaluator.update(ann_file=str(folder / 'instances_val2014_100.json'), metric=kind)
+    metric = METRICS.build(evaluator)
+    truth = json.loads((folder / 'instances_val2014_100.json').read_text())
+    metric.dataset_meta = dict(classes=[c['name'] for c in truth['categories']])
+    label_of = {c['id']: i for i, c in enumerate(truth['categories'])}
+    results = json.loads((folder / f'instances_val2014_fake{kind}100_results.json').read_text())
+    for image in truth['images']:
+        mine = [r for r in results if r['image_id'] == image['id']]
+        prediction = dict(
+            scores=np.array([r['score'] for r in mine]),
+            labels=np.array([label_of[r['category_id']] for r in mine], dtype=int),
+            bboxes=np.array([corners(r, image) for r in mine]).reshape(-1, 4))
+        if kind == 'segm':
+            prediction['masks'] = [r['segmentation'] for r in mine]
+        metric.process({}, [dict(
+            img_id=image['id'], ori_shape=(image['height'], image['width']), pred_instances=as_tensors(prediction))])
+    figures = metric.evaluate(len(truth['images']))
+    got = tuple(figures[f'coco/{kind}_mAP{suffix}'] for suffix in ('', '_50', '_75'))
+    assert got == pytest.approx(published, abs=5e-4)
+
+
+def corners(result: dict, image: dict) -> list[float]:
+    """The predicted box, or that of the predicted mask."""
+    if 'bbox' in result:
+        x, y, w, h = result['bbox']
+    else:
+        from pycocotools import mask
+        x, y, w, h = mask.toBbox(result['segmentation'])
+    return [x, y, x + w, y + h]
+
+
+def as_tensors(prediction: dict) -> dict:
+    import torch
+    return {k: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k, v in prediction.items()}

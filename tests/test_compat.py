@@ -1,0 +1,164 @@
+"""Each mend on the real packages, and, in a process without it, the breakage: when that test fails, the mend can go."""
+
+import importlib.util
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import mmengine
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer
+
+import swinv2_mm
+from swinv2_mm import compat
+
+
+def python(code):
+    """Run code in a process of its own, which has not imported swinv2_mm."""
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False, cwd='/')
+
+
+def runner_state():
+    """What mmengine's Runner stores beside tensors."""
+    log = HistoryBuffer([1.0, 3.0], [1, 1])
+    values = [
+        np.float64(0.5),
+        np.float32(2),
+        np.int64(3),
+        np.bool_(True),
+        np.arange(3),
+        np.array(['a']),
+        np.zeros(2, 'f4'),
+    ]
+    return dict(message_hub=dict(log_scalars=dict(loss=log)), meta=dict(dataset_meta=values))
+
+
+def test_apply_twice_changes_nothing():
+    def state():
+        return mmengine.utils.is_installed, np.in1d, sys.modules.get('mmaction.models.localizers.drn')
+
+    before = state()
+    compat.apply()
+    assert state() == before
+
+
+def test_importing_the_package_imports_no_toolbox():
+    loaded = python('import sys, swinv2_mm; print(*sys.modules)').stdout.split()
+    assert 'swinv2_mm.compat' in loaded
+    assert not {'pkg_resources', 'mmdet', 'mmseg', 'mmaction', 'mmcv.ops', 'triton'} & set(loaded)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_runner_state_loads_with_weights_only(tmp_path):
+    torch.save(runner_state(), tmp_path / 'a.pth')
+    state = torch.load(tmp_path / 'a.pth', weights_only=True)
+    assert state['message_hub']['log_scalars']['loss'].mean() == 2
+    for left, right in zip(state['meta']['dataset_meta'], runner_state()['meta']['dataset_meta'], strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize('core', [b'numpy.core.', b'numpy._core.'])
+def test_names_of_numpy_1_and_2(tmp_path, core):
+    """NumPy 2 moved the functions that its pickles name."""
+    torch.save(runner_state(), tmp_path / 'a.pth')
+    with zipfile.ZipFile(tmp_path / 'a.pth') as old, zipfile.ZipFile(tmp_path / 'b.pth', 'w') as new:
+        for name in old.namelist():
+            data = old.read(name)
+            new.writestr(name, data.replace(b'numpy._core.', b'numpy.core.').replace(b'numpy.core.', core))
+    assert torch.load(tmp_path / 'b.pth', weights_only=True)['meta']['dataset_meta'][2] == 3
+
+
+class LooksUp:
+    """A file that asks for an attribute which opens the way to more."""
+
+    def __reduce__(self):
+        return getattr, (HistoryBuffer, '__init__')
+
+
+def test_a_checkpoint_cannot_look_up_other_attributes(tmp_path):
+    torch.save(LooksUp(), tmp_path / 'a.pth')
+    with pytest.raises(Exception, match='refused to load a checkpoint'):
+        torch.load(tmp_path / 'a.pth', weights_only=True)
+
+
+def test_breakage_of_checkpoints_is_present(tmp_path):
+    torch.save(runner_state(), tmp_path / 'a.pth')
+    result = python(f'import mmengine.runner.checkpoint as c; c._load_checkpoint({str(tmp_path / "a.pth")!r})')
+    assert 'weights_only' in result.stderr or torch.__version__ < '2.6'
+
+
+# ---------------------------------------------------------------- package lookup
+
+
+def test_finds_packages():
+    assert compat.get_installed_path('swinv2_mm') == str(Path(swinv2_mm.__file__).parent)
+    assert compat.get_installed_path('mmengine') == str(Path(mmengine.__file__).parent)
+    assert compat.is_installed('mmengine')
+    assert not compat.is_installed('no_such_package')
+    with pytest.raises(ModuleNotFoundError):
+        compat.get_installed_path('no_such_package')
+
+
+@pytest.mark.parametrize(('distribution', 'module'), [('mmsegmentation', 'mmseg'), ('mmaction2', 'mmaction')])
+def test_finds_distributions_with_another_name(distribution, module):
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        pytest.skip(f'{distribution} is not installed')
+    assert compat.get_installed_path(distribution) == str(Path(spec.origin).parent)
+
+
+def test_breakage_of_package_lookup_is_present_and_mended():
+    code = 'import os; from mmengine.utils import get_installed_path as f; print(os.path.isdir(f("swinv2_mm")))'
+    stock, mended = python(code), python(f'import swinv2_mm; {code}')
+    if importlib.util.find_spec('pkg_resources') is None:
+        assert 'pkg_resources' in stock.stderr
+    elif not swinv2_mm.__file__.startswith(sysconfig.get_path('purelib')):  # an editable install
+        assert stock.stdout.strip() == 'False'
+    assert mended.stdout.strip() == 'True'
+
+
+# ---------------------------------------------------------------- NumPy names, mmaction2
+
+
+def test_numpy_names():
+    assert np.float is float
+    assert np.Inf == np.inf
+    assert np.isnan(np.NAN)
+    assert np.trapz([1.0, 2.0, 3.0]) == 4
+    assert np.in1d([[1, 2], [3, 4]], [2, 3]).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize('name', ['float', 'Inf', 'NAN', 'trapz', 'in1d'])
+def test_toolboxes_still_use_the_numpy_name(name):
+    """When no toolbox uses a name any more, take it off the list."""
+    specs = [importlib.util.find_spec(package) for package in ('mmdet', 'mmaction')]
+    if None in specs:
+        pytest.skip('needs mmdet and mmaction2')
+    sources = [path.read_text() for spec in specs for path in Path(spec.origin).parent.rglob('*.py')]
+    assert any(f'np.{name})' in text or f'np.{name}(' in text or f'np.{name}\n' in text for text in sources)
+
+
+needs_mmaction = pytest.mark.skipif(importlib.util.find_spec('mmaction') is None, reason='needs mmaction2')
+
+
+@needs_mmaction
+def test_mmaction_models_import_and_drn_explains_itself():
+    from mmaction.models.localizers import DRN
+
+    if DRN.__module__.startswith('mmaction'):
+        pytest.skip('this mmaction2 has DRN')
+    with pytest.raises(ImportError, match='#2714'):
+        DRN()
+
+
+@needs_mmaction
+def test_breakage_of_mmaction_is_present():
+    """Either of the two missing modules stops the import of mmaction's models."""
+    result = python('import mmaction.models')
+    assert 'drn' in result.stderr or 'importlib_metadata' in result.stderr

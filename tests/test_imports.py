@@ -1,0 +1,43 @@
+"""Arrows between the packages point one way, and toolboxes are imported only by the file that extends them."""
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / 'swinv2_mm'
+# what each folder may import from this package
+ALLOWED = {'ops': {'ops'}, 'models': {'ops', 'models', 'registry'}, 'engine': {'engine', 'models', 'registry'}}
+TOOLBOXES = {'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}
+EXTENSIONS = {'models/detection.py': {'mmdet'}}
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of what a file imports, with `swinv2_mm.x` written as '.x'."""
+    folder = path.relative_to(PACKAGE).parts[:-1]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            origin = folder[:len(folder) + 1 - node.level]
+            modules = [node.module] if node.module else [alias.name for alias in node.names]
+            names |= {'swinv2_mm.' + '.'.join((*origin, module)) for module in modules}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    own = {'.' + name.split('.')[1] for name in names if name.startswith('swinv2_mm.')}
+    return own | {name.split('.')[0] for name in names if not name.startswith('swinv2_mm')}
+
+
+def test_folders_import_only_what_lies_below_them():
+    for folder, allowed in ALLOWED.items():
+        for path in (PACKAGE / folder).glob('*.py'):
+            own = {name[1:] for name in imports(path) if name.startswith('.')}
+            assert own <= allowed, f'{path.name} imports {own - allowed}'
+
+
+def test_ops_need_torch_alone():
+    others = set.union(*(imports(path) for path in (PACKAGE / 'ops').glob('*.py')))
+    assert others - {'.ops'} == {'torch', 'math', 'itertools', 'collections'}
+
+
+def test_toolboxes_are_imported_only_by_the_files_that_extend_them():
+    found = {path.relative_to(PACKAGE).as_posix(): imports(path) & TOOLBOXES for path in PACKAGE.rglob('*.py')}
+    assert {name: toolboxes for name, toolboxes in found.items() if toolboxes} == EXTENSIONS

@@ -1,0 +1,241 @@
+"""The checks before a start, in this process: each mistake gives one line and exit code 2."""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from swinv2_mm.engine import launch
+
+TOOLS = Path(__file__).parents[2] / 'tools'
+TINY = Path(__file__).parent / 'tiny'
+SHAPES = ('annotations/instances_train2017.json', 'annotations/instances_val2017.json', 'train2017/', 'val2017/')
+
+
+@pytest.fixture
+def data(tmp_path):
+    """The files of a data set, empty: the checks look at names alone."""
+    for name in SHAPES:
+        path = tmp_path / 'shapes' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if name.endswith('/') else path.touch()
+    return tmp_path / 'shapes'
+
+
+@pytest.fixture
+def complain(monkeypatch, capsys):
+    """Run a tool's main() on arguments, and return the one line that it prints before it leaves with code 2."""
+
+    def run(tool, *args):
+        spec = importlib.util.spec_from_file_location(tool, TOOLS / f'{tool}.py')
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, 'argv', [f'{tool}.py', *map(str, args)])
+        with pytest.raises(SystemExit) as error:
+            module.main()
+        assert error.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith('error: ')
+        return lines[0]
+
+    return run
+
+
+def test_missing_config(complain):
+    assert 'config no_such.py does not exist (seen from ' in complain('train', 'no_such.py')
+
+
+@pytest.mark.parametrize(
+    ('tool', 'missing', 'option', 'split'),
+    [
+        ('train', SHAPES[0], 'train_dataloader.dataset.dataset.ann_file', 'train'),
+        ('train', SHAPES[2], 'train_dataloader.dataset.dataset.data_prefix.img', 'train'),
+        ('train', SHAPES[1], 'val_dataloader.dataset.ann_file', 'val'),
+        ('test', SHAPES[3], 'test_dataloader.dataset.data_prefix.img', 'test'),
+    ],
+)
+def test_missing_data(complain, data, tmp_path, tool, missing, option, split):
+    path = data / missing
+    path.rmdir() if path.is_dir() else path.unlink()
+    (tmp_path / 'a.pth').touch()
+    arguments = [TINY / 'det.py', *([tmp_path / 'a.pth'] if tool == 'test' else [])]
+    line = complain(tool, *arguments, '--cfg-options', f'data_root={data}')
+    assert f'{split} data: {data}/{missing} does not exist; it is set by {option}.' in line
+    assert '--cfg-options data_root=DIR' in line
+
+
+def test_missing_annotations_of_an_evaluator(complain, data, tmp_path):
+    line = complain('train', TINY / 'det.py', '--cfg-options', f'data_root={data}', 'val_evaluator.ann_file=gone.json')
+    assert 'gone.json' in line
+    assert 'val_evaluator.ann_file=PATH' in line
+
+
+def test_remote_data_are_left_alone():
+    dataset = dict(ann_file='s3://bucket/a.json', data_prefix=dict(img='s3://bucket/images'))
+    launch.check_data(Config(dict(train_dataloader=dict(dataset=dataset))), ['train'])
+    dataset = dict(data_root='data/', ann_file='a.json', backend_args=dict(backend='petrel'))
+    launch.check_data(Config(dict(train_dataloader=dict(dataset=dataset))), ['train'])
+
+
+def test_each_part_of_a_concatenation_is_checked(data):
+    good = dict(data_root=str(data), ann_file=SHAPES[0])
+    cfg = Config(dict(train_dataloader=dict(dataset=dict(datasets=[good, dict(good, ann_file='gone.json')]))))
+    with pytest.raises(FileNotFoundError, match='train_dataloader.dataset.datasets.1.ann_file'):
+        launch.check_data(cfg, ['train'])
+
+
+@pytest.mark.parametrize(('split', 'missing'), [('train', 'images'), ('val', 'labels')])
+def test_missing_folder_of_a_segmentation_set(tmp_path, split, missing):
+    (tmp_path / ({'images', 'labels'} - {missing}).pop()).mkdir()
+    cfg = launch.load_config(str(TINY / 'seg.py'), dict(data_root=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match=f'{tmp_path}/{missing}'):
+        launch.check_data(cfg, [split])
+
+
+def test_missing_list_of_a_video_set(tmp_path):
+    cfg = launch.load_config(str(TINY / 'video.py'), dict(data_root=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match='train_dataloader.dataset.ann_file=PATH'):
+        launch.check_data(cfg, ['train'])
+
+
+@pytest.mark.parametrize(
+    ('option', 'text'),
+    [
+        ('model.backbone.arch=petite', 'petite'),
+        ('model.backbone.arch.num_heads=(1,2,3,8)', 'num_heads|heads'),
+        ('model.backbone.out_indices=(1,2,9)', 'out_indices'),
+        ('model.backbone.window_size=-3', 'window_size'),
+    ],
+)
+def test_wrong_backbone(complain, data, option, text):
+    line = complain('train', TINY / 'det.py', '--cfg-options', f'data_root={data}', option)
+    assert any(word in line for word in text.split('|'))
+
+
+def test_unknown_backbone(complain, data):
+    line = complain(
+        'train', TINY / 'det.py', '--cfg-options', f'data_root={data}', 'model.backbone.type=swinv2_mm.Swin'
+    )
+    assert 'there is no swinv2_mm.Swin' in line
+
+
+@pytest.mark.parametrize(
+    ('flags', 'text'),
+    [
+        (['--resume', 'gone.pth'], '--resume: checkpoint gone.pth does not exist'),
+        (['--auto-scale-lr'], '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...)'),
+        pytest.param(
+            ['--amp'], '--amp needs a GPU', marks=pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')
+        ),
+    ],
+)
+def test_wrong_flags_of_train(complain, data, flags, text):
+    assert text in complain('train', TINY / 'det.py', '--cfg-options', f'data_root={data}', *flags)
+
+
+@pytest.mark.parametrize(
+    ('config', 'flags', 'text'),
+    [
+        ('det', ['--out', 'a.json'], '--out a.json: the file must end in .pkl'),
+        (
+            'det',
+            ['--tta', '--cfg-options', 'model.mask_head.type=FCNMaskHead'],
+            'DetTTAModel of mmdet merges boxes alone',
+        ),
+        ('video', ['--tta'], '--tta: the config has no tta_model and no tta_pipeline'),
+        (
+            'det',
+            ['--show-dir', 'a', '--cfg-options', 'default_hooks.visualization=None'],
+            'need default_hooks.visualization',
+        ),
+    ],
+)
+def test_wrong_flags_of_test(complain, monkeypatch, tmp_path, config, flags, text):
+    (tmp_path / 'a.pth').touch()
+    monkeypatch.setattr(launch, 'check_data', lambda cfg, splits: None)
+    assert text in complain('test', TINY / f'{config}.py', tmp_path / 'a.pth', *flags)
+
+
+def test_missing_checkpoint(complain):
+    assert 'CHECKPOINT: checkpoint gone.pth does not exist' in complain('test', TINY / 'det.py', 'gone.pth')
+
+
+def test_last_checkpoint_that_is_gone(complain, data, tmp_path):
+    (tmp_path / 'last_checkpoint').write_text('/elsewhere/epoch_3.pth')
+    line = complain('train', TINY / 'det.py', '--work-dir', tmp_path, '--resume', '--cfg-options', f'data_root={data}')
+    assert 'names /elsewhere/epoch_3.pth, which does not exist' in line
+
+
+def test_more_gpus_than_the_machine_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    launch.check_gpus(2)
+    with pytest.raises(ValueError, match='3 GPUs asked for, but this machine has 2'):
+        launch.check_gpus(3)
+
+
+def test_port_in_use_matters_on_the_first_machine_alone(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(('', 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv('PORT', str(port))
+        with pytest.raises(ValueError, match=f'port {port} cannot be used .*PORT={port + 1}'):
+            launch.check_processes(preflight=1)
+        monkeypatch.setenv('NODE_RANK', '1')
+        launch.check_processes(preflight=1)
+    launch.check_port(port)
+
+
+def test_only_the_first_process_complains(monkeypatch, capsys):
+    monkeypatch.setenv('RANK', '1')
+    with pytest.raises(SystemExit), launch.one_line_errors(ValueError):
+        raise ValueError('one')
+    assert capsys.readouterr().err == ''
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(KeyError), launch.one_line_errors(ValueError):
+        raise KeyError('a bug')
+
+
+def test_data_root_moves_what_was_copied_from_it():
+    cfg = launch.load_config(str(TINY / 'det.py'), {'data_root': '/new', 'val_dataloader.dataset.data_root': '/other'})
+    assert cfg.train_dataloader.dataset.dataset.data_root == '/new/'
+    assert cfg.val_dataloader.dataset.data_root == '/other'
+    assert cfg.test_evaluator.ann_file == '/new/annotations/instances_val2017.json'
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')
+def test_mixed_precision_becomes_fp32_on_a_cpu():
+    cfg = Config.fromfile(TINY / 'det.py')
+    launch.use_fp32_on_cpu(cfg)
+    assert dict(cfg.optim_wrapper) == dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
+
+
+@pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'])
+def test_scripts_explain_themselves_without_arguments(script):
+    result = subprocess.run([TOOLS / script], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith('usage: ')
+
+
+def test_print_config(tmp_path):
+    arguments = [TINY / 'seg.py', '--save-path', tmp_path / 'a.py', '--cfg-options', 'train_cfg.max_iters=7']
+    result = subprocess.run(
+        [sys.executable, TOOLS / 'misc/print_config.py', *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=dict(os.environ),
+        check=True,
+    )
+    assert 'max_iters=7' in result.stdout
+    assert Config.fromfile(tmp_path / 'a.py').train_cfg.max_iters == 7

@@ -1,0 +1,178 @@
+"""Test a detector, a segmentor or a video recognizer: one script for configs of mmdet, mmseg and mmaction.
+
+python tools/test.py configs/det/htc_swinv2_t.py work_dirs/htc/epoch_72.pth
+"""
+
+import argparse
+import copy
+import os
+
+from mmengine.config import Config, ConfigDict, DictAction
+
+import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
+from swinv2_mm.engine import launch
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line: the flags of the three toolboxes' own scripts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('--work-dir', help='folder for logs and metrics (default: ./work_dirs/<name of the config>)')
+    parser.add_argument(
+        '--out', help='save predictions: a .pkl file (mmdet, mmaction), a folder of label images (mmseg)'
+    )
+    parser.add_argument('--dump', help='save predictions in a .pkl file')
+    parser.add_argument('--show', action='store_true', help='show predictions in a window')
+    parser.add_argument('--show-dir', help='save drawn predictions, below the work folder for mmdet')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds for each picture of --show')
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='test-time augmentation: tta_model and tta_pipeline of the config; for boxes, flips if it has none',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='change the config: key=value, with nested keys '
+        'as in test_dataloader.batch_size=2 and lists as in key="[a,b]"; data_root=DIR moves all data',
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    # dist_test.sh: check everything for that many processes, then leave
+    parser.add_argument('--preflight', type=int, metavar='GPUS', help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def configure(args: argparse.Namespace, cfg: Config) -> None:
+    """Apply the flags to the config.
+
+    Raises:
+        ValueError: A flag does not fit the config.
+    """
+    cfg.launcher = args.launcher
+    cfg.work_dir = launch.default_work_dir(cfg, args.config, args.work_dir)
+    cfg.load_from = args.checkpoint
+    cfg.resume = False
+    if args.tta:
+        use_tta(cfg)
+    if args.show or args.show_dir:
+        show_predictions(cfg, args)
+    if args.out and cfg.get('default_scope') == 'mmseg':
+        for metric in evaluators(cfg):
+            metric.output_dir = args.out
+    elif args.out:
+        dump_predictions(cfg, args.out, '--out')
+    if args.dump:
+        dump_predictions(cfg, args.dump, '--dump')
+
+
+def evaluators(cfg: Config) -> list:
+    """The metrics of the test, as a list in the config."""
+    if not isinstance(cfg.test_evaluator, list):
+        cfg.test_evaluator = list(cfg.test_evaluator) if isinstance(cfg.test_evaluator, tuple) else [cfg.test_evaluator]
+    return cfg.test_evaluator
+
+
+def dump_predictions(cfg: Config, path: str, flag: str) -> None:
+    """Save the predictions of all images, in the form that the toolbox's own scripts save and read.
+
+    Raises:
+        ValueError: The path is not that of a pickle file.
+    """
+    if not path.endswith(('.pkl', '.pickle')):
+        raise ValueError(f'{flag} {path}: the file must end in .pkl')
+    dump = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
+    evaluators(cfg).append(dict(type=dump, out_file_path=path))
+
+
+def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
+    """Draw predictions; each toolbox's VisualizationHook has its own names for that.
+
+    Raises:
+        ValueError: The config has no such hook.
+    """
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None:
+        raise ValueError('--show and --show-dir need default_hooks.visualization in the config')
+    hook.show = args.show
+    hook.wait_time = args.wait_time
+    hook['enable' if cfg.get('default_scope') == 'mmaction' else 'draw'] = True
+    if args.show_dir and cfg.get('default_scope') == 'mmseg':
+        cfg.visualizer.save_dir = args.show_dir
+    elif args.show_dir:
+        hook['out_dir' if cfg.get('default_scope') == 'mmaction' else 'test_out_dir'] = args.show_dir
+
+
+def use_tta(cfg: Config) -> None:
+    """Test on augmented views and merge their predictions.
+
+    Raises:
+        ValueError: The config has no test-time augmentation, and a default does not exist for its kind of model.
+    """
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    if cfg.get('default_scope') == 'mmdet':
+        cfg.tta_model = cfg.get('tta_model') or dict(
+            type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
+        )
+        cfg.tta_pipeline = cfg.get('tta_pipeline') or flipped_pipeline(dataset.pipeline)
+        if cfg.tta_model.type.split('.')[-1] == 'DetTTAModel' and has_masks(cfg.model):
+            raise ValueError('--tta: DetTTAModel of mmdet merges boxes alone, and this model predicts masks too')
+    missing = [name for name in ('tta_model', 'tta_pipeline') if name not in cfg]
+    if missing:
+        raise ValueError(f'--tta: the config has no {" and no ".join(missing)}')
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+def flipped_pipeline(pipeline: list) -> list:
+    """The test pipeline of a detector with each image as it is and flipped."""
+    pack = copy.deepcopy(pipeline[-1])
+    pack['meta_keys'] = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
+    views = [[dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)], [pack]]
+    return [*copy.deepcopy(pipeline[:-1]), dict(type='TestTimeAug', transforms=views)]
+
+
+def has_masks(model: dict) -> bool:
+    """Whether a detector's config has a mask head, at any depth."""
+    return any(
+        key == 'mask_head' and bool(value) or isinstance(value, dict) and has_masks(value)
+        for key, value in model.items()
+    )
+
+
+def check(args: argparse.Namespace, cfg: Config) -> None:
+    """Find what would stop the test, before it starts.
+
+    Raises:
+        FileNotFoundError: Data or the checkpoint is missing.
+        ValueError: Anything else.
+    """
+    launch.check_checkpoint(args.checkpoint, 'CHECKPOINT')
+    launch.check_backbone(cfg)
+    launch.check_data(cfg, ['test'])
+    launch.check_processes(args.preflight)
+
+
+def main() -> None:
+    """Run the script."""
+    args = parse_args()
+    with launch.one_line_errors(FileNotFoundError):
+        cfg = launch.load_config(args.config, args.cfg_options)
+    with launch.one_line_errors(FileNotFoundError, ValueError):
+        check(args, cfg)
+        configure(args, cfg)
+    if args.preflight:
+        return
+    launch.die_with_launcher(cfg)
+    launch.init_cpu_processes(cfg)
+    launch.build_runner(cfg).test()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,117 @@
+"""Train a detector, a segmentor or a video recognizer: one script for configs of mmdet, mmseg and mmaction.
+
+python tools/train.py configs/det/htc_swinv2_t.py --work-dir work_dirs/htc
+"""
+
+import argparse
+import os
+
+from mmengine.config import Config, DictAction
+
+import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
+from swinv2_mm.engine import launch
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line: the flags of the three toolboxes' own scripts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--work-dir', help='folder for logs and checkpoints (default: ./work_dirs/<name of the config>)'
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        help='go on from this checkpoint, or from the last one in the work folder if no path is given',
+    )
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision (needs a GPU)')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help='scale the learning rate with the total batch size'
+    )
+    parser.add_argument('--no-validate', action='store_true', help='do not evaluate during training')
+    parser.add_argument('--seed', type=int, help='seed of all random numbers')
+    parser.add_argument('--diff-rank-seed', action='store_true', help='a different seed for each process')
+    parser.add_argument('--deterministic', action='store_true', help='use deterministic GPU kernels alone')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='change the config: key=value, with nested keys '
+        'as in optim_wrapper.optimizer.lr=1e-4 and lists as in key="[a,b]"; data_root=DIR moves all data',
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    # dist_train.sh: check everything for that many processes, then leave
+    parser.add_argument('--preflight', type=int, metavar='GPUS', help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def configure(args: argparse.Namespace, cfg: Config) -> None:
+    """Apply the flags to the config.
+
+    Raises:
+        ValueError: A flag does not fit the config or the machine.
+    """
+    cfg.launcher = args.launcher
+    cfg.work_dir = launch.default_work_dir(cfg, args.config, args.work_dir)
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.amp:
+        if launch.get_device() == 'cpu':
+            raise ValueError('--amp needs a GPU, and this machine has none')
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise ValueError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config')
+        cfg.auto_scale_lr.enable = True
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    randomness = dict(cfg.get('randomness') or {})
+    if args.seed is not None:
+        randomness['seed'] = args.seed
+    for flag in ('diff_rank_seed', 'deterministic'):
+        if getattr(args, flag):
+            randomness[flag] = True
+    cfg.randomness = dict(dict(seed=None), **randomness)
+    if cfg.randomness.get('deterministic'):
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # torch refuses deterministic cuBLAS without it
+
+
+def check(args: argparse.Namespace, cfg: Config) -> None:
+    """Find what would stop the training, before it starts.
+
+    Raises:
+        FileNotFoundError: Data or a checkpoint is missing.
+        ValueError: Anything else.
+    """
+    launch.check_backbone(cfg)
+    launch.check_data(cfg, ['train', 'val'])
+    if cfg.get('resume') and cfg.get('load_from') is None:
+        launch.check_last_checkpoint(cfg.work_dir)
+    launch.check_checkpoint(cfg.get('load_from'), '--resume' if cfg.get('resume') else 'load_from')
+    launch.check_processes(args.preflight)
+
+
+def main() -> None:
+    """Run the script."""
+    args = parse_args()
+    with launch.one_line_errors(FileNotFoundError):
+        cfg = launch.load_config(args.config, args.cfg_options)
+    with launch.one_line_errors(FileNotFoundError, ValueError):
+        configure(args, cfg)
+        check(args, cfg)
+    if args.preflight:
+        return
+    launch.die_with_launcher(cfg)
+    launch.use_fp32_on_cpu(cfg)
+    launch.init_cpu_processes(cfg)
+    launch.build_runner(cfg).train()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,4 +1,5 @@
 """Swin Transformer V2 for OpenMMLab 3.x. Importing this package imports no toolbox."""
+
 from pathlib import Path
 
 from .version import __version__, check_dependencies
@@ -10,7 +11,7 @@ from mmengine.config.utils import MODULE2PACKAGE  # noqa: E402
 from . import compat  # noqa: E402
 
 compat.apply()
-# lets mmengine resolve `_base_ = 'swinv2_mm::det/...'` and get_config('swinv2_mm::det/...'); it knows its own family alone
+# lets mmengine resolve `_base_ = 'swinv2_mm::...'` and get_config('swinv2_mm::...'); it knows its own family alone
 MODULE2PACKAGE.setdefault('swinv2_mm', 'swinv2_mm')
 
 

@@ -4,6 +4,7 @@ From a config of any toolbox, `type='swinv2_mm.SwinTransformerV2'` finds the cla
 makes mmengine import this module, and the first look-up imports `locations`. This file imports mmengine alone, because
 mmengine swallows an ImportError that is raised here and then reports a missing name.
 """
+
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
@@ -15,4 +16,5 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
     scope='swinv2_mm',
-    locations=['swinv2_mm.engine'])
+    locations=['swinv2_mm.engine'],
+)

@@ -1,4 +1,5 @@
 """What mmengine expects of every package that it can resolve by name, and nothing else."""
+
 import importlib
 
 

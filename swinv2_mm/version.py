@@ -1,4 +1,5 @@
 """Version of the package, and of what it needs."""
+
 import importlib
 
 __version__ = '0.1.0'
@@ -9,8 +10,8 @@ MINIMUM = {'torch': '2.0', 'mmengine': '0.10.0', 'mmcv': '2.0.0'}
 def check_dependencies() -> None:
     """Raise an ImportError that names each package which is missing or too old, and the way to get it.
 
-    They are no install requirements, because their builds differ from user to user: by CUDA version, as prebuilt wheels,
-    or under other distribution names.
+    They are no install requirements, because their builds differ from user to user: by CUDA version, as prebuilt
+    wheels, or under other distribution names.
     """
     wrong = []
     for name, minimum in MINIMUM.items():
@@ -24,9 +25,11 @@ def check_dependencies() -> None:
         if _release(found) < _release(minimum):
             wrong.append(f'{name}>={minimum} (found {found})')
     if wrong:
-        raise ImportError(f'swinv2_mm {__version__} needs {", ".join(wrong)}. Install torch from https://pytorch.org, then '
-                          '`pip install -U openmim && mim install mmengine "mmcv>=2.0.0"`; or run `make setup` in the '
-                          'repository, which makes an environment with all of them.')
+        raise ImportError(
+            f'swinv2_mm {__version__} needs {", ".join(wrong)}. Install torch from https://pytorch.org, then '
+            '`pip install -U openmim && mim install mmengine "mmcv>=2.0.0"`; or run `make setup` in the '
+            'repository, which makes an environment with all of them.'
+        )
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
 """Shared by all tests."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Swin V2 of timm and transformers, fed with the weights of ours. Both are independent of this package."""
+
 import sys
 from pathlib import Path
 
@@ -29,19 +30,31 @@ def find_peers() -> None:
     sys.path.append(str(Path(sys.prefix, 'oracles')))
     try:
         import torchvision  # noqa: F401
+
         return
     except RuntimeError:  # its operators do not exist
         pass
     library = torch.library.Library('torchvision', 'DEF')
-    for name in ('nms', 'qnms', 'roi_align', 'ps_roi_align', 'roi_pool', 'ps_roi_pool', '_roi_align_backward',
-                 '_ps_roi_align_backward', '_roi_pool_backward', '_ps_roi_pool_backward', 'deform_conv2d',
-                 '_deform_conv2d_backward'):
+    for name in (
+        'nms',
+        'qnms',
+        'roi_align',
+        'ps_roi_align',
+        'roi_pool',
+        'ps_roi_pool',
+        '_roi_align_backward',
+        '_ps_roi_align_backward',
+        '_roi_pool_backward',
+        '_ps_roi_pool_backward',
+        'deform_conv2d',
+        '_deform_conv2d_backward',
+    ):
         library.define(f'{name}(Tensor x) -> Tensor')
     globals()['_torchvision_ops'] = library  # the schemas live as long as this object
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter so that nothing is trivial: norms far from 0 and 1, scales beyond their clamp, strong biases."""
+    """Draw every parameter so that nothing is trivial: norms other than 0 and 1, scales beyond their clamp."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(like: torch.Tensor, low: float, high: float) -> torch.Tensor:
@@ -74,17 +87,31 @@ def timm_name(name: str) -> str:
     return '.'.join(parts)
 
 
-def timm_twin(backbone: nn.Module, image_size: tuple[int, int], arch: dict, window_size: int,
-              pretrained_window_sizes: tuple[int, ...]) -> nn.Module:
+def timm_twin(
+    backbone: nn.Module,
+    image_size: tuple[int, int],
+    arch: dict,
+    window_size: int,
+    pretrained_window_sizes: tuple[int, ...],
+) -> nn.Module:
     find_peers()
     from timm.models.swin_transformer_v2 import SwinTransformerV2
+
     twin = SwinTransformerV2(
-        img_size=image_size, window_size=window_size, pretrained_window_sizes=pretrained_window_sizes, num_classes=0,
-        embed_dim=arch['embed_dims'], depths=arch['depths'], num_heads=arch['num_heads'], drop_path_rate=0.)
+        img_size=image_size,
+        window_size=window_size,
+        pretrained_window_sizes=pretrained_window_sizes,
+        num_classes=0,
+        embed_dim=arch['embed_dims'],
+        depths=arch['depths'],
+        num_heads=arch['num_heads'],
+        drop_path_rate=0.0,
+    )
     dtype = next(backbone.parameters()).dtype
     weights = {timm_name(k): v for k, v in backbone.state_dict().items() if not k.startswith('norm')}
     missing, unexpected = twin.to(dtype).load_state_dict(weights, strict=False)
-    assert not unexpected and set(missing) <= {'norm.weight', 'norm.bias'}, (missing, unexpected)
+    assert not unexpected
+    assert set(missing) <= {'norm.weight', 'norm.bias'}
     return twin
 
 
@@ -114,18 +141,26 @@ def hf_weights(backbone: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
-def hf_twin(backbone: nn.Module, image_size: int, arch: dict, window_size: int,
-            pretrained_window_sizes: tuple[int, ...]) -> nn.Module:
+def hf_twin(
+    backbone: nn.Module, image_size: int, arch: dict, window_size: int, pretrained_window_sizes: tuple[int, ...]
+) -> nn.Module:
     find_peers()
     from transformers import Swinv2Backbone, Swinv2Config
+
     config = Swinv2Config(
-        image_size=image_size, window_size=window_size, pretrained_window_sizes=pretrained_window_sizes,
-        embed_dim=arch['embed_dims'], depths=list(arch['depths']), num_heads=list(arch['num_heads']),
-        drop_path_rate=0., out_features=['stage1', 'stage2', 'stage3', 'stage4'])
+        image_size=image_size,
+        window_size=window_size,
+        pretrained_window_sizes=pretrained_window_sizes,
+        embed_dim=arch['embed_dims'],
+        depths=list(arch['depths']),
+        num_heads=list(arch['num_heads']),
+        drop_path_rate=0.0,
+        out_features=['stage1', 'stage2', 'stage3', 'stage4'],
+    )
     twin = Swinv2Backbone(config).to(next(backbone.parameters()).dtype).eval()
     missing, unexpected = twin.load_state_dict(hf_weights(backbone), strict=False)
     missing = [m for m in missing if 'relative' not in m and not m.startswith('layernorm')]
-    assert not unexpected and not missing, (missing, unexpected)
+    assert (missing, unexpected) == ([], [])
     return twin
 
 

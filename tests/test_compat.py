@@ -162,3 +162,30 @@ def test_breakage_of_mmaction_is_present():
     """Either of the two missing modules stops the import of mmaction's models."""
     result = python('import mmaction.models')
     assert 'drn' in result.stderr or 'importlib_metadata' in result.stderr
+
+
+# ---------------------------------------------------------------- metrics
+
+TWO_PROCESSES = """
+import sys, torch
+{first}
+from mmengine.dist import get_rank
+from mmengine.hooks import logger_hook
+
+def work(rank):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{{sys.argv[1]}}/meet', rank=rank, world_size=2)
+    logger_hook.dump(dict(rank=rank), f'{{sys.argv[1]}}/{{rank}}.json')
+
+if __name__ == '__main__':
+    torch.multiprocessing.spawn(work, nprocs=2)
+"""
+
+
+@pytest.mark.parametrize(('first', 'written'), [('import swinv2_mm', ['0.json']), ('', ['0.json', '1.json'])])
+def test_metrics_are_written_by_the_first_process_alone(first, written, tmp_path):
+    """Without the mend, all processes write the one file of a test."""
+    script = tmp_path / 'script.py'
+    script.write_text(TWO_PROCESSES.format(first=first))
+    result = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False, cwd='/')
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in tmp_path.glob('*.json')) == written

@@ -1,4 +1,5 @@
 """Arrows between the packages point one way, and toolboxes are imported only by the file that extends them."""
+
 import ast
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level:
-            origin = folder[:len(folder) + 1 - node.level]
+            origin = folder[: len(folder) + 1 - node.level]
             modules = [node.module] if node.module else [alias.name for alias in node.names]
             names |= {'swinv2_mm.' + '.'.join((*origin, module)) for module in modules}
         elif isinstance(node, ast.ImportFrom):

@@ -1,4 +1,5 @@
-"""Configs are inherited from a folder outside the repository, with the package installed as a wheel and in editable mode."""
+"""Configs are inherited outside the repository, with the package installed as a wheel and in editable mode."""
+
 import os
 import subprocess
 import sys
@@ -50,18 +51,23 @@ def environment(request) -> dict[str, str]:
 
 
 def run(arguments: list, folder: Path, env: dict[str, str]) -> str:
-    result = subprocess.run([str(a) for a in arguments], cwd=folder, env=env, text=True, capture_output=True, check=False)
+    result = subprocess.run(
+        [str(a) for a in arguments], cwd=folder, env=env, text=True, capture_output=True, check=False
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout
 
 
 def test_every_way_to_name_a_base_config_works(environment, tmp_path):
-    package = run([sys.executable, '-c', 'import swinv2_mm; print(swinv2_mm.__path__[0])'], tmp_path, environment).strip()
+    package = run(
+        [sys.executable, '-c', 'import swinv2_mm; print(swinv2_mm.__path__[0])'], tmp_path, environment
+    ).strip()
     assert ('site' in package) == ('PYTHONPATH' in environment)
     bases = dict(
         relative=repr(os.path.relpath(f'{package}/.mim/configs/det/htc_swinv2_t.py', tmp_path)),
         by_function="[__import__('swinv2_mm').config_path('det/htc_swinv2_t.py')]",
-        by_scope="'swinv2_mm::det/htc_swinv2_t.py'")
+        by_scope="'swinv2_mm::det/htc_swinv2_t.py'",
+    )
     paths = []
     for name, base in bases.items():
         paths.append(tmp_path / f'{name}.py')
@@ -71,14 +77,17 @@ def test_every_way_to_name_a_base_config_works(environment, tmp_path):
 
 
 def test_get_config_and_get_model_find_configs_by_name(environment, tmp_path):
-    code = ("import swinv2_mm; from mmengine.hub import get_config, get_model; "
-            "print(get_config('swinv2_mm::det/cascade_mask_rcnn_swinv2_t.py').model.type, "
-            "type(get_model('swinv2_mm::det/cascade_mask_rcnn_swinv2_t.py')).__name__)")
+    code = (
+        'import swinv2_mm; from mmengine.hub import get_config, get_model; '
+        "print(get_config('swinv2_mm::det/cascade_mask_rcnn_swinv2_t.py').model.type, "
+        "type(get_model('swinv2_mm::det/cascade_mask_rcnn_swinv2_t.py')).__name__)"
+    )
     assert run([sys.executable, '-c', code], tmp_path, environment).split()[-2:] == ['CascadeRCNN', 'CascadeRCNN']
 
 
 def test_an_unknown_config_is_named_with_those_there_are():
     import swinv2_mm
+
     with pytest.raises(FileNotFoundError, match=r"no config 'det/htc_swinv2_x.py'; it has .*det/htc_swinv2_t.py"):
         swinv2_mm.config_path('det/htc_swinv2_x.py')
 
@@ -86,10 +95,36 @@ def test_an_unknown_config_is_named_with_those_there_are():
 @pytest.mark.slow
 def test_mim_trains_from_the_wheel(wheel_site, tmp_path):
     """`mim train` looks a package up beside its metadata, so it works with a wheel and not with an editable install."""
-    run([sys.executable, wheel_site / 'swinv2_mm/.mim/tools/misc/make_shapes_coco.py', 'data', '--train', '4', '--val', '2'],
-        tmp_path, os.environ | dict(PYTHONPATH=str(wheel_site)))
+    run(
+        [
+            sys.executable,
+            wheel_site / 'swinv2_mm/.mim/tools/misc/make_shapes_coco.py',
+            'data',
+            '--train',
+            '4',
+            '--val',
+            '2',
+        ],
+        tmp_path,
+        os.environ | dict(PYTHONPATH=str(wheel_site)),
+    )
     (tmp_path / 'mine.py').write_text("_base_ = 'swinv2_mm::det/htc_swinv2_demo.py'\n")
-    run([Path(sys.executable).parent / 'mim', 'train', 'swinv2_mm', 'mine.py', '--gpus', '0', '--work-dir', 'out',
-         '--cfg-options', 'data_root=data/', 'train_cfg.max_epochs=1', 'train_dataloader.batch_size=2'],
-        tmp_path, os.environ | dict(PYTHONPATH=str(wheel_site)))
+    run(
+        [
+            Path(sys.executable).parent / 'mim',
+            'train',
+            'swinv2_mm',
+            'mine.py',
+            '--gpus',
+            '0',
+            '--work-dir',
+            'out',
+            '--cfg-options',
+            'data_root=data/',
+            'train_cfg.max_epochs=1',
+            'train_dataloader.batch_size=2',
+        ],
+        tmp_path,
+        os.environ | dict(PYTHONPATH=str(wheel_site)),
+    )
     assert (tmp_path / 'out' / 'last_checkpoint').exists()

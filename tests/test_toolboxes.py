@@ -1,4 +1,5 @@
 """The backbone inside configs of the toolboxes themselves, found by its name alone."""
+
 import importlib.util
 import subprocess
 import sys
@@ -8,10 +9,14 @@ import pytest
 # base config of the toolbox, and where the channels of the backbone go
 STOCK = {
     'mmdet': ('mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', 'neck=dict(in_channels=[96, 192, 384, 768])'),
-    'mmseg': ('swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
-              'pretrained=None, decode_head=dict(in_channels=[96, 192, 384, 768])'),
-    'mmaction': ('recognition/tsn/tsn_imagenet-pretrained-r50_8xb32-1x1x3-100e_kinetics400-rgb.py',
-                 'cls_head=dict(in_channels=768)'),
+    'mmseg': (
+        'swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+        'pretrained=None, decode_head=dict(in_channels=[96, 192, 384, 768])',
+    ),
+    'mmaction': (
+        'recognition/tsn/tsn_imagenet-pretrained-r50_8xb32-1x1x3-100e_kinetics400-rgb.py',
+        'cls_head=dict(in_channels=768)',
+    ),
 }
 CONFIG = """
 _base_ = '{toolbox}::{base}'
@@ -34,7 +39,7 @@ print(cfg.default_scope, type(model).__name__, type(model.backbone).__module__, 
 """
 RUN = {
     'mmdet': 'shape = [tuple(f.shape) for f in model.extract_feat(torch.rand(1, 3, 64, 96))][0]',
-    'mmseg': "shape = tuple(model.encode_decode(torch.rand(2, 3, 64, 96), [dict(img_shape=(64, 96))] * 2).shape)",
+    'mmseg': 'shape = tuple(model.encode_decode(torch.rand(2, 3, 64, 96), [dict(img_shape=(64, 96))] * 2).shape)',
     'mmaction': 'shape = tuple(model.backbone(torch.rand(1, 3, 64, 96))[3].shape)',
 }
 EXPECTED = {
@@ -52,13 +57,17 @@ def test_a_stock_config_takes_the_backbone_without_custom_imports(toolbox, tmp_p
     config = tmp_path / 'config.py'
     config.write_text(CONFIG.format(toolbox=toolbox, base=base, rest=rest))
     code = CHECK.format(mend='import swinv2_mm' if toolbox == 'mmaction' else '', run=RUN[toolbox])
-    result = subprocess.run([sys.executable, '-c', code, str(config)], cwd=tmp_path, text=True, capture_output=True, check=False)
+    result = subprocess.run(
+        [sys.executable, '-c', code, str(config)], cwd=tmp_path, text=True, capture_output=True, check=False
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.splitlines()[-1] == EXPECTED[toolbox]
 
 
 def test_importing_the_package_or_its_backbone_imports_no_toolbox():
-    code = ("import sys, swinv2_mm, swinv2_mm.models, swinv2_mm.ops, swinv2_mm.engine; "
-            "print([m for m in ('mmdet', 'mmseg', 'mmaction', 'torchvision', 'triton', 'mmcv._ext') if m in sys.modules])")
+    code = (
+        'import sys, swinv2_mm, swinv2_mm.models, swinv2_mm.ops, swinv2_mm.engine; '
+        "print([m for m in ('mmdet', 'mmseg', 'mmaction', 'torchvision', 'triton', 'mmcv._ext') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, '-c', code], text=True, capture_output=True, check=True)
     assert result.stdout.strip() == '[]'

@@ -1,4 +1,5 @@
-# HTC on SwinV2-B by the recipe for HTC++ (A2.1): 1536x1536, window 32, lr 4e-4 for 64 images, a tenth of it for the backbone.
+# HTC on SwinV2-B by the recipe for HTC++ (A2.1): 1536x1536, window 32, lr 4e-4 for 64 images, a tenth of it for the
+# backbone.
 #   tools/dist_train.sh configs/det/htc_swinv2_b.py 8
 # The paper starts from ImageNet-22K at 192x192 with window 12 and has no row for B.
 # Missing from HTC++ so far: InstaBoost and the extra global self-attention after the last stage.
@@ -15,11 +16,14 @@ model = dict(
         window_size=32,
         pretrained_window_sizes=(12, 12, 12, 6),
         drop_path_rate=0.2,  # not stated; that of V1's HTC++
-        with_cp=True),
-    neck=dict(in_channels=[128, 256, 512, 1024]))
+        with_cp=True,
+    ),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)
 train_dataloader = dict(batch_size=2)
 optim_wrapper = dict(
     accumulative_counts=4,  # 8 GPUs x 2 images x 4 = 64
     optimizer=dict(lr=4e-4),
-    paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}))
+    paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}),
+)
 auto_scale_lr = dict(base_batch_size=16)  # images of all GPUs before accumulation

@@ -1,6 +1,6 @@
-# HTC on SwinV2-G (A2.2): 1536x1536, window 32, lr 6e-4 for 96 images, 45,000 steps; sequential self-attention in the first
-# two stages and activation checkpointing (Sec. 3.4). With all of HTC++, and from Objects365, the paper has 61.7 box AP and
-# 53.3 mask AP on val (Table 3).
+# HTC on SwinV2-G (A2.2): 1536x1536, window 32, lr 6e-4 for 96 images, 45,000 steps; sequential self-attention in the
+# first two stages and activation checkpointing (Sec. 3.4). With all of HTC++, and from Objects365, the paper has 61.7 box
+# AP and 53.3 mask AP on val (Table 3).
 #   tools/dist_train.sh configs/det/htc_swinv2_g.py 8
 _base_ = './htc_swinv2_l.py'
 
@@ -10,8 +10,10 @@ model = dict(
     backbone=dict(
         arch='giant',
         sequential_stages=(0, 1),
-        drop_path_rate=0.4),  # not stated; that of G on ADE20K
-    neck=dict(in_channels=[512, 1024, 2048, 4096]))
+        drop_path_rate=0.4,  # not stated; that of G on ADE20K
+    ),
+    neck=dict(in_channels=[512, 1024, 2048, 4096]),
+)
 train_dataloader = dict(sampler=dict(type='InfiniteSampler'))
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=steps, val_interval=steps // 36)
 param_scheduler = [
@@ -23,12 +25,14 @@ param_scheduler = [
         end=steps,
         by_epoch=False,
         milestones=[steps * 27 // 36, steps * 33 // 36],  # as epochs 27 and 33 of 36
-        gamma=0.1),
+        gamma=0.1,
+    ),
 ]
 optim_wrapper = dict(
     accumulative_counts=accumulate,
     optimizer=dict(lr=6e-4),
     # not stated for G; kept from L, whose lr per image it shares
-    paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}))
+    paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}),
+)
 default_hooks = dict(checkpoint=dict(by_epoch=False, interval=steps // 36))
 log_processor = dict(by_epoch=False)

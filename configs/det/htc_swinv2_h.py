@@ -1,6 +1,4 @@
 # HTC on SwinV2-H. The paper has no such system: this is the recipe of L (see htc_swinv2_b.py).
 _base_ = './htc_swinv2_l.py'
 
-model = dict(
-    backbone=dict(arch='huge', sequential_stages=(0, 1)),
-    neck=dict(in_channels=[352, 704, 1408, 2816]))
+model = dict(backbone=dict(arch='huge', sequential_stages=(0, 1)), neck=dict(in_channels=[352, 704, 1408, 2816]))

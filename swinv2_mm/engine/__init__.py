@@ -1,4 +1,5 @@
 """Hooks and the optimizer constructor, registered in `swinv2_mm.registry`; needs no toolbox."""
+
 from .hooks import AtomicCheckpointHook, ReproducibleResumeHook
 from .optim_wrapper_constructor import SwinV2OptimWrapperConstructor
 

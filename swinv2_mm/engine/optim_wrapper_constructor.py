@@ -1,4 +1,5 @@
 """Which parameters of a Swin V2 are decayed."""
+
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
@@ -10,7 +11,7 @@ NO_DECAY = ('logit_scale', 'cpb_mlp')
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class SwinV2OptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """mmengine's default, which exempts norms, biases, `logit_scale` and `cpb_mlp` from weight decay in the whole model.
+    """mmengine's default constructor, with norms, biases, `logit_scale` and `cpb_mlp` exempt from weight decay.
 
     The default cannot do that together with a learning rate for the backbone: its `custom_keys` override its rules for
     norms and biases. Here they give learning rates, and the exemption holds beside them:
@@ -33,4 +34,4 @@ class SwinV2OptimWrapperConstructor(DefaultOptimWrapperConstructor):
             param = group['params'][0]
             name = own.get(id(param), '')  # those of children were done by their own call
             if name and (param.ndim <= 1 or any(key in name for key in NO_DECAY)):
-                group['weight_decay'] = 0.
+                group['weight_decay'] = 0.0

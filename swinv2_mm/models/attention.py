@@ -1,4 +1,5 @@
 """Window attention as a module: projections, scale and position bias around `swinv2_mm.ops.window_attention`."""
+
 import math
 
 import torch
@@ -20,22 +21,24 @@ class WindowAttention(nn.Module):
         window_size: Tokens of a window along each axis.
         shift_size: Shift of the windows along each axis.
         pretrained_window_size: Window that the position bias was learnt with, along each axis.
-        mask_padding: Whether tokens added by padding are excluded. If not, they are attended as tokens of value zero, the
-            convention of Swin's dense code; a map smaller than the window is then padded up to it.
+        mask_padding: Whether tokens added by padding are excluded. If not, they are attended as tokens of value zero,
+            the convention of Swin's dense code; a map smaller than the window is then padded up to it.
         backend: Backend of `swinv2_mm.ops.window_attention`.
         sequential: Whether heads are computed one after the other and recomputed for the backward pass, so that the
             attention weights of one head at a time are in memory (sequential self-attention, Sec. 3.4).
     """
 
-    def __init__(self,
-                 dim: int,
-                 num_heads: int,
-                 window_size: tuple[int, ...],
-                 shift_size: tuple[int, ...],
-                 pretrained_window_size: tuple[int, ...],
-                 mask_padding: bool = True,
-                 backend: str = 'auto',
-                 sequential: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: tuple[int, ...],
+        shift_size: tuple[int, ...],
+        pretrained_window_size: tuple[int, ...],
+        mask_padding: bool = True,
+        backend: str = 'auto',
+        sequential: bool = False,
+    ) -> None:
         super().__init__()
         check_backend(backend)
         self.num_heads = num_heads

@@ -1,4 +1,5 @@
 """The residual post-norm block and the stage made of it."""
+
 import torch
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
@@ -27,8 +28,8 @@ class SwinBlock(nn.Module):
 
     Args:
         dim: Channels.
-        drop_path: Probability of dropping a residual branch for a sample. The branch is dropped after its norm, so that a
-            dropped branch adds nothing, not even the norm's bias.
+        drop_path: Probability of dropping a residual branch for a sample. The branch is dropped after its norm, so that
+            a dropped branch adds nothing, not even the norm's bias.
         extra_norm: Whether the main branch itself is normalised at the end, as every sixth block of H and G does.
         **attention: Arguments of `WindowAttention`.
     """
@@ -62,8 +63,16 @@ class SwinStage(nn.Module):
         **attention: Further arguments of `WindowAttention`.
     """
 
-    def __init__(self, dim: int, drop_path: list[float], window_size: tuple[int, ...], extra_norm_every_n_blocks: int,
-                 downsample: bool, with_cp: bool, **attention) -> None:
+    def __init__(
+        self,
+        dim: int,
+        drop_path: list[float],
+        window_size: tuple[int, ...],
+        extra_norm_every_n_blocks: int,
+        downsample: bool,
+        with_cp: bool,
+        **attention,
+    ) -> None:
         super().__init__()
         self.with_cp = with_cp
         period = extra_norm_every_n_blocks
@@ -74,7 +83,10 @@ class SwinStage(nn.Module):
                 extra_norm=bool(period) and (i + 1) % period == 0,
                 window_size=window_size,
                 shift_size=tuple(w // 2 if i % 2 else 0 for w in window_size),
-                **attention) for i, rate in enumerate(drop_path))
+                **attention,
+            )
+            for i, rate in enumerate(drop_path)
+        )
         self.downsample = PatchMerging(dim) if downsample else None
 
     def forward(self, x: Tensor) -> Tensor:

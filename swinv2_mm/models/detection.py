@@ -2,6 +2,7 @@
 
 The only part of `models` that imports mmdet, so a config names it in full: `swinv2_mm.models.detection.Float32RPNHead`.
 """
+
 from mmdet.models.dense_heads import RPNHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from torch import Tensor
@@ -13,8 +14,8 @@ from ..registry import MODELS
 class Float32RPNHead(RPNHead):
     """mmdet's RPN with its predictions in float32.
 
-    mmdet makes anchors of the predictions' dtype: in bfloat16 they would lie on a grid of 8 pixels at the far side of an
-    image of 1333, and so would the proposals; mmcv's NMS refuses them on a CPU.
+    mmdet makes anchors of the predictions' dtype: in bfloat16 they would lie on a grid of 8 pixels at the far side of
+    an image of 1333, and so would the proposals; mmcv's NMS refuses them on a CPU.
     """
 
     def forward_single(self, x: Tensor) -> tuple[Tensor, Tensor]:

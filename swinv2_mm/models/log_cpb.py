@@ -1,4 +1,5 @@
 """Log-spaced continuous position bias: the one owner of relative coordinates."""
+
 import math
 
 import torch
@@ -6,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def log_spaced_coords(window_size: tuple[int, ...],
-                      pretrained_window_size: tuple[int, ...],
-                      device: torch.device | None = None) -> Tensor:
+def log_spaced_coords(
+    window_size: tuple[int, ...], pretrained_window_size: tuple[int, ...], device: torch.device | None = None
+) -> Tensor:
     """Relative coordinates of a window in log space (Eq. 4), scaled as in the official code.
 
     The largest offset of the window that the MLP was pre-trained with is 8 before the logarithm and log2(9) / 3 after
@@ -27,8 +28,8 @@ def log_spaced_coords(window_size: tuple[int, ...],
 class LogCPB(nn.Sequential):
     """The MLP that turns log-spaced relative coordinates into a position bias for each head (Sec. 3.3).
 
-    It is continuous in the coordinates, so its weights serve any window size. `pretrained_window_size` must stay what it
-    was when they were learnt, since it scales the coordinates.
+    It is continuous in the coordinates, so its weights serve any window size. `pretrained_window_size` must stay what
+    it was when they were learnt, since it scales the coordinates.
 
     Args:
         window_size: Tokens of a window along each axis.
@@ -37,8 +38,7 @@ class LogCPB(nn.Sequential):
     """
 
     def __init__(self, window_size: tuple[int, ...], pretrained_window_size: tuple[int, ...], num_heads: int) -> None:
-        super().__init__(
-            nn.Linear(len(window_size), 512), nn.ReLU(inplace=True), nn.Linear(512, num_heads, bias=False))
+        super().__init__(nn.Linear(len(window_size), 512), nn.ReLU(inplace=True), nn.Linear(512, num_heads, bias=False))
         self.window_size = window_size
         self.pretrained_window_size = pretrained_window_size
 
@@ -47,9 +47,10 @@ class LogCPB(nn.Sequential):
         weight = self[0].weight
         # computed, not stored: a buffer would have to follow every window change and every deferred initialisation
         coords = log_spaced_coords(self.window_size, self.pretrained_window_size, weight.device)
-        # PyTorch's CPU kernels compute the last few elements of a tensor by another routine, one bit off; rows of padding
-        # keep them out, so that the bias is the official one to the last bit although the sigmoid comes before the gather
+        # PyTorch's CPU kernels compute the last few elements of a tensor by another routine, one bit off; rows of
+        # padding keep them out, so that the bias is the official one to the last bit although the sigmoid comes before
+        # the gather
         rows = F.pad(coords.to(weight.dtype), (0, 0, 0, -len(coords) % 64))
         with torch.autocast(weight.device.type, enabled=False):
             bias = 16 * super().forward(rows).sigmoid()
-        return bias[:len(coords)].T
+        return bias[: len(coords)].T

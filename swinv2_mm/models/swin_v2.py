@@ -1,4 +1,5 @@
 """Swin Transformer V2 backbones: one trunk for any number of axes, and what each toolbox sees of it."""
+
 from collections.abc import Sequence
 
 from mmengine.model import BaseModule
@@ -31,8 +32,8 @@ class SwinV2(BaseModule):
     (`norm{i}` for stage i) and the extra norms of H and G (`enorm`, which the official code lacks).
 
     Args:
-        arch: 'tiny', 'small', 'base', 'large', 'huge', 'giant_simmim' or 'giant', or a dict with `embed_dims`, `depths`,
-            `num_heads` and, if wanted, `extra_norm_every_n_blocks`.
+        arch: 'tiny', 'small', 'base', 'large', 'huge', 'giant_simmim' or 'giant', or a dict with `embed_dims`,
+            `depths`, `num_heads` and, if wanted, `extra_norm_every_n_blocks`.
         window_size: Tokens of a window: one number, or one entry per stage, each a number or one number per axis.
         pretrained_window_sizes: Windows that the position bias was pre-trained with, in the same forms. They must match
             the checkpoint: for example (12, 12, 12, 6) for the models pre-trained on ImageNet-22K. If None, or 0 for a
@@ -56,27 +57,33 @@ class SwinV2(BaseModule):
 
     num_axes: int
 
-    def __init__(self,
-                 arch: str | dict = 'tiny',
-                 window_size: int | Sequence = 8,
-                 pretrained_window_sizes: int | Sequence | None = None,
-                 patch_size: int | Sequence[int] = 4,
-                 in_channels: int = 3,
-                 drop_path_rate: float = 0.1,
-                 out_indices: Sequence[int] = (0, 1, 2, 3),
-                 frozen_stages: int = -1,
-                 norm_eval: bool = False,
-                 with_cp: bool = False,
-                 mask_padding: bool = True,
-                 attention_backend: str = 'auto',
-                 sequential_stages: Sequence[int] = (),
-                 init_cfg: dict | list[dict] | None = None) -> None:
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        window_size: int | Sequence = 8,
+        pretrained_window_sizes: int | Sequence | None = None,
+        patch_size: int | Sequence[int] = 4,
+        in_channels: int = 3,
+        drop_path_rate: float = 0.1,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        mask_padding: bool = True,
+        attention_backend: str = 'auto',
+        sequential_stages: Sequence[int] = (),
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
         super().__init__(init_cfg=init_cfg)
         arch = _resolve_arch(arch)
         depths = arch['depths']
         windows = _per_stage('window_size', window_size, len(depths), self.num_axes, minimum=1)
-        pretrained = _per_stage('pretrained_window_sizes', 0 if pretrained_window_sizes is None else pretrained_window_sizes,
-                                len(depths), self.num_axes)
+        pretrained = _per_stage(
+            'pretrained_window_sizes',
+            0 if pretrained_window_sizes is None else pretrained_window_sizes,
+            len(depths),
+            self.num_axes,
+        )
         _check_stages('out_indices', out_indices, len(depths))
         _check_stages('sequential_stages', sequential_stages, len(depths))
         check_backend(attention_backend)
@@ -89,14 +96,15 @@ class SwinV2(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.num_features = [arch['embed_dims'] * 2**i for i in range(len(depths))]
-        self.patch_embed = PatchEmbed(in_channels, arch['embed_dims'],
-                                      _per_axis('patch_size', patch_size, self.num_axes, minimum=1))
+        self.patch_embed = PatchEmbed(
+            in_channels, arch['embed_dims'], _per_axis('patch_size', patch_size, self.num_axes, minimum=1)
+        )
         # plain floats: a tensor's .item() would fail on the meta device
         rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
         self.layers = nn.ModuleList(
             SwinStage(
                 dim,
-                drop_path=rates[sum(depths[:i]):sum(depths[:i + 1])],
+                drop_path=rates[sum(depths[:i]) : sum(depths[: i + 1])],
                 window_size=windows[i],
                 extra_norm_every_n_blocks=arch['extra_norm_every_n_blocks'],
                 downsample=i < len(depths) - 1,
@@ -105,7 +113,10 @@ class SwinV2(BaseModule):
                 pretrained_window_size=tuple(p or w for p, w in zip(pretrained[i], windows[i], strict=True)),
                 mask_padding=mask_padding,
                 backend=attention_backend,
-                sequential=i in sequential_stages) for i, dim in enumerate(self.num_features))
+                sequential=i in sequential_stages,
+            )
+            for i, dim in enumerate(self.num_features)
+        )
         for i in self.out_indices:
             self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
         self._reset_parameters()
@@ -119,7 +130,7 @@ class SwinV2(BaseModule):
     def _reset_parameters(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=.02)
+                nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm | nn.Conv2d | nn.Conv3d):
@@ -146,7 +157,7 @@ class SwinV2(BaseModule):
         if self.frozen_stages < 0:
             return
         norms = [getattr(self, f'norm{i}') for i in self.out_indices if i < self.frozen_stages]
-        for module in (self.patch_embed, *self.layers[:self.frozen_stages], *norms):
+        for module in (self.patch_embed, *self.layers[: self.frozen_stages], *norms):
             module.eval()
             module.requires_grad_(False)
 
@@ -159,11 +170,13 @@ class SwinV2(BaseModule):
         channels = self.patch_embed.proj.in_channels
         if x.dim() != self.num_axes + 2 or x.shape[1] != channels:
             axes = ('T, ' if self.num_axes == 3 else '') + 'H, W'
-            raise ValueError(f'{type(self).__name__} takes an input of shape (N, {channels}, {axes}), got {tuple(x.shape)}')
+            raise ValueError(
+                f'{type(self).__name__} takes an input of shape (N, {channels}, {axes}), got {tuple(x.shape)}'
+            )
         x = self.patch_embed(x)
         outs = []
         last = max(self.out_indices)
-        for i, stage in enumerate(self.layers[:last + 1]):
+        for i, stage in enumerate(self.layers[: last + 1]):
             x = stage(x)
             if i in self.out_indices:
                 outs.append(getattr(self, f'norm{i}')(x).movedim(-1, 1).contiguous())
@@ -199,18 +212,22 @@ def _resolve_arch(arch: str | dict) -> dict:
     for i, num in enumerate(heads):
         dim = arch['embed_dims'] * 2**i
         if num < 1 or dim % num:
-            raise ValueError(f'num_heads must divide the channels of its stage: {num} does not divide the {dim} of stage {i}')
+            raise ValueError(
+                f'num_heads must divide the channels of its stage: {num} does not divide the {dim} of stage {i}'
+            )
     return dict(arch, depths=depths, num_heads=heads)
 
 
 def _per_axis(name: str, value: int | Sequence[int], num_axes: int, minimum: int = 0) -> tuple[int, ...]:
-    axes = (value, ) * num_axes if isinstance(value, int) else tuple(value)
+    axes = (value,) * num_axes if isinstance(value, int) else tuple(value)
     if len(axes) != num_axes or not all(isinstance(a, int) and a >= minimum for a in axes):
         raise ValueError(f'{name} must be a number of at least {minimum}, or {num_axes} of them, got {value!r}')
     return axes
 
 
-def _per_stage(name: str, value: int | Sequence, num_stages: int, num_axes: int, minimum: int = 0) -> list[tuple[int, ...]]:
+def _per_stage(
+    name: str, value: int | Sequence, num_stages: int, num_axes: int, minimum: int = 0
+) -> list[tuple[int, ...]]:
     stages = [value] * num_stages if isinstance(value, int) else list(value)
     if len(stages) != num_stages:
         raise ValueError(f'{name} must be one number, or one entry for each of the {num_stages} stages, got {value!r}')

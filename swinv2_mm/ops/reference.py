@@ -1,11 +1,20 @@
 """The meaning of window attention, in plain PyTorch. Every other backend is tested against this one."""
+
 import math
 
 import torch
 from torch import Tensor
 
-from .windows import (Size, attention_mask, crop_bias_table, fit_window, pad_to_windows, partition,
-                      relative_position_index, reverse)
+from .windows import (
+    Size,
+    attention_mask,
+    crop_bias_table,
+    fit_window,
+    pad_to_windows,
+    partition,
+    relative_position_index,
+    reverse,
+)
 
 MAX_LOGIT_SCALE = math.log(100)  # tau > 0.01 (Sec. 3.2)
 
@@ -20,8 +29,9 @@ def unit_vectors(x: Tensor) -> Tensor:
     return x / torch.where(norm < 1e-12, 1.0, norm)
 
 
-def reference_window_attention(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, window_size: Size,
-                               shift_size: Size) -> Tensor:
+def reference_window_attention(
+    qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, window_size: Size, shift_size: Size
+) -> Tensor:
     """See `swinv2_mm.ops.window_attention`."""
     map_size = tuple(qkv.shape[1:-3])
     axes = tuple(range(1, 1 + len(map_size)))

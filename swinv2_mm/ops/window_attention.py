@@ -1,4 +1,5 @@
 """Shifted-window cosine attention with one signature and a choice of backends."""
+
 import math
 from collections.abc import Sequence
 
@@ -12,19 +13,23 @@ BACKENDS = {'reference': reference_window_attention}
 def check_backend(name: str) -> None:
     """Raise a ValueError unless `name` is 'auto' or a backend."""
     if name != 'auto' and name not in BACKENDS:
-        raise ValueError(f"attention backend {name!r} is not known; use 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(
+            f"attention backend {name!r} is not known; use 'auto' or one of {', '.join(map(repr, BACKENDS))}"
+        )
 
 
-def window_attention(qkv: Tensor,
-                     logit_scale: Tensor,
-                     bias_table: Tensor,
-                     window_size: Sequence[int],
-                     shift_size: Sequence[int],
-                     backend: str = 'auto') -> Tensor:
+def window_attention(
+    qkv: Tensor,
+    logit_scale: Tensor,
+    bias_table: Tensor,
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    backend: str = 'auto',
+) -> Tensor:
     """Scaled cosine attention within the shifted windows of a map (Sec. 3.2 and 3.3), for any number of axes.
 
-    A map that the windows do not divide is padded at the end of each axis, and no token attends to padding. An axis that
-    fits into one window is not shifted. Logits and softmax are computed in float32, or in float64 for float64 input.
+    A map that the windows do not divide is padded at the end of each axis, and no token attends to padding. An axis
+    that fits into one window is not shifted. Logits and softmax are computed in float32, or in float64 for float64.
 
     Args:
         qkv: (B, *S, 3, heads, head_dim), in image order.
@@ -46,18 +51,25 @@ def window_attention(qkv: Tensor,
     return run(qkv, logit_scale, bias_table, tuple(window_size), tuple(shift_size))
 
 
-def _check_shapes(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, window_size: Sequence[int],
-                  shift_size: Sequence[int]) -> None:
+def _check_shapes(
+    qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, window_size: Sequence[int], shift_size: Sequence[int]
+) -> None:
     axes = qkv.dim() - 4
     if axes < 1 or qkv.shape[-3] != 3:
         raise ValueError(f'qkv must have the shape (B, *S, 3, heads, head_dim), got {tuple(qkv.shape)}')
     if not len(window_size) == len(shift_size) == axes:
-        raise ValueError(f'qkv of shape {tuple(qkv.shape)} has {axes} map axes, but window_size is {tuple(window_size)} '
-                         f'and shift_size is {tuple(shift_size)}')
+        raise ValueError(
+            f'qkv of shape {tuple(qkv.shape)} has {axes} map axes, but window_size is {tuple(window_size)} '
+            f'and shift_size is {tuple(shift_size)}'
+        )
     if any(not 0 <= d < w for w, d in zip(window_size, shift_size, strict=True)):
-        raise ValueError(f'shift_size {tuple(shift_size)} must lie between 0 and window_size {tuple(window_size)} less 1')
+        raise ValueError(
+            f'shift_size {tuple(shift_size)} must lie between 0 and window_size {tuple(window_size)} less 1'
+        )
     heads = qkv.shape[-2]
     table_shape = (heads, math.prod(2 * w - 1 for w in window_size))
     if tuple(bias_table.shape) != table_shape or tuple(logit_scale.shape) != (heads, 1, 1):
-        raise ValueError(f'{heads} heads and window_size {tuple(window_size)} need bias_table {table_shape} and logit_scale '
-                         f'{(heads, 1, 1)}, got {tuple(bias_table.shape)} and {tuple(logit_scale.shape)}')
+        raise ValueError(
+            f'{heads} heads and window_size {tuple(window_size)} need bias_table {table_shape} and logit_scale '
+            f'{(heads, 1, 1)}, got {tuple(bias_table.shape)} and {tuple(logit_scale.shape)}'
+        )

@@ -1,8 +1,9 @@
 """Geometry of shifted windows for any number of axes, as pure functions.
 
-Shapes: `B` batch, `*S` map size, `*W` window size (as many axes as `*S`), `nW` windows of a map, `N` tokens of a window,
-`...` anything that travels with a token.
+Shapes: `B` batch, `*S` map size, `*W` window size (as many axes as `*S`), `nW` windows of a map, `N` tokens of a
+window, `...` anything that travels with a token.
 """
+
 import itertools
 import math
 
@@ -23,7 +24,7 @@ def fit_window(map_size: Size, window_size: Size, shift_size: Size) -> tuple[Siz
 def pad_to_windows(x: Tensor, window_size: Size) -> Tensor:
     """Append zeros to each axis of (B, *S, ...) until the window divides it."""
     axes = len(window_size)
-    end = [-s % w for s, w in zip(x.shape[1:1 + axes], window_size, strict=True)]
+    end = [-s % w for s, w in zip(x.shape[1 : 1 + axes], window_size, strict=True)]
     if not any(end):
         return x
     trailing = x.dim() - 1 - axes
@@ -33,9 +34,9 @@ def pad_to_windows(x: Tensor, window_size: Size) -> Tensor:
 def partition(x: Tensor, window_size: Size) -> Tensor:
     """Cut (B, *S, ...) into windows: (B * nW, N, ...), where the window divides the map."""
     axes = len(window_size)
-    counts = [s // w for s, w in zip(x.shape[1:1 + axes], window_size, strict=True)]
+    counts = [s // w for s, w in zip(x.shape[1 : 1 + axes], window_size, strict=True)]
     interleaved = [n for pair in zip(counts, window_size, strict=True) for n in pair]
-    rest = x.shape[1 + axes:]
+    rest = x.shape[1 + axes :]
     x = x.reshape(-1, *interleaved, *rest)  # (B, n1, W1, n2, W2, ..., rest)
     order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), *range(2 * axes + 1, x.dim())]
     return x.permute(order).reshape(-1, math.prod(window_size), *rest)
@@ -55,7 +56,8 @@ def reverse(windows: Tensor, window_size: Size, map_size: Size) -> Tensor:
 def relative_position_index(window_size: Size, device: torch.device | None = None) -> Tensor:
     """Row of the (2W-1)-per-axis bias table for each query and key of a window: (N, N) int64, d = query - key."""
     coords = torch.stack(
-        torch.meshgrid(*(torch.arange(w, device=device) for w in window_size), indexing='ij'), -1).flatten(0, -2)
+        torch.meshgrid(*(torch.arange(w, device=device) for w in window_size), indexing='ij'), -1
+    ).flatten(0, -2)
     offsets = coords[:, None] - coords[None]  # (N, N, axes)
     index = torch.zeros_like(offsets[..., 0])
     for axis, w in enumerate(window_size):
@@ -73,8 +75,9 @@ def crop_bias_table(bias_table: Tensor, window_size: Size, cropped_size: Size) -
     return grid.flatten(1)
 
 
-def attention_mask(map_size: Size, padded_size: Size, window_size: Size, shift_size: Size,
-                   device: torch.device | None = None) -> Tensor | None:
+def attention_mask(
+    map_size: Size, padded_size: Size, window_size: Size, shift_size: Size, device: torch.device | None = None
+) -> Tensor | None:
     """What to add to the logits of each window of the padded and rolled map: (nW, N, N), or None for nothing.
 
     Tokens that the roll brought together from opposite ends of the map get -100, as in the official code, and keys
@@ -83,8 +86,10 @@ def attention_mask(map_size: Size, padded_size: Size, window_size: Size, shift_s
     mask = None
     if any(shift_size):
         region = torch.zeros(1, *padded_size, dtype=torch.int64, device=device)
-        cuts = [(slice(0, -w), slice(-w, -d), slice(-d, None)) if d else (slice(None), )
-                for w, d in zip(window_size, shift_size, strict=True)]
+        cuts = [
+            (slice(0, -w), slice(-w, -d), slice(-d, None)) if d else (slice(None),)
+            for w, d in zip(window_size, shift_size, strict=True)
+        ]
         for number, box in enumerate(itertools.product(*cuts)):
             region[(0, *box)] = number
         region = partition(region, window_size)  # (nW, N)

@@ -1,4 +1,5 @@
 """Detection configs: they build, they hold the paper's numbers, and HTC is mmdet's HTC."""
+
 import copy
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def nano(name: str) -> torch.nn.Module:
 
 def batch(model: torch.nn.Module, height: int = 96, width: int = 128) -> dict:
     from mmdet.testing import demo_mm_inputs
+
     inputs = demo_mm_inputs(2, [[3, height, width]] * 2, num_classes=80, with_mask=True, with_semantic=True)
     return model.data_preprocessor(inputs, True)
 
@@ -55,6 +57,7 @@ def test_builds(name):
 
 def test_every_config_of_the_metafile_exists_and_none_is_left_out():
     import yaml
+
     metafile = yaml.safe_load((CONFIGS / 'metafile.yml').read_text())
     assert sorted(Path(m['Config']).stem for m in metafile['Models']) == PAPER
 
@@ -132,10 +135,12 @@ def test_proposals_keep_their_pixels_in_bfloat16():
     for p in head.rpn_reg.parameters():
         torch.nn.init.zeros_(p)  # proposals are anchors
     features = tuple(torch.randn(1, 256, 1200 // s, 1600 // s) for s in (4, 8, 16, 32, 64))
-    metas = [dict(img_shape=(1200, 1600), scale_factor=(1., 1.))]
+    metas = [dict(img_shape=(1200, 1600), scale_factor=(1.0, 1.0))]
     with torch.no_grad(), torch.autocast('cpu', dtype=torch.bfloat16):
         scores, deltas = head(features)
-        boxes = head.predict_by_feat(scores, deltas, batch_img_metas=metas, cfg=model.test_cfg.rpn, rescale=False)[0].bboxes
+        boxes = head.predict_by_feat(scores, deltas, batch_img_metas=metas, cfg=model.test_cfg.rpn, rescale=False)[
+            0
+        ].bboxes
     anchors = torch.cat(head.prior_generator.grid_priors([f.shape[-2:] for f in features], device='cpu'))
     anchors[:, 0::2].clamp_(0, 1600)
     anchors[:, 1::2].clamp_(0, 1200)

@@ -1,4 +1,5 @@
 """Learning rate and decay of every parameter of a small detector-like model."""
+
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
@@ -9,24 +10,38 @@ from swinv2_mm.models import SwinTransformerV2
 def test_norms_biases_scales_and_position_mlps_are_not_decayed_whatever_their_learning_rate():
     arch = dict(embed_dims=16, depths=(1, 2), num_heads=(1, 2), extra_norm_every_n_blocks=2)
     model = nn.ModuleDict(
-        dict(backbone=SwinTransformerV2(arch, out_indices=(0, 1)), head=nn.Sequential(nn.Conv2d(32, 4, 1), nn.BatchNorm2d(4))))
+        dict(
+            backbone=SwinTransformerV2(arch, out_indices=(0, 1)),
+            head=nn.Sequential(nn.Conv2d(32, 4, 1), nn.BatchNorm2d(4)),
+        )
+    )
     wrapper = build_optim_wrapper(
         model,
         dict(
             constructor='swinv2_mm.SwinV2OptimWrapperConstructor',
             optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
-            paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)})))
+            paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}),
+        ),
+    )
     groups = {id(g['params'][0]): g for g in wrapper.optimizer.param_groups}
     assert len(groups) == len(list(model.parameters()))
     for name, p in model.named_parameters():
         # matrices of projections and convolutions, and nothing else
         decayed = name.endswith('weight') and 'norm' not in name and 'cpb_mlp' not in name and name != 'head.1.weight'
-        assert groups[id(p)]['weight_decay'] == (0.05 if decayed else 0.), name
+        assert groups[id(p)]['weight_decay'] == (0.05 if decayed else 0.0), name
         assert groups[id(p)]['lr'] == (1e-4 if name.startswith('backbone') else 1e-3), name
 
 
 def test_without_options_the_exemption_holds_too():
     model = nn.Linear(2, 2)
     wrapper = build_optim_wrapper(
-        model, dict(constructor='swinv2_mm.SwinV2OptimWrapperConstructor', optimizer=dict(type='AdamW', lr=1., weight_decay=1.)))
-    assert {tuple(g['params'][0].shape): g['weight_decay'] for g in wrapper.optimizer.param_groups} == {(2, 2): 1., (2, ): 0.}
+        model,
+        dict(
+            constructor='swinv2_mm.SwinV2OptimWrapperConstructor',
+            optimizer=dict(type='AdamW', lr=1.0, weight_decay=1.0),
+        ),
+    )
+    assert {tuple(g['params'][0].shape): g['weight_decay'] for g in wrapper.optimizer.param_groups} == {
+        (2, 2): 1.0,
+        (2,): 0.0,
+    }

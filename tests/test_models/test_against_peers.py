@@ -1,8 +1,9 @@
 """Features and gradients against timm and transformers, with the same random weights."""
+
+import oracles
 import pytest
 import torch
 
-import oracles
 from swinv2_mm.models import SwinTransformerV2
 
 ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
@@ -16,10 +17,12 @@ GEOMETRIES = [
 ]
 
 
-def build(image: int, window: int, pretrained: tuple[int, ...], dtype: torch.dtype = torch.float32) -> SwinTransformerV2:
+def build(
+    image: int, window: int, pretrained: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> SwinTransformerV2:
     if not any(pretrained):  # the oracles normalise by the window in effect, so ours has to be told of the shrunk one
         pretrained = tuple(min(window, image // stride) for stride in (4, 8, 16, 32))
-    backbone = SwinTransformerV2(ARCH, window_size=window, pretrained_window_sizes=pretrained, drop_path_rate=0.)
+    backbone = SwinTransformerV2(ARCH, window_size=window, pretrained_window_sizes=pretrained, drop_path_rate=0.0)
     return oracles.randomize(backbone).to(dtype).eval()
 
 
@@ -51,13 +54,15 @@ def test_gradients_of_every_parameter_are_those_of_timm(image, window, pretraine
     assert grads.keys() == peer.keys()
     for name, grad in grads.items():
         assert peer[name].abs().max() > 0 or name.endswith('logit_scale'), name
-        torch.testing.assert_close(grad, peer[name], rtol=1e-9, atol=1e-12 * float(peer[name].abs().max() + 1), msg=name)
+        torch.testing.assert_close(
+            grad, peer[name], rtol=1e-9, atol=1e-12 * float(peer[name].abs().max() + 1), msg=name
+        )
 
 
 @torch.no_grad()
 def test_unmasked_padding_is_that_of_transformers():
     """MSRA's dense code attends padding, as transformers does for sizes that its windows do not divide."""
-    backbone = SwinTransformerV2(ARCH, window_size=8, drop_path_rate=0., mask_padding=False)
+    backbone = SwinTransformerV2(ARCH, window_size=8, drop_path_rate=0.0, mask_padding=False)
     oracles.randomize(backbone).eval()
     x = torch.randn(1, 3, 232, 200, generator=torch.Generator().manual_seed(1))
     twin = oracles.hf_twin(backbone, 256, ARCH, 8, (0, 0, 0, 0))

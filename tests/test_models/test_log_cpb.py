@@ -1,4 +1,5 @@
 """Coordinates of the position bias against the formula of the paper and values that can be worked out by hand."""
+
 import math
 
 import pytest
@@ -20,10 +21,14 @@ def test_coordinates_follow_the_formula_along_each_axis(window, pretrained):
         assert along.tolist() == pytest.approx([formula(d, p) for d in range(1 - w, w)], abs=1e-6)
 
 
-@pytest.mark.parametrize(('pretrained', 'window', 'largest'), [
-    (8, 8, 1.057), (8, 16, 1.394), (8, 32, 1.729), (12, 24, 1.383), (12, 48, 1.712), (6, 32, 1.887)])
+@pytest.mark.parametrize(
+    ('pretrained', 'window', 'largest'),
+    [(8, 8, 1.057), (8, 16, 1.394), (8, 32, 1.729), (12, 24, 1.383), (12, 48, 1.712), (6, 32, 1.887)],
+)
 def test_a_larger_window_extrapolates_as_far_as_known(pretrained, window, largest):
-    assert float(log_spaced_coords((window, window), (pretrained, pretrained)).max()) == pytest.approx(largest, abs=1e-3)
+    assert float(log_spaced_coords((window, window), (pretrained, pretrained)).max()) == pytest.approx(
+        largest, abs=1e-3
+    )
 
 
 def test_a_window_of_one_token_has_the_coordinate_zero():

@@ -1,4 +1,5 @@
 """Behaviour of the backbone that no peer can vouch for: sizes, modes, savers, initialisation, errors."""
+
 import copy
 import math
 
@@ -15,7 +16,7 @@ ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
 
 
 def build(**kwargs) -> SwinTransformerV2:
-    kwargs = dict(arch=ARCH, window_size=4, drop_path_rate=0.) | kwargs
+    kwargs = dict(arch=ARCH, window_size=4, drop_path_rate=0.0) | kwargs
     return oracles.randomize(SwinTransformerV2(**kwargs))
 
 
@@ -37,8 +38,9 @@ def grads(backbone: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def test_any_input_size_gives_maps_of_the_stages_strides(size):
     outs = build().eval()(image(*size))
-    assert [tuple(o.shape) for o in outs] == [(1, 16 * 2**i, math.ceil(size[0] / s), math.ceil(size[1] / s))
-                                              for i, s in enumerate((4, 8, 16, 32))]
+    assert [tuple(o.shape) for o in outs] == [
+        (1, 16 * 2**i, math.ceil(size[0] / s), math.ceil(size[1] / s)) for i, s in enumerate((4, 8, 16, 32))
+    ]
     assert all(o.isfinite().all() for o in outs)
 
 
@@ -93,8 +95,9 @@ def test_bfloat16_weights_give_features_of_bfloat16():
 # --- savers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('saver', [dict(with_cp=True), dict(sequential_stages=(0, 1, 2, 3)),
-                                   dict(with_cp=True, sequential_stages=(1, ))])
+@pytest.mark.parametrize(
+    'saver', [dict(with_cp=True), dict(sequential_stages=(0, 1, 2, 3)), dict(with_cp=True, sequential_stages=(1,))]
+)
 def test_memory_savers_leave_every_gradient_as_it_is(saver):
     x = image(40, 56, batch=3)
     plain, saved = build(drop_path_rate=0.5), build(drop_path_rate=0.5, **saver)
@@ -127,9 +130,14 @@ def test_memory_savers_keep_less_for_the_backward_pass():
 def test_frozen_stages_get_no_gradient_and_stay_in_eval_mode(frozen_stages):
     backbone = build(frozen_stages=frozen_stages, drop_path_rate=0.5).train()
     got = grads(backbone, image(64, 64))
-    frozen = ('patch_embed.', *(f'layers.{i}.' for i in range(frozen_stages)), *(f'norm{i}.' for i in range(frozen_stages)))
+    frozen = (
+        'patch_embed.',
+        *(f'layers.{i}.' for i in range(frozen_stages)),
+        *(f'norm{i}.' for i in range(frozen_stages)),
+    )
     assert {n for n, _ in backbone.named_parameters()} - set(got) == {
-        n for n, _ in backbone.named_parameters() if n.startswith(frozen)}
+        n for n, _ in backbone.named_parameters() if n.startswith(frozen)
+    }
     for name, module in backbone.named_modules():
         assert module.training != f'{name}.'.startswith(frozen), name
 
@@ -173,7 +181,7 @@ def test_a_dropped_branch_adds_nothing_not_even_the_bias_of_its_norm():
 
 def test_drop_path_grows_linearly_to_the_given_rate():
     backbone = SwinTransformerV2('tiny', drop_path_rate=0.2)
-    rates = [getattr(m.drop_path, 'drop_prob', 0.) for m in backbone.modules() if isinstance(m, SwinBlock)]
+    rates = [getattr(m.drop_path, 'drop_prob', 0.0) for m in backbone.modules() if isinstance(m, SwinBlock)]
     assert rates == pytest.approx(torch.linspace(0, 0.2, 12).tolist())
 
 
@@ -218,14 +226,21 @@ def test_nothing_is_saved_but_parameters():
 
 
 # the official code's counts, without classifier and with the final norm; H and G plus their extra norms
-COUNTS = dict(tiny=27_578_154, small=48_959_418, base=86_893_816, large=195_202_932, huge=655_210_922 + 8_448,
-              giant_simmim=1_060_976_996, giant=2_997_815_008 + 28_672)
+COUNTS = dict(
+    tiny=27_578_154,
+    small=48_959_418,
+    base=86_893_816,
+    large=195_202_932,
+    huge=655_210_922 + 8_448,
+    giant_simmim=1_060_976_996,
+    giant=2_997_815_008 + 28_672,
+)
 
 
 @pytest.mark.parametrize(('arch', 'count'), COUNTS.items())
 def test_parameter_counts_are_the_official_ones(arch, count):
     with torch.device('meta'):
-        backbone = SwinTransformerV2(arch, out_indices=(3, ))
+        backbone = SwinTransformerV2(arch, out_indices=(3,))
     assert sum(p.numel() for p in backbone.parameters()) == count
 
 
@@ -242,7 +257,7 @@ def test_the_extra_norm_comes_after_the_second_residual():
     backbone = build(arch=ARCH | dict(extra_norm_every_n_blocks=2)).eval()
     block, x = backbone.layers[0].blocks[1], torch.randn(1, 8, 8, 16)
     norm, block.enorm = block.enorm, None
-    expected = nn.functional.layer_norm(block(x), (16, ), norm.weight, norm.bias)
+    expected = nn.functional.layer_norm(block(x), (16,), norm.weight, norm.bias)
     block.enorm = norm
     assert torch.equal(block(x), expected)
 
@@ -250,23 +265,26 @@ def test_the_extra_norm_comes_after_the_second_residual():
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(('kwargs', 'message'), [
-    (dict(arch='titanic'), "'titanic' is not known; use one of tiny, small"),
-    (dict(arch=dict(embed_dims=16, depths=(2, 2))), 'must have the keys'),
-    (dict(arch=dict(embed_dims=16, depths=(2, 2), num_heads=(1, 2, 4))), 'one entry per stage'),
-    (dict(arch=ARCH | dict(num_heads=(1, 3, 4, 8))), '3 does not divide the 32 of stage 1'),
-    (dict(window_size=(8, 8, 8)), 'window_size must be one number, or one entry for each of the 4 stages'),
-    (dict(window_size=(8, 8, 0, 8)), 'window_size of stage 2 must be a number of at least 1'),
-    (dict(window_size=((8, 8, 8), ) * 4), 'window_size of stage 0 must be a number of at least 1, or 2 of them'),
-    (dict(pretrained_window_sizes=(12, 12, 6)), 'pretrained_window_sizes must be one number'),
-    (dict(out_indices=(0, 4)), 'out_indices must be different stages between 0 and 3'),
-    (dict(out_indices=()), 'at least one stage'),
-    (dict(sequential_stages=(-1, )), 'sequential_stages must be different stages'),
-    (dict(frozen_stages=5), 'frozen_stages must lie between -1 and 4'),
-    (dict(drop_path_rate=1.), r'drop_path_rate must lie in \[0, 1\)'),
-    (dict(attention_backend='flash'), "'flash' is not known"),
-    (dict(patch_size=0), 'patch_size must be a number of at least 1'),
-])
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        (dict(arch='titanic'), "'titanic' is not known; use one of tiny, small"),
+        (dict(arch=dict(embed_dims=16, depths=(2, 2))), 'must have the keys'),
+        (dict(arch=dict(embed_dims=16, depths=(2, 2), num_heads=(1, 2, 4))), 'one entry per stage'),
+        (dict(arch=ARCH | dict(num_heads=(1, 3, 4, 8))), '3 does not divide the 32 of stage 1'),
+        (dict(window_size=(8, 8, 8)), 'window_size must be one number, or one entry for each of the 4 stages'),
+        (dict(window_size=(8, 8, 0, 8)), 'window_size of stage 2 must be a number of at least 1'),
+        (dict(window_size=((8, 8, 8),) * 4), 'window_size of stage 0 must be a number of at least 1, or 2 of them'),
+        (dict(pretrained_window_sizes=(12, 12, 6)), 'pretrained_window_sizes must be one number'),
+        (dict(out_indices=(0, 4)), 'out_indices must be different stages between 0 and 3'),
+        (dict(out_indices=()), 'at least one stage'),
+        (dict(sequential_stages=(-1,)), 'sequential_stages must be different stages'),
+        (dict(frozen_stages=5), 'frozen_stages must lie between -1 and 4'),
+        (dict(drop_path_rate=1.0), r'drop_path_rate must lie in \[0, 1\)'),
+        (dict(attention_backend='flash'), "'flash' is not known"),
+        (dict(patch_size=0), 'patch_size must be a number of at least 1'),
+    ],
+)
 def test_wrong_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         SwinTransformerV2(**dict(arch=ARCH, window_size=4) | kwargs)

@@ -1,4 +1,5 @@
 """The reference backend against a loop over token pairs, and the promises of `window_attention`."""
+
 import math
 
 import pytest
@@ -9,8 +10,8 @@ from swinv2_mm.ops import window_attention
 
 # map, window, shift: whole, padded, one more than a multiple, shrunk on some axes, non-square, 1 to 3 axes
 CASES = [
-    ((8, ), (4, ), (2, )),
-    ((7, ), (4, ), (1, )),
+    ((8,), (4,), (2,)),
+    ((7,), (4,), (1,)),
     ((6, 6), (3, 3), (1, 1)),
     ((6, 6), (3, 3), (0, 0)),
     ((5, 7), (3, 3), (1, 1)),
@@ -60,7 +61,7 @@ def test_a_scale_beyond_100_is_cut_and_gets_no_gradient():
     assert scale.grad[0] != 0
 
 
-@pytest.mark.parametrize(('size', 'window', 'shift'), [((5, 7), (3, 3), (1, 1)), ((7, ), (4, ), (2, ))])
+@pytest.mark.parametrize(('size', 'window', 'shift'), [((5, 7), (3, 3), (1, 1)), ((7,), (4,), (2,))])
 def test_more_padding_changes_nothing(size, window, shift):
     """With scales that the shift mask of -100 holds back, the result is that of a map padded by whole windows more."""
     qkv, _, table = draw(size, window)
@@ -92,13 +93,16 @@ def test_half_precision_stays_close_to_float64_with_finite_gradients(dtype):
     assert scale32.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-    (dict(backend='cuda'), "'cuda' is not known; use 'auto' or one of 'reference'"),
-    (dict(window_size=(3, )), 'has 2 map axes, but window_size is'),
-    (dict(shift_size=(3, 0)), 'must lie between 0 and window_size'),
-    (dict(bias_table=torch.zeros(2, 9)), 'need bias_table'),
-    (dict(qkv=torch.zeros(1, 6, 6, 2, 3)), 'must have the shape'),
-])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(backend='cuda'), "'cuda' is not known; use 'auto' or one of 'reference'"),
+        (dict(window_size=(3,)), 'has 2 map axes, but window_size is'),
+        (dict(shift_size=(3, 0)), 'must lie between 0 and window_size'),
+        (dict(bias_table=torch.zeros(2, 9)), 'need bias_table'),
+        (dict(qkv=torch.zeros(1, 6, 6, 2, 3)), 'must have the shape'),
+    ],
+)
 def test_arguments_that_do_not_fit_are_named(change, message):
     qkv, scale, table = draw((6, 6), (3, 3))
     arguments = dict(qkv=qkv, logit_scale=scale, bias_table=table, window_size=(3, 3), shift_size=(1, 1)) | change

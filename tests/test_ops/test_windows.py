@@ -1,4 +1,5 @@
 """Window geometry on maps small enough to write down."""
+
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ def test_partition_cuts_a_4x4_map_into_quarters():
     assert quarters.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
 
 
-@pytest.mark.parametrize(('size', 'window'), [((6, ), (3, )), ((4, 6), (2, 3)), ((4, 6, 2), (2, 3, 1))])
+@pytest.mark.parametrize(('size', 'window'), [((6,), (3,)), ((4, 6), (2, 3)), ((4, 6, 2), (2, 3, 1))])
 def test_reverse_undoes_partition(size, window):
     x = torch.randn(2, *size, 3, 5)
     assert torch.equal(windows.reverse(windows.partition(x, window), window, size), x)
@@ -33,7 +34,7 @@ def test_relative_position_index_counts_offsets():
 
 def test_mask_separates_the_ends_of_a_rolled_row_and_hides_padding():
     # tokens 0 1 2 and one of padding, rolled by one: (1 2) (- 0)
-    mask = windows.attention_mask((3, ), (4, ), (2, ), (1, ))
+    mask = windows.attention_mask((3,), (4,), (2,), (1,))
     inf = float('inf')
     assert mask.tolist() == [[[0, 0], [0, 0]], [[-inf, -100], [-inf, 0]]]
 

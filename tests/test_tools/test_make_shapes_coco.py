@@ -35,8 +35,8 @@ def splits(data):
     return {split: COCO(data / 'annotations' / f'instances_{split}2017.json') for split in ('train', 'val')}
 
 
-def read(data, folder, info):
-    image = cv2.imread(str(data / folder / info['file_name']), cv2.IMREAD_UNCHANGED)
+def read(data, folder, info, suffix='.jpg'):
+    image = cv2.imread(str((data / folder / info['file_name']).with_suffix(suffix)), cv2.IMREAD_UNCHANGED)
     assert image is not None, info['file_name']
     assert image.shape[:2] == (info['height'], info['width']) == (SIZE, SIZE)
     return image
@@ -55,8 +55,13 @@ def independent_instances(shapes, size):
             inside = np.hypot(*(centres - shape.centre).T) <= shape.radius
         else:
             n = {'square': 4, 'triangle': 3}[shape.kind]
-            corners = [(shape.centre[0] + shape.radius * np.cos(shape.angle + 2 * np.pi * k / n),
-                        shape.centre[1] + shape.radius * np.sin(shape.angle + 2 * np.pi * k / n)) for k in range(n)]
+            corners = [
+                (
+                    shape.centre[0] + shape.radius * np.cos(shape.angle + 2 * np.pi * k / n),
+                    shape.centre[1] + shape.radius * np.sin(shape.angle + 2 * np.pi * k / n),
+                )
+                for k in range(n)
+            ]
             inside = Outline(corners).contains_points(centres)
         instances[inside] = index
     return instances.reshape(size, size)
@@ -70,8 +75,8 @@ def test_masks_boxes_areas_and_stuff_are_exactly_what_was_drawn(tool, data, spli
         info, annotations = coco.imgs[image_id], coco.imgToAnns[image_id]
         scene = tool.make_scene(np.random.default_rng((3, int(split == 'val'), number)), SIZE)
         drawn = independent_instances(scene.shapes, SIZE)
-        stuff = read(data, f'stuffthingmaps/{split}2017', info)
-        assert np.array_equal(read(data, f'{split}2017', info), scene.image)
+        stuff = read(data, f'stuffthingmaps/{split}2017', info, '.png')
+        assert np.abs(read(data, f'{split}2017', info).astype(float) - scene.image).mean() < 8  # JPEG
         assert len(annotations) == len(scene.shapes)
         for index, (annotation, shape) in enumerate(zip(annotations, scene.shapes, strict=True), 1):
             mask = coco.annToMask(annotation).astype(bool)
@@ -88,9 +93,11 @@ def test_a_mask_is_the_part_of_the_image_with_the_objects_colour(tool, data):
     for image_id, info in coco.imgs.items():
         image = read(data, 'val2017', info).astype(float)
         for annotation in coco.imgToAnns[image_id]:
-            pixels = image[coco.annToMask(annotation) > 0]
-            # Objects have one colour and the same small noise in all channels, so that the mean is near every pixel.
-            assert np.abs(pixels - pixels.mean(axis=0)).max() < 45
+            inner = cv2.erode(coco.annToMask(annotation), np.ones((5, 5), np.uint8))  # JPEG blurs the edges
+            pixels = image[inner > 0]
+            assert len(pixels)
+            far = np.abs(pixels - np.median(pixels, axis=0)).max(axis=1) > 40  # one colour and a little noise
+            assert far.mean() < 0.01
 
 
 def test_occluded_objects_exist_and_keep_their_visible_part_only(tool, data):
@@ -112,7 +119,7 @@ def test_classes_and_stuff_are_balanced(tool, data):
         assert np.all(np.abs(share - 1 / 3) < 0.12), (split, share)
         values = Counter()
         for info in coco.imgs.values():
-            values.update(np.unique(read(data, f'stuffthingmaps/{split}2017', info)).tolist())
+            values.update(np.unique(read(data, f'stuffthingmaps/{split}2017', info, '.png')).tolist())
         assert values[tool.STUFF['sky-other']] == len(coco.imgs)
         assert all(values[tool.STUFF[name]] >= len(coco.imgs) // 3 for name in ('grass', 'sand', 'sea'))
 
@@ -138,12 +145,15 @@ def test_same_arguments_give_same_bytes_and_another_seed_other_images(tool, data
     assert not set(replaced.values()) & set(hashes(data).values())
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
-    (['--train', '0'], '--train is 0, give at least 1'),
-    (['--val', '-2'], '--val is -2, give at least 1'),
-    (['--size', '16'], '--size is 16, give at least 32'),
-    (['--seed', '-1'], '--seed is -1, give at least 0'),
-])
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--train', '0'], '--train is 0, give at least 1'),
+        (['--val', '-2'], '--val is -2, give at least 1'),
+        (['--size', '16'], '--size is 16, give at least 32'),
+        (['--seed', '-1'], '--seed is -1, give at least 0'),
+    ],
+)
 def test_bad_arguments_are_refused_before_anything_is_written(tool, tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit):
         tool.main([str(tmp_path / 'out'), *arguments])

@@ -7,14 +7,16 @@ mask_head = dict(
     in_channels=256,
     conv_out_channels=256,
     num_classes=80,
-    loss_mask=dict(type='CrossEntropyLoss', use_mask=True, loss_weight=1.0))
+    loss_mask=dict(type='CrossEntropyLoss', use_mask=True, loss_weight=1.0),
+)
 model = dict(
     type='HybridTaskCascade',
     data_preprocessor=dict(
         pad_seg=True,
         batch_augments=[
             dict(type='BatchFixedSizePad', size=(1536, 1536), pad_mask=True, pad_seg=True, seg_pad_value=255),
-        ]),
+        ],
+    ),
     roi_head=dict(
         type='HybridTaskCascadeRoIHead',
         interleaved=True,
@@ -24,7 +26,8 @@ model = dict(
             type='swinv2_mm.models.detection.Float32RoIExtractor',
             roi_layer=dict(type='RoIAlign', output_size=14, sampling_ratio=0),
             out_channels=256,
-            featmap_strides=[8]),
+            featmap_strides=[8],
+        ),
         semantic_head=dict(
             type='FusedSemanticHead',
             num_ins=5,
@@ -34,6 +37,9 @@ model = dict(
             in_channels=256,
             conv_out_channels=256,
             num_classes=183,  # things and stuff of COCO's stuffthingmaps
-            loss_seg=dict(type='CrossEntropyLoss', ignore_index=255, loss_weight=0.2))),
+            loss_seg=dict(type='CrossEntropyLoss', ignore_index=255, loss_weight=0.2),
+        ),
+    ),
     # soft-NMS: A2.1, A2.2; its threshold is not stated
-    test_cfg=dict(rcnn=dict(score_thr=0.001, nms=dict(type='soft_nms', iou_threshold=0.5))))
+    test_cfg=dict(rcnn=dict(score_thr=0.001, nms=dict(type='soft_nms', iou_threshold=0.5))),
+)

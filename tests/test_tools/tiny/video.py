@@ -5,7 +5,8 @@ model = dict(
     type='Recognizer2D',
     backbone=dict(type='MobileNetV2', widen_factor=0.25),
     cls_head=dict(type='TSNHead', num_classes=2, in_channels=1280, average_clips='prob'),
-    data_preprocessor=dict(type='ActionDataPreprocessor', mean=[128.] * 3, std=[64.] * 3, format_shape='NCHW'))
+    data_preprocessor=dict(type='ActionDataPreprocessor', mean=[128.0] * 3, std=[64.0] * 3, format_shape='NCHW'),
+)
 pipeline = [
     dict(type='SampleFrames', clip_len=1, frame_interval=1, num_clips=2),
     dict(type='RawFrameDecode'),
@@ -17,7 +18,9 @@ loader = dict(
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        type='RawframeDataset', ann_file=data_root + 'list.txt', data_prefix=dict(img=data_root), pipeline=pipeline))
+        type='RawframeDataset', ann_file=data_root + 'list.txt', data_prefix=dict(img=data_root), pipeline=pipeline
+    ),
+)
 train_dataloader = val_dataloader = test_dataloader = loader
 val_evaluator = test_evaluator = dict(type='AccMetric')
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)
@@ -25,6 +28,7 @@ val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.01))
 default_hooks = dict(
-    checkpoint=dict(type='swinv2_mm.AtomicCheckpointHook', interval=1), visualization=dict(type='VisualizationHook'))
+    checkpoint=dict(type='swinv2_mm.AtomicCheckpointHook', interval=1), visualization=dict(type='VisualizationHook')
+)
 vis_backends = [dict(type='LocalVisBackend')]
 visualizer = dict(type='ActionVisualizer', vis_backends=vis_backends)

@@ -1,6 +1,6 @@
 # HTC on SwinV2-G (A2.2): 1536x1536, window 32, lr 6e-4 for 96 images, 45,000 steps; sequential self-attention in the
-# first two stages and activation checkpointing (Sec. 3.4). With all of HTC++, and from Objects365, the paper has 61.7 box
-# AP and 53.3 mask AP on val (Table 3).
+# first two stages and activation checkpointing (Sec. 3.4). With all of HTC++, and from Objects365, the paper has 61.7
+# box AP and 53.3 mask AP on val (Table 3).
 #   tools/dist_train.sh configs/det/htc_swinv2_g.py 8
 _base_ = './htc_swinv2_l.py'
 

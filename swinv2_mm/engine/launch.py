@@ -292,12 +292,17 @@ def init_cpu_processes(cfg: Config) -> None:
 
 
 def die_with_launcher(cfg: Config) -> None:
-    """Have this process killed when torchrun is: its workers are in sessions of their own and would train on, unseen.
+    """Have this process and its data workers killed when torchrun is; they would train on, or wait for ever, unseen.
 
     A resumed training would then write into the same folder as the one believed dead. Linux only.
     """
     if cfg.launcher == 'pytorch' and sys.platform == 'linux':
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        _die_with_parent()
+        os.register_at_fork(after_in_child=_die_with_parent)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _export_ranks(launcher: str) -> None:

@@ -219,6 +219,16 @@ def test_deferred_initialisation_leaves_nothing_uninitialised():
     assert all(o.isfinite().all() for o in backbone(image(40, 40)))
 
 
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+def test_a_checkpoint_of_ours_loads_through_init_cfg(tmp_path, prefix):
+    trained = build()
+    torch.save(dict(state_dict={prefix + k: v for k, v in trained.state_dict().items()}), tmp_path / 'a.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'a.pth'), prefix=prefix or None)
+    backbone = SwinTransformerV2(ARCH, window_size=4, init_cfg=init_cfg)
+    backbone.init_weights()
+    assert all(torch.equal(a, b) for a, b in zip(backbone.parameters(), trained.parameters(), strict=True))
+
+
 def test_nothing_is_saved_but_parameters():
     backbone = SwinTransformerV2(ARCH, window_size=4)
     backbone.eval()(image(40, 40))

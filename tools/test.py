@@ -1,13 +1,12 @@
 """Test a detector, a segmentor or a video recognizer: one script for configs of mmdet, mmseg and mmaction.
 
-python tools/test.py configs/det/htc_swinv2_t.py work_dirs/htc/epoch_72.pth
+python tools/test.py configs/det/htc_swinv2_t.py work_dirs/htc/epoch_36.pth
 """
 
 import argparse
 import copy
-import os
 
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
 from swinv2_mm.engine import launch
@@ -31,20 +30,7 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='test-time augmentation: tta_model and tta_pipeline of the config; for boxes, flips if it has none',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='change the config: key=value, with nested keys '
-        'as in test_dataloader.batch_size=2 and lists as in key="[a,b]"; data_root=DIR moves all data',
-    )
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
-    # dist_test.sh: check everything for that many processes, then leave
-    parser.add_argument('--preflight', type=int, metavar='GPUS', help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    return launch.parse_args(parser)
 
 
 def configure(args: argparse.Namespace, cfg: Config) -> None:

@@ -6,7 +6,7 @@ python tools/train.py configs/det/htc_swinv2_t.py --work-dir work_dirs/htc
 import argparse
 import os
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
 from swinv2_mm.engine import launch
@@ -33,20 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seed', type=int, help='seed of all random numbers')
     parser.add_argument('--diff-rank-seed', action='store_true', help='a different seed for each process')
     parser.add_argument('--deterministic', action='store_true', help='use deterministic GPU kernels alone')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='change the config: key=value, with nested keys '
-        'as in optim_wrapper.optimizer.lr=1e-4 and lists as in key="[a,b]"; data_root=DIR moves all data',
-    )
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
-    # dist_train.sh: check everything for that many processes, then leave
-    parser.add_argument('--preflight', type=int, metavar='GPUS', help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    return launch.parse_args(parser)
 
 
 def configure(args: argparse.Namespace, cfg: Config) -> None:

@@ -4,6 +4,7 @@ The checks look at what a newcomer gets wrong first (paths, numbers of GPUs, por
 ends in one line at once and not in a traceback per process after the data have been loaded.
 """
 
+import argparse
 import contextlib
 import copy
 import ctypes
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
@@ -45,7 +46,25 @@ def _rank() -> int:
     return int(next((os.environ[name] for name in names if name in os.environ), 0))
 
 
-# ---------------------------------------------------------------- configs
+# ---------------------------------------------------------------- command line and configs
+
+
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line, with the arguments that training and testing have in common."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='change the config: key=value, with nested keys '
+        'as in optim_wrapper.optimizer.lr=1e-4 and lists as in key="[a,b]"; data_root=DIR moves all data',
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    # for dist_*.sh: check everything for that many processes, then leave
+    parser.add_argument('--preflight', type=int, metavar='GPUS', help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
 
 
 def load_config(path: str, cfg_options: dict | None = None) -> Config:

@@ -148,7 +148,7 @@ def check(args: argparse.Namespace, cfg: Config) -> None:
 def main() -> None:
     """Run the script."""
     args = parse_args()
-    with launch.one_line_errors(FileNotFoundError):
+    with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError):
         cfg = launch.load_config(args.config, args.cfg_options)
     with launch.one_line_errors(FileNotFoundError, ValueError):
         check(args, cfg)

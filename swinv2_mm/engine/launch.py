@@ -75,10 +75,17 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
 
     Raises:
         FileNotFoundError: There is no such file.
+        ModuleNotFoundError: It inherits from a toolbox that is not installed.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f'config {path} does not exist{_seen_from(path)}')
-    cfg = Config.fromfile(path)
+    try:
+        cfg = Config.fromfile(path)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'config {path} cannot be read: {error}. The extras of this package name the toolboxes: '
+            'pip install swinv2_mm[det], [seg] or [video]'
+        ) from error
     former_root = cfg.get('data_root')
     cfg.merge_from_dict(cfg_options or {})
     if 'data_root' in (cfg_options or {}) and isinstance(former_root, str):

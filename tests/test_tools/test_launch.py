@@ -48,6 +48,12 @@ def complain(monkeypatch, capsys):
     return run
 
 
+def test_missing_toolbox(complain, tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text("_base_ = 'mmpose::_base_/default_runtime.py'")
+    assert 'mmpose is not installed' in complain('train', config)
+
+
 def test_missing_config(complain):
     assert 'config no_such.py does not exist (seen from ' in complain('train', 'no_such.py')
 

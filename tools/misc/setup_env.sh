@@ -48,10 +48,14 @@ case "$TORCH" in 1.* | 2.[012] | 2.[012].*) numpy='numpy<2' ;; *) numpy=numpy ;;
 pip_install -r requirements/runtime.txt "$numpy"
 pip_install --no-deps -r requirements/stack.txt
 
+# what mmcv's setup.py looks at: operators for the GPU are compiled where one is visible, or asked for by FORCE_CUDA=1
 key=$("$VENV/bin/python" - "$MMCV" <<'PY'
-import platform, sys, torch
+import os, platform, sys, torch
 cuda = 'cu' + torch.version.cuda.replace('.', '') if torch.version.cuda else 'cpu'
-print(f'mmcv{sys.argv[1]}-torch{torch.__version__.split("+")[0]}-{cuda}-py{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}')
+if torch.version.cuda and not torch.cuda.is_available() and os.getenv('FORCE_CUDA') != '1':
+    cuda += '_without_gpu'
+python = f'py{sys.version_info[0]}{sys.version_info[1]}'
+print(f'mmcv{sys.argv[1]}-torch{torch.__version__.split("+")[0]}-{cuda}-{python}-{platform.machine()}')
 PY
 )
 wheels="$CACHE/$key"
@@ -59,7 +63,7 @@ wheels="$CACHE/$key"
 fetch_mmcv() {  # OpenMMLab builds mmcv 2.1.0 for torch 2.1 and older
     local torch_minor cuda index
     torch_minor=$(sed -E 's/.*torch([0-9]+\.[0-9]+).*/\1/' <<<"$key")
-    cuda=$(sed -E 's/.*-(cpu|cu[0-9]+)-py.*/\1/' <<<"$key")
+    cuda=$(sed -E 's/.*-(cpu|cu[0-9]+)(_without_gpu)?-py.*/\1/' <<<"$key")
     index="https://download.openmmlab.com/mmcv/dist/$cuda/torch$torch_minor.0/index.html"
     case "$torch_minor" in 1.* | 2.0 | 2.1) ;; *) return 1 ;; esac
     step "mmcv $MMCV prebuilt for $key"
@@ -70,6 +74,8 @@ fetch_mmcv() {  # OpenMMLab builds mmcv 2.1.0 for torch 2.1 and older
 build_mmcv() {
     local build="$CACHE/build/$key" log="$CACHE/build/$key.log"
     step "mmcv $MMCV compiled for $key (about 10 minutes on 2 cores; log: $log)"
+    [[ $key != *_without_gpu* ]] ||
+        echo "No GPU is visible: operators for the CPU alone. FORCE_CUDA=1 compiles those for the GPU too (needs nvcc)."
     command -v c++ >/dev/null || fail "no C++ compiler (c++) on PATH; install g++ or clang, then run this again"
     "$VENV/bin/python" -c 'import sysconfig, os; h = sysconfig.get_path("include"); raise SystemExit(not os.path.exists(h + "/Python.h"))' ||
         fail "Python.h is missing; install the development headers of $("$PYTHON" --version) (python3-dev), then run this again"

@@ -1,6 +1,6 @@
 # AdamW, weight decay 0.05 and 3x for all of the paper's COCO systems (A1, A2.1). A leaf gives the learning rate.
 # Not stated, and taken from Swin V1's detection configs: warm-up of 1000 iterations (before gradient accumulation),
-# steps at epochs 27 and 33.
+# steps at epochs 27 and 33. No gradient clipping is stated, and none is used.
 _base_ = 'mmdet::_base_/schedules/schedule_1x.py'
 
 train_cfg = dict(max_epochs=36)

@@ -131,10 +131,10 @@ def replace_package_lookup() -> None:
 
 def _is_editable(package: str) -> bool:
     try:
-        files = importlib.metadata.distribution(package)
+        distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
         return False
-    return not os.path.isdir(files.locate_file(package))
+    return not os.path.isdir(distribution.locate_file(package))
 
 
 def is_installed(package: str) -> bool:

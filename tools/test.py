@@ -155,8 +155,6 @@ def main() -> None:
         configure(args, cfg)
     if args.preflight:
         return
-    launch.die_with_launcher(cfg)
-    launch.init_cpu_processes(cfg)
     launch.build_runner(cfg).test()
 
 

@@ -94,9 +94,7 @@ def main() -> None:
         check(args, cfg)
     if args.preflight:
         return
-    launch.die_with_launcher(cfg)
     launch.use_fp32_on_cpu(cfg)
-    launch.init_cpu_processes(cfg)
     launch.build_runner(cfg).train()
 
 

@@ -110,11 +110,6 @@ def default_work_dir(cfg: Config, config_path: str, work_dir: str | None) -> str
     return work_dir or cfg.get('work_dir') or os.path.join('work_dirs', Path(config_path).stem)
 
 
-def build_runner(cfg: Config):
-    """Build mmengine's Runner, or the one that `runner_type` names."""
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-
-
 # ---------------------------------------------------------------- checks
 
 
@@ -270,6 +265,17 @@ def _seen_from(path: str) -> str:
 
 
 # ---------------------------------------------------------------- devices and processes
+
+
+def build_runner(cfg: Config):
+    """Tie this process to its launcher and to the other processes, and build the Runner, or what `runner_type` names.
+
+    Raises:
+        ValueError: See `init_cpu_processes`.
+    """
+    die_with_launcher(cfg)
+    init_cpu_processes(cfg)
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
 def use_fp32_on_cpu(cfg: Config) -> None:

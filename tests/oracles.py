@@ -108,7 +108,7 @@ def timm_twin(
         drop_path_rate=0.0,
     )
     dtype = next(backbone.parameters()).dtype
-    weights = {timm_name(k): v for k, v in backbone.state_dict().items() if not k.startswith('norm')}
+    weights = {timm_name(k): v for k, v in backbone.named_parameters() if not k.startswith('norm')}
     missing, unexpected = twin.to(dtype).load_state_dict(weights, strict=False)
     assert not unexpected
     assert set(missing) <= {'norm.weight', 'norm.bias'}
@@ -129,7 +129,7 @@ def hf_names(name: str) -> str:
 
 def hf_weights(backbone: nn.Module) -> dict[str, torch.Tensor]:
     weights = {}
-    for name, value in backbone.state_dict().items():
+    for name, value in backbone.named_parameters():
         if name.startswith('norm'):
             continue
         theirs = hf_names(name)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from swinv2_mm.models.log_cpb import LogCPB, log_spaced_coords
+from swinv2_mm.models.log_cpb import LogCPB
+from swinv2_mm.ops.coordinates import log_spaced_coords
 
 
 def formula(offset: int, pretrained: int) -> float:
@@ -15,7 +16,7 @@ def formula(offset: int, pretrained: int) -> float:
 
 @pytest.mark.parametrize(('window', 'pretrained'), [((8, 8), (8, 8)), ((24, 12), (12, 6)), ((3, 4, 5), (8, 4, 5))])
 def test_coordinates_follow_the_formula_along_each_axis(window, pretrained):
-    coords = log_spaced_coords(window, pretrained).view(*(2 * w - 1 for w in window), len(window))
+    coords = log_spaced_coords(window, torch.tensor(pretrained)).view(*(2 * w - 1 for w in window), len(window))
     for axis, (w, p) in enumerate(zip(window, pretrained, strict=True)):
         along = coords.movedim(axis, 0).flatten(1, -2)[:, 0, axis]
         assert along.tolist() == pytest.approx([formula(d, p) for d in range(1 - w, w)], abs=1e-6)
@@ -26,13 +27,13 @@ def test_coordinates_follow_the_formula_along_each_axis(window, pretrained):
     [(8, 8, 1.057), (8, 16, 1.394), (8, 32, 1.729), (12, 24, 1.383), (12, 48, 1.712), (6, 32, 1.887)],
 )
 def test_a_larger_window_extrapolates_as_far_as_known(pretrained, window, largest):
-    assert float(log_spaced_coords((window, window), (pretrained, pretrained)).max()) == pytest.approx(
+    assert float(log_spaced_coords((window, window), torch.tensor([pretrained, pretrained])).max()) == pytest.approx(
         largest, abs=1e-3
     )
 
 
 def test_a_window_of_one_token_has_the_coordinate_zero():
-    assert log_spaced_coords((1, 2), (1, 2))[:, 0].eq(0).all()
+    assert log_spaced_coords((1, 2), torch.tensor([1, 2]))[:, 0].eq(0).all()
 
 
 def test_bias_of_an_offset_does_not_depend_on_the_window():

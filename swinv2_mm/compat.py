@@ -3,11 +3,14 @@
 Nothing here imports mmcv or a toolbox; importing `swinv2_mm` stays cheap.
 """
 
+import argparse
 import importlib.metadata
 import importlib.util
 import os
+import pickle
 import sys
 import types
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ def apply() -> None:
     stub_drn_localizer()
     alias_importlib_metadata()
     stub_vindlu()
-    allow_runner_checkpoints()
+    allow_data_classes()
     replace_package_lookup()
     write_metrics_once()
     restore_numpy_names()
@@ -78,15 +81,12 @@ def stub_vindlu() -> None:
             sys.modules[name] = types.ModuleType(name)
 
 
-def allow_runner_checkpoints() -> None:
-    """Let `torch.load` read what mmengine's Runner stores beside tensors: logs and NumPy values.
+# What the names of data in a checkpoint begin with: what torch allows itself, and what is added below.
+DATA_NAMES = ('torch.', 'collections.', 'numpy.', '_codecs.', 'builtins.set', 'mmengine.logging.history_buffer.')
 
-    torch 2.6 made `weights_only=True` the default, which refuses them, so no training can be resumed:
-    open-mmlab/mmengine #1655, fix #1650 not merged. The check stays on; names that a file may use are added to it,
-    under the spelling of NumPy 1 as well as of NumPy 2. Delete when mmengine does this itself.
-    """
-    if _torch_release() < (2, 6):
-        return
+
+def _data_classes() -> list:
+    """What checkpoints hold beside tensors, each as an object or as (object, name in the file)."""
     from mmengine.logging import HistoryBuffer
 
     names = [HistoryBuffer, np.ndarray, np.dtype, (_history_buffer_statistic, 'builtins.getattr')]
@@ -94,20 +94,67 @@ def allow_runner_checkpoints() -> None:
         names += [(function, f'numpy.{core}.multiarray.{function.__name__}') for core in ('core', '_core')]
     # the classes of dtypes have no name in a checkpoint, but an instance is filled in only if its class is on the list
     names += sorted({type(np.dtype(code)) for code in '?bhilqBHILQefdgFDGSUMm'}, key=str)
-    torch.serialization.add_safe_globals(names)
+    # arguments and configs of the official code and of timm: a bag of attributes, and a dict of package yacs
+    return [*names, argparse.Namespace, (OrderedDict, 'yacs.config.CfgNode')]
+
+
+def allow_data_classes() -> None:
+    """Let `torch.load` read what Runners store beside tensors: logs, NumPy values, arguments.
+
+    torch 2.6 made `weights_only=True` the default, which refuses them, so no training can be resumed:
+    open-mmlab/mmengine #1655, fix #1650 not merged. The check stays on; names that a file may use are added to it,
+    under the spelling of NumPy 1 as well as of NumPy 2. Delete when mmengine does this itself.
+    """
+    if _torch_release() >= (2, 6):
+        torch.serialization.add_safe_globals(_data_classes())
 
 
 def _history_buffer_statistic(owner: type, name: str):
     """Take the place of `getattr` in a checkpoint: HistoryBuffer stores statistics as `getattr(HistoryBuffer, 'min')`.
 
     Raises:
-        ValueError: The file asks for anything else, which nothing that mmengine writes does.
+        UnpicklingError: The file asks for anything else, which nothing that mmengine writes does.
     """
     from mmengine.logging import HistoryBuffer
 
     if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
-        raise ValueError(f'refused to load a checkpoint that looks up {name!r} of {owner!r}')
+        raise pickle.UnpicklingError(f'refused to load a checkpoint that looks up {name!r} of {owner!r}')
     return getattr(owner, name)
+
+
+def load_data(path: str | os.PathLike, map_location, mmap: bool):
+    """`torch.load(weights_only=True)`, or what comes next to it where that does not suffice.
+
+    Before torch 2.6, it takes no further names, and runs code from files in the form of torch 0.1 (CVE-2025-32434); a
+    restricted unpickler is used there. Delete when torch 2.6 is the oldest that is supported.
+
+    Raises:
+        UnpicklingError: The file asks for a class or function that is not on the list.
+    """
+    if _torch_release() >= (2, 6):
+        return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+    return torch.load(path, map_location=map_location, mmap=mmap, weights_only=False, pickle_module=restricted_pickle())
+
+
+def restricted_pickle() -> types.ModuleType:
+    """Return a module like `pickle` that makes nothing but data ("Restricting Globals" in Python's documentation)."""
+    from torch import _weights_only_unpickler as torch_names
+
+    allowed = dict(torch_names._get_allowed_globals())
+    for entry in _data_classes():
+        thing, name = entry if isinstance(entry, tuple) else (entry, f'{entry.__module__}.{entry.__qualname__}')
+        allowed[name] = thing
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str):
+            if f'{module}.{name}' not in allowed:
+                raise pickle.UnpicklingError(f'Unsupported global: GLOBAL {module}.{name}')
+            return allowed[f'{module}.{name}']
+
+    module = types.ModuleType('restricted_pickle')
+    module.Unpickler = Unpickler
+    module.load = lambda file, **kwargs: Unpickler(file, **kwargs).load()
+    return module
 
 
 def replace_package_lookup() -> None:

@@ -5,7 +5,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / 'swinv2_mm'
 # what each folder may import from this package
-ALLOWED = {'ops': {'ops'}, 'models': {'ops', 'models', 'registry'}, 'engine': {'engine', 'models', 'registry'}}
+ALLOWED = {
+    'ops': {'ops'},
+    'checkpoints': {'checkpoints', 'ops', 'compat'},
+    'models': {'checkpoints', 'models', 'ops', 'registry'},
+    'engine': {'engine', 'models', 'registry'},
+}
 TOOLBOXES = {'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}
 EXTENSIONS = {'models/detection.py': {'mmdet'}}
 

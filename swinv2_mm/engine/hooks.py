@@ -188,6 +188,18 @@ class ReproducibleResumeHook(Hook):
         """Remember with which seed the samplers were built: resuming comes later and may bring another."""
         self._sampler_seed = runner.seed
 
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Refuse to resume from weights alone, where mmengine would miss an entry later on.
+
+        Raises:
+            ValueError: The checkpoint is not that of a training.
+        """
+        if runner._resume and not {'epoch', 'iter'} <= checkpoint.get('meta', {}).keys():
+            raise ValueError(
+                f'{runner._load_from} cannot be resumed: it holds weights, but no state of a training; to start from '
+                'its weights, set load_from (or init_cfg of the backbone) instead of resume'
+            )
+
     def before_train(self, runner) -> None:
         """Take charge of the data loader.
 

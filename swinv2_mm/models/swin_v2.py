@@ -1,14 +1,18 @@
 """Swin Transformer V2 backbones: one trunk for any number of axes, and what each toolbox sees of it."""
 
+import re
 from collections.abc import Sequence
 
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from ..checkpoints.backbone import fit_backbone
+from ..checkpoints.errors import in_file
 from ..ops.window_attention import check_backend
 from ..registry import MODELS
 from .attention import WindowAttention
 from .block import SwinBlock, SwinStage
+from .log_cpb import LogCPB
 from .patch import PatchEmbed
 
 # Sec. 3.5 of the paper; every head has 32 channels. `giant_simmim` is the size of the SimMIM files named "giant", whose
@@ -35,9 +39,10 @@ class SwinV2(BaseModule):
         arch: 'tiny', 'small', 'base', 'large', 'huge', 'giant_simmim' or 'giant', or a dict with `embed_dims`,
             `depths`, `num_heads` and, if wanted, `extra_norm_every_n_blocks`.
         window_size: Tokens of a window: one number, or one entry per stage, each a number or one number per axis.
-        pretrained_window_sizes: Windows that the position bias was pre-trained with, in the same forms. They must match
-            the checkpoint: for example (12, 12, 12, 6) for the models pre-trained on ImageNet-22K. If None, or 0 for a
-            stage, the window itself.
+        pretrained_window_sizes: Windows that the position bias was pre-trained with, in the same forms: for example
+            (12, 12, 12, 6) for the models pre-trained on ImageNet-22K. Needed for checkpoints that do not say so
+            themselves; official files and those of this package do. If None, or 0 for a stage, the checkpoint tells,
+            or, without one, it is the window itself.
         patch_size: Pixels of a patch, one number or one per axis.
         in_channels: Channels of the input.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
@@ -92,6 +97,7 @@ class SwinV2(BaseModule):
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must lie in [0, 1), got {drop_path_rate}')
 
+        self.windows, self.told_windows = windows, pretrained
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -119,6 +125,8 @@ class SwinV2(BaseModule):
         )
         for i in self.out_indices:
             self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
+        # taken now: FSDP flattens parameters later, and what subclasses add is theirs to load
+        self._state_shapes = {name: value.shape for name, value in self.state_dict().items()}
         self._reset_parameters()
         self._freeze()
 
@@ -137,11 +145,38 @@ class SwinV2(BaseModule):
                 module.reset_parameters()
             elif isinstance(module, WindowAttention):
                 module.reset_scale_and_biases()
+            elif isinstance(module, LogCPB):
+                module.reset_pretrained_window_size()
         for module in self.modules():
             if isinstance(module, SwinBlock):  # each block starts as the identity
                 for norm in (module.norm1, module.norm2):
                     nn.init.zeros_(norm.weight)
                     nn.init.zeros_(norm.bias)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict, *args: bool | list[str]
+    ) -> None:
+        """Convert the entries under `prefix` from whatever layout they have; every road of loading comes through here.
+
+        Raises:
+            CheckpointError: They do not fill the backbone completely; nothing has been changed then.
+        """
+        given = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+        names = {
+            re.sub(r'_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.', '', n) for n, _ in self.named_parameters()
+        }
+        with in_file(local_metadata.get('source')):
+            weights = fit_backbone(
+                {name.removeprefix(prefix): value for name, value in given.items()},
+                self._state_shapes,
+                self.told_windows,
+                self.windows,
+                own=names - self._state_shapes.keys(),
+            )
+        for name in given:
+            del state_dict[name]
+        state_dict.update({prefix + name: value for name, value in weights.items()})
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def train(self, mode: bool = True) -> 'SwinV2':
         """Set the mode of all but what is frozen, or what `norm_eval` keeps in eval mode."""

@@ -1,0 +1,195 @@
+"""Reading checkpoint files as data: nothing that a file contains is ever executed."""
+
+import ast
+import pickle
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from .. import compat
+from .errors import CheckpointError, UnsafeCheckpointError
+
+ZIP, PICKLE = b'PK\x03\x04', b'\x80'  # how files of `torch.save` begin, since and before torch 1.6
+# what else is found under the name of a checkpoint
+NO_CHECKPOINTS = {
+    b'version https://git-lfs': 'a Git LFS pointer instead of the file; get that with `git lfs pull`',
+    b'<': 'a web page: the download failed, or the address was that of a page',
+    b'{': 'a JSON file',
+}
+WAY_OUT = (
+    'Nothing in it was executed. If you trust its author, take the weights out of it once: '
+    'python tools/model_converters/swinv2_to_mm.py SRC DST --trust, or load_swinv2_state_dict(path, trust=True); for '
+    'a class of your own that a training stored, call torch.serialization.add_safe_globals([YourClass]) in its config'
+)
+
+
+def read_checkpoint(path: str | Path, map_location: Any = None, trust: bool = False) -> Any:
+    """Read a file of `torch.save` or safetensors without executing anything in it.
+
+    Tensors are mapped into memory instead of read where the format allows it, except in the state of a training, which
+    outlives the file. The checksums in a file of `torch.save` are verified; safetensors and files from before torch 1.6
+    have none.
+
+    Args:
+        path: Local file.
+        map_location: As in `torch.load`; safetensors stay on the CPU.
+        trust: Whether the file may execute code, as in `torch.load(weights_only=False)`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        UnsafeCheckpointError: The file would execute code; the message names what it asks for.
+        CheckpointError: The file is damaged, or no checkpoint.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f'checkpoint {path} does not exist')
+    if path.is_dir():
+        raise CheckpointError(f'checkpoint {path} is a folder; pass the file in it')
+    with path.open('rb') as file:
+        head = file.read(64)
+    with _errors_name(path):
+        if head[8:9] == b'{':
+            return load_file(path)
+        if not head.startswith((ZIP, PICKLE)):
+            raise CheckpointError(_describe(head))
+        mmap = head.startswith(ZIP)
+        if mmap:
+            _verify_checksums(path)
+        load = torch.load if trust else compat.load_data
+        options = dict(map_location=map_location, **(dict(weights_only=False) if trust else {}))
+        checkpoint = load(path, mmap=mmap, **options)
+        if mmap and isinstance(checkpoint, dict) and 'optimizer' in checkpoint:
+            # an optimizer keeps the tensors that it is given, and the next checkpoint may overwrite the file
+            checkpoint = load(path, mmap=False, **options)
+        if not trust:
+            _check_config(checkpoint)
+    return checkpoint
+
+
+def _describe(head: bytes) -> str:
+    if not head:
+        return 'it is empty'
+    kinds = (kind for start, kind in NO_CHECKPOINTS.items() if head.lstrip().startswith(start))
+    return f'it is {next(kinds, "neither a file of torch.save nor safetensors")}'
+
+
+@contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    """Name the file in every error, and the class in the one about code: damaged files raise almost anything."""
+    try:
+        yield
+    except CheckpointError as error:
+        way_out = f'. {WAY_OUT}' if isinstance(error, UnsafeCheckpointError) else ''
+        raise type(error)(f'checkpoint {path} is refused: {error}{way_out}') from None
+    except pickle.UnpicklingError as error:
+        names = _refused_names(path, str(error))
+        if names:
+            raise UnsafeCheckpointError(
+                f'checkpoint {path} is refused: it holds more than data, namely {", ".join(names)}. {WAY_OUT}'
+            ) from None
+        raise CheckpointError(f'checkpoint {path} is damaged: {_first_line(error)}') from error
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f'checkpoint {path} is damaged or incomplete ({type(error).__name__}: {_first_line(error)}); get it again'
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else 'no details'
+
+
+def _verify_checksums(path: Path) -> None:
+    """Compare every record of a zip file with its checksum, which `torch.load` does not."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            with archive.open(record) as file:
+                while file.read(1 << 20):
+                    pass
+
+
+# ---------------------------------------------------------------- code in checkpoints
+
+
+def _refused_names(path: Path, message: str) -> list[str]:
+    """Classes and functions that a pickle asks for and that are no data, as far as it can be read."""
+    named = re.findall(r'GLOBAL ([\w.]+)', message)
+    return named or sorted({name for name in _globals(path) if not name.startswith(compat.DATA_NAMES)})
+
+
+def _globals(path: Path) -> Iterator[str]:
+    """Yield the names that the pickle in a file asks for, without unpickling."""
+    with path.open('rb') as file:
+        pickled = file.read()
+    if pickled.startswith(ZIP):
+        with zipfile.ZipFile(path) as archive:
+            pickled = b''.join(archive.read(name) for name in archive.namelist() if name.endswith('.pkl'))
+    strings: list[str] = []
+    memo: dict[int, str] = {}
+    try:
+        for opcode, argument, _ in pickletools.genops(pickled):
+            if opcode.name == 'GLOBAL':
+                yield argument.replace(' ', '.')
+            elif opcode.name == 'STACK_GLOBAL':
+                yield '.'.join(strings[-2:])
+            elif 'UNICODE' in opcode.name:
+                strings.append(argument)
+            elif opcode.name == 'MEMOIZE':
+                memo[len(memo)] = strings[-1] if strings else ''
+            elif opcode.name.endswith('BINGET'):
+                strings.append(memo.get(argument, ''))
+    except ValueError:  # not a pickle to its end
+        return
+
+
+def _check_config(checkpoint: Any) -> None:
+    """Refuse a training config that is more than data: mmengine executes this text as Python when it resumes.
+
+    Raises:
+        UnsafeCheckpointError: It is; the message shows where.
+    """
+    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+    text = meta.get('config') if isinstance(meta, dict) else None
+    if not isinstance(text, str):
+        return
+    try:
+        statements = ast.parse(text).body
+    except SyntaxError:
+        return  # nor can it be executed
+    if '{{' in text:  # mmengine replaces templates before it executes, so that other text than this would run
+        raise UnsafeCheckpointError('its config holds a template, "{{"')
+    for statement in statements:
+        is_assignment = isinstance(statement, ast.Assign) and all(isinstance(t, ast.Name) for t in statement.targets)
+        if not is_assignment or not all(map(_is_plain, ast.walk(statement.value))):
+            raise UnsafeCheckpointError(f'its config holds code, in line {statement.lineno}: {ast.unparse(statement)}')
+        if any(target.id == '_base_' for target in statement.targets):
+            raise UnsafeCheckpointError(f'its config would execute another file: {ast.unparse(statement)}')
+
+
+def _is_plain(node: ast.AST) -> bool:
+    """Whether a node occurs in what mmengine writes: literals, and calls of `dict` with keywords."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args
+    if isinstance(node, ast.Name):
+        return node.id in ('dict', 'inf', 'nan')
+    literals = (
+        ast.Constant,
+        ast.Dict,
+        ast.List,
+        ast.Tuple,
+        ast.Set,
+        ast.keyword,
+        ast.UnaryOp,
+        ast.USub,
+        ast.expr_context,
+    )
+    return isinstance(node, literals)

@@ -1,0 +1,70 @@
+"""Convert any public Swin V2 checkpoint to the names of this package, with the windows that it was pre-trained with.
+
+Not needed for training: every checkpoint loads as it is. It serves to look into a file, to shrink one that carries an
+optimizer, to store windows that a file does not tell, and to take the weights out of a file that is refused because it
+holds more than data.
+"""
+
+import argparse
+import re
+from collections import OrderedDict
+
+import torch
+from safetensors.torch import save_file
+
+from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict
+from swinv2_mm.checkpoints.layouts import describe
+from swinv2_mm.checkpoints.windows import set_windows
+from swinv2_mm.engine.launch import one_line_errors
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('src', help='file, http(s) address, or swinv2://NAME of a release')
+    parser.add_argument('dst', help='file to write, .pth or .safetensors')
+    parser.add_argument(
+        '--pretrained-window-sizes',
+        type=int,
+        nargs='+',
+        metavar='W',
+        help='window of pre-training of each stage, for a file that does not tell, such as 12 12 12 6',
+    )
+    parser.add_argument('--trust', action='store_true', help='let the file execute code while it is read')
+    return parser.parse_args()
+
+
+def save(weights: dict[str, torch.Tensor], dst: str) -> None:
+    """Write weights in the format that the suffix names.
+
+    Raises:
+        ValueError: It names none.
+    """
+    if dst.endswith('.safetensors'):
+        save_file({name: value.contiguous() for name, value in weights.items()}, dst, metadata={'format': 'pt'})
+    elif dst.endswith('.pth'):
+        # clones: what is a part of a larger tensor in the source would be saved with the whole of it
+        torch.save({'state_dict': OrderedDict((n, v.clone()) for n, v in weights.items()), 'meta': {}}, dst)
+    else:
+        raise ValueError(f'{dst} must end with .pth or .safetensors')
+
+
+def main() -> None:
+    """Run the script."""
+    args = parse_args()
+    with one_line_errors(CheckpointError, FileNotFoundError, ValueError):
+        weights = load_swinv2_state_dict(args.src, trust=args.trust)
+        if args.pretrained_window_sizes:
+            weights = set_windows(weights, args.pretrained_window_sizes)
+        save(weights, args.dst)
+    windows = {
+        re.match(r'layers\.\d+', n)[0]: tuple(v.tolist()) for n, v in weights.items() if n.endswith('_window_size')
+    }
+    print(f'{args.dst}: {len(weights)} entries, {describe(weights)}')
+    print(
+        f'pre-training windows: {", ".join(map(str, windows.values())) or "not known: pass --pretrained-window-sizes"}'
+    )
+
+
+if __name__ == '__main__':
+    main()

@@ -77,6 +77,7 @@ def check(args: argparse.Namespace, cfg: Config) -> None:
         ValueError: Anything else.
     """
     launch.check_backbone(cfg)
+    launch.check_init_cfg(cfg)
     launch.check_data(cfg, ['train', 'val'])
     if cfg.get('resume') and cfg.get('load_from') is None:
         launch.check_last_checkpoint(cfg.work_dir)

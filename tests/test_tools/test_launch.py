@@ -136,6 +136,11 @@ def test_unknown_backbone(complain, data):
     ('flags', 'text'),
     [
         (['--resume', 'gone.pth'], '--resume: checkpoint gone.pth does not exist'),
+        (['--resume', 'swinv2://gone'], "no Swin V2 release 'gone'"),
+        (
+            ['--cfg-options', 'model.backbone.init_cfg.type=Pretrained', 'model.backbone.init_cfg.checkpoint=gone.pth'],
+            'model.backbone.init_cfg.checkpoint: checkpoint gone.pth does not exist',
+        ),
         (['--auto-scale-lr'], '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...)'),
         pytest.param(
             ['--amp'], '--amp needs a GPU', marks=pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')

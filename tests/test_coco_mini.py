@@ -23,6 +23,7 @@ REDUCED = """
 _base_ = [__import__('swinv2_mm').config_path('det/{base}.py')]
 data_root = '{root}/'
 size = {size}
+model = dict(backbone=dict(init_cfg=None))  # no download
 train_pipeline = [dict(type='LoadImageFromFile'),
                   dict(type='LoadAnnotations', with_bbox=True, with_mask=True, with_seg=True),
                   dict(type='Resize', scale=(size, size), keep_ratio=True),

@@ -9,7 +9,7 @@ ALLOWED = {
     'ops': {'ops'},
     'checkpoints': {'checkpoints', 'ops', 'compat'},
     'models': {'checkpoints', 'models', 'ops', 'registry'},
-    'engine': {'engine', 'models', 'registry'},
+    'engine': {'checkpoints', 'engine', 'models', 'registry'},
 }
 TOOLBOXES = {'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}
 EXTENSIONS = {'models/detection.py': {'mmdet'}}

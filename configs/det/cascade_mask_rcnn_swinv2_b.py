@@ -2,6 +2,10 @@
 _base_ = './cascade_mask_rcnn_swinv2_t.py'
 
 model = dict(
-    backbone=dict(arch='base', drop_path_rate=0.3),  # not stated; that of V1
+    backbone=dict(
+        arch='base',
+        drop_path_rate=0.3,  # not stated; that of V1
+        init_cfg=dict(checkpoint='swinv2://base_window8_256'),
+    ),
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )

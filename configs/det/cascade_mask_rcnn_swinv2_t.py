@@ -29,6 +29,12 @@ bbox_head = [
     for x in (0.1, 0.05, 0.033)
 ]
 model = dict(
-    backbone=dict(arch='tiny', window_size=16, pretrained_window_sizes=8, drop_path_rate=0.2),  # not stated; that of V1
+    backbone=dict(
+        arch='tiny',
+        window_size=16,
+        pretrained_window_sizes=8,
+        drop_path_rate=0.2,  # not stated; that of V1
+        init_cfg=dict(type='Pretrained', checkpoint='swinv2://tiny_window8_256'),
+    ),
     roi_head=dict(bbox_head=bbox_head),
 )

@@ -17,6 +17,7 @@ model = dict(
         pretrained_window_sizes=(12, 12, 12, 6),
         drop_path_rate=0.2,  # not stated; that of V1's HTC++
         with_cp=True,
+        init_cfg=dict(type='Pretrained', checkpoint='swinv2://base_window12_192_22k'),
     ),
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )

@@ -11,6 +11,7 @@ model = dict(
         arch='giant',
         sequential_stages=(0, 1),
         drop_path_rate=0.4,  # not stated; that of G on ADE20K
+        init_cfg=None,  # its weights were never released
     ),
     neck=dict(in_channels=[512, 1024, 2048, 4096]),
 )

@@ -1,4 +1,7 @@
-# HTC on SwinV2-H. The paper has no such system: this is the recipe of L (see htc_swinv2_b.py).
+# HTC on SwinV2-H. The paper has no such system: this is the recipe of L (see htc_swinv2_b.py). Its supervised weights
+# were never released, and SimMIM's are of a model without extra norms, see README.md.
 _base_ = './htc_swinv2_l.py'
 
-model = dict(backbone=dict(arch='huge', sequential_stages=(0, 1)), neck=dict(in_channels=[352, 704, 1408, 2816]))
+model = dict(
+    backbone=dict(arch='huge', sequential_stages=(0, 1), init_cfg=None), neck=dict(in_channels=[352, 704, 1408, 2816])
+)

@@ -1,7 +1,10 @@
 # HTC on SwinV2-L, as htc_swinv2_b.py. With all of HTC++ the paper has 58.8 box AP and 51.1 mask AP on val (Table 3).
 _base_ = './htc_swinv2_b.py'
 
-model = dict(backbone=dict(arch='large'), neck=dict(in_channels=[192, 384, 768, 1536]))
+model = dict(
+    backbone=dict(arch='large', init_cfg=dict(checkpoint='swinv2://large_window12_192_22k')),
+    neck=dict(in_channels=[192, 384, 768, 1536]),
+)
 train_dataloader = dict(batch_size=1)
 optim_wrapper = dict(accumulative_counts=8)  # 8 GPUs x 1 image x 8 = 64
 auto_scale_lr = dict(base_batch_size=8)

@@ -2,4 +2,4 @@
 # at 256x256 with window 8.
 _base_ = './htc_swinv2_t.py'
 
-model = dict(backbone=dict(arch='small'))
+model = dict(backbone=dict(arch='small', init_cfg=dict(checkpoint='swinv2://small_window8_256')))

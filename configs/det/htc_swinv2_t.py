@@ -2,4 +2,7 @@
 # at 256x256 with window 8.
 _base_ = './htc_swinv2_b.py'
 
-model = dict(backbone=dict(arch='tiny', pretrained_window_sizes=8), neck=dict(in_channels=[96, 192, 384, 768]))
+model = dict(
+    backbone=dict(arch='tiny', pretrained_window_sizes=8, init_cfg=dict(checkpoint='swinv2://tiny_window8_256')),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

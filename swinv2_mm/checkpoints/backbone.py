@@ -16,37 +16,36 @@ from .windows import ENTRY, Windows, log_transfer, settle_windows, stored_window
 OUTPUT_NORM = re.compile(r'(norm\d+)\.')
 
 
-def unwrap(checkpoint: Any) -> Mapping[str, Any]:
+def unwrap(checkpoint: Any) -> dict[str, Any]:
     """Find the weights in what a file holds: under `state_dict` (mm, timm), `model` (official), or the file itself.
 
     Raises:
         CheckpointError: They are no dict.
     """
     for key in ('state_dict', 'model'):
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             return checkpoint[key]
-    if not isinstance(checkpoint, Mapping):
+    if not isinstance(checkpoint, dict):
         raise CheckpointError(f'it holds a {type(checkpoint).__name__} instead of a dict of weights')
     return checkpoint
 
 
 def extract_backbone(
-    state_dict: Mapping[str, Any], release: Sequence[int] | None = None, own: Collection[str] = ()
+    state_dict: dict[str, Any], release: Sequence[int] | None = None, own: Collection[str] = ()
 ) -> Weights:
     """Take the backbone out of a state dict of any layout, under our names, and settle what it says about windows.
 
     Args:
-        state_dict: Weights by name.
+        state_dict: Weights by name; those of the backbone leave it.
         release: Pre-training window of each stage that the name of a release tells.
         own: Names of the parameters of the module that will be filled. Whatever has such a name is kept.
 
     Raises:
         CheckpointError: There is no backbone, an entry is no tensor, or entries contradict each other.
     """
-    state_dict = unwrap(state_dict)
     names = [name for name in state_dict if isinstance(name, str)]
     layout, root = find_backbone(names)
-    inside = {name.removeprefix(root): state_dict[name] for name in names if name.startswith(root)}
+    inside = {name.removeprefix(root): state_dict.pop(name) for name in names if name.startswith(root)}
     no_tensors = [f'{name} ({type(value).__name__})' for name, value in inside.items() if not isinstance(value, Tensor)]
     if no_tensors:
         raise CheckpointError(f'these entries are no tensors: {_list(no_tensors)}')
@@ -74,7 +73,7 @@ def _list(names: Sequence[str], limit: int = 8) -> str:
 
 
 def fit_backbone(
-    state_dict: Mapping[str, Any],
+    state_dict: dict[str, Any],
     shapes: Mapping[str, torch.Size],
     told: Windows,
     windows: Windows,
@@ -83,7 +82,7 @@ def fit_backbone(
     """Convert a state dict of any layout so that it fills a backbone completely, or raise before anything is touched.
 
     Args:
-        state_dict: Weights by name.
+        state_dict: Weights by name; those of the backbone leave it.
         shapes: Shapes of what the backbone needs, by name.
         told: `pretrained_window_sizes` of the config, 0 for not told.
         windows: Windows of the backbone.
@@ -93,7 +92,7 @@ def fit_backbone(
         CheckpointError: Something is missing, unexpected, of another shape or no floating-point number, or the
             pre-training windows are not known.
     """
-    weights = extract_backbone(state_dict, own=own)
+    weights = extract_backbone(dict(unwrap(state_dict)), own=own)
     stored = windows_per_stage(weights, windows)
     weights = {name: value for name, value in weights.items() if not name.endswith(ENTRY)}
     others = [name for name in weights if OUTPUT_NORM.match(name) and name not in shapes and name not in own]

@@ -50,18 +50,12 @@ def order_merged_columns(weights: Weights) -> Weights:
 
 
 def join_query_key_value(weights: Weights) -> Weights:
-    """Join the three projections of transformers."""
-    joined = {}
-    for name, value in weights.items():
-        if name.endswith('attn.query.weight'):
-            parts = [weights.get(name.replace('query', part)) for part in ('query', 'key', 'value')]
-            if all(part is not None for part in parts):
-                joined[name.replace('query', 'qkv')] = torch.cat(parts)
-                continue
-        if name.endswith(('attn.key.weight', 'attn.value.weight')) and re.sub('key|value', 'query', name) in weights:
-            continue
-        joined[name] = value
-    return joined
+    """Join the three projections of transformers; each leaves the memory before the next block's are joined."""
+    for name in [name for name in weights if name.endswith('attn.query.weight')]:
+        parts = [name.replace('query', part) for part in ('query', 'key', 'value')]
+        if all(part in weights for part in parts):
+            weights[name.replace('query', 'qkv')] = torch.cat([weights.pop(part) for part in parts])
+    return weights
 
 
 def split_qkv_bias(weights: Weights) -> Weights:
@@ -182,21 +176,23 @@ def find_backbone(names: list[str]) -> tuple[Layout, str]:
     )
 
 
-def to_ours(weights: Mapping[str, Tensor], layout: Layout) -> Weights:
+def to_ours(weights: Weights, layout: Layout) -> Weights:
     """Rename a backbone's weights, given without their root, from a layout to ours; buffers are kept.
+
+    Takes the weights out of the dict that it is given, so that what is replaced does not stay in memory.
 
     Raises:
         CheckpointError: Two entries get the same name.
     """
     renamed: Weights = {}
     origin: dict[str, str] = {}
-    for original, value in weights.items():
+    for original in list(weights):
         name = original
         for pattern, replacement in layout.renames:
             name = re.sub(pattern, replacement, name)
         if name in renamed:
             raise CheckpointError(f'{origin[name]} and {original} are the same parameter')
-        renamed[name], origin[name] = value, original
+        renamed[name], origin[name] = weights.pop(original), original
     for step in layout.steps:
         renamed = step(renamed)
     return renamed

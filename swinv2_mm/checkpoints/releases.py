@@ -105,11 +105,15 @@ def find(name: str) -> Release:
     """Release of this name, with or without the scheme.
 
     Raises:
-        CheckpointError: There is none; the message lists all.
+        CheckpointError: There is none; the message says which there are.
     """
     name = name.removeprefix(SCHEME)
     if name not in RELEASES:
-        raise CheckpointError(f'there is no Swin V2 release {name!r}; there are {", ".join(RELEASES)}')
+        others = ', '.join(known for known in RELEASES if not known.startswith('simmim_'))
+        raise CheckpointError(
+            f'there is no Swin V2 release {name!r}; there are {others}, and those of SimMIM, named after size, data '
+            'and steps, such as simmim_base_1k_500k, and simmim_base_1k_500k_ft for its fine-tuned one'
+        )
     return RELEASES[name]
 
 

@@ -25,6 +25,7 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from swinv2_mm.checkpoints import releases
 from swinv2_mm.registry import MODELS
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -196,13 +197,28 @@ def check_backbone(cfg: Config) -> None:
 
 
 def check_checkpoint(path: str | None, option: str) -> None:
-    """Check that a local checkpoint exists.
+    """Check that a local checkpoint exists, or a release of that name.
 
     Raises:
-        FileNotFoundError: It does not; the message names the option.
+        FileNotFoundError: No such file; the message names the option.
+        ValueError: No such release.
     """
-    if path and '://' not in path and not os.path.exists(path):
+    if path and path.startswith(releases.SCHEME):
+        releases.find(path)
+    elif path and '://' not in path and not os.path.exists(path):
         raise FileNotFoundError(f'{option}: checkpoint {path} does not exist{_seen_from(path)}')
+
+
+def check_init_cfg(cfg: Config) -> None:
+    """Check the checkpoint that the backbone starts from.
+
+    Raises:
+        FileNotFoundError: See `check_checkpoint`.
+        ValueError: See `check_checkpoint`.
+    """
+    init_cfg = cfg.get('model', {}).get('backbone', {}).get('init_cfg')
+    if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+        check_checkpoint(init_cfg.get('checkpoint'), 'model.backbone.init_cfg.checkpoint')
 
 
 def check_last_checkpoint(work_dir: str) -> None:

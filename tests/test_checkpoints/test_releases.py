@@ -201,7 +201,7 @@ def test_without_a_network_the_error_says_which_file_to_put_where(server, monkey
 
 
 def test_an_unknown_release_is_told_what_there_is():
-    with pytest.raises(CheckpointError, match=r"no Swin V2 release 'tiny'.*tiny_window8_256.*simmim_giant_22k_500k"):
+    with pytest.raises(CheckpointError, match=r"no Swin V2 release 'tiny'.*tiny_window8_256.*simmim_base_1k_500k"):
         load_swinv2_state_dict('swinv2://tiny')
 
 

@@ -8,6 +8,8 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
+from swinv2_mm.checkpoints import releases
+
 pytest.importorskip('mmdet')
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'det'
@@ -28,7 +30,7 @@ def read(name: str) -> Config:
 
 def nano(name: str) -> torch.nn.Module:
     model = copy.deepcopy(read(name).model)
-    model.backbone.update(arch=NANO, window_size=8, with_cp=False)
+    model.backbone.update(arch=NANO, window_size=8, with_cp=False, init_cfg=None)
     model.neck.in_channels = [16, 32, 64, 128]
     model.data_preprocessor.pop('batch_augments', None)
     for stage in model.train_cfg.rcnn:
@@ -90,6 +92,18 @@ def test_holds_the_numbers_of_the_paper(name):
         assert cfg.model.data_preprocessor.batch_augments[0].size == (1536, 1536)
         resize = cfg.train_dataloader.dataset.pipeline[2]
         assert (resize.scale, resize.ratio_range) == ((1536, 1536), (0.1, 2.0))
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_starts_from_weights_of_its_size_and_windows(name):
+    backbone = read(name).model.backbone
+    if backbone.arch in ('huge', 'giant'):  # never released
+        assert backbone.init_cfg is None
+        return
+    told = backbone.pretrained_window_sizes
+    assert backbone.init_cfg.type == 'Pretrained'
+    assert backbone.arch in backbone.init_cfg.checkpoint
+    assert releases.find(backbone.init_cfg.checkpoint).windows == (told if isinstance(told, tuple) else (told,) * 4)
 
 
 def test_htc_is_that_of_mmdet():

@@ -10,6 +10,7 @@ import os
 import pickle
 import sys
 import types
+from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
 
 import numpy as np
@@ -147,9 +148,10 @@ def restricted_pickle() -> types.ModuleType:
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
-            if f'{module}.{name}' not in allowed:
-                raise pickle.UnpicklingError(f'Unsupported global: GLOBAL {module}.{name}')
-            return allowed[f'{module}.{name}']
+            full = f'{IMPORT_MAPPING.get(module, module)}.{name}'  # torch.save writes the names of Python 2
+            if full not in allowed:
+                raise pickle.UnpicklingError(f'Unsupported global: GLOBAL {full}')
+            return allowed[full]
 
     module = types.ModuleType('restricted_pickle')
     module.Unpickler = Unpickler

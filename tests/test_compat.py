@@ -1,9 +1,14 @@
 """Each mend on the real packages, and, in a process without it, the breakage: when that test fails, the mend can go."""
 
+import argparse
 import importlib.util
+import io
+import os
+import pickle
 import subprocess
 import sys
 import sysconfig
+import types
 import zipfile
 from pathlib import Path
 
@@ -85,6 +90,51 @@ def test_a_checkpoint_cannot_look_up_other_attributes(tmp_path):
     torch.save(LooksUp(), tmp_path / 'a.pth')
     with pytest.raises(Exception, match='refused to load a checkpoint'):
         torch.load(tmp_path / 'a.pth', weights_only=True)
+
+
+def test_arguments_and_configs_of_official_code_load_without_their_packages(tmp_path):
+    """Yacs is not installed: its class is made up here, saved, and gone when the file is read."""
+    module = types.ModuleType('yacs.config')
+    module.CfgNode = type('CfgNode', (dict,), dict(__module__='yacs.config'))
+    node = module.CfgNode(A=1)
+    node.__dict__['__deprecated_keys__'] = set()
+    sys.modules.update({'yacs': types.ModuleType('yacs'), 'yacs.config': module})
+    torch.save(dict(config=node, args=argparse.Namespace(lr=0.1)), tmp_path / 'a.pth')
+    del sys.modules['yacs.config'], sys.modules['yacs']
+    state = torch.load(tmp_path / 'a.pth', weights_only=True)
+    assert dict(state['config']) == dict(A=1)
+    assert state['args'].lr == 0.1
+
+
+class Runs:
+    """A file that executes a command."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.path}',)
+
+
+@pytest.mark.parametrize('mmap', [False, True])
+def test_torch_before_2_6_reads_the_same_data_and_no_more(tmp_path, monkeypatch, mmap):
+    monkeypatch.setattr(compat, '_torch_release', lambda: (2, 1))
+    torch.save(dict(runner_state(), weight=torch.ones(3)), tmp_path / 'a.pth')
+    state = compat.load_data(tmp_path / 'a.pth', 'cpu', mmap=mmap)
+    assert state['message_hub']['log_scalars']['loss'].mean() == 2
+    assert state['weight'].sum() == 3
+    for content in (Runs(tmp_path / 'effect'), LooksUp()):
+        torch.save(content, tmp_path / 'b.pth')
+        with pytest.raises(pickle.UnpicklingError, match=f'{os.system.__module__}.system|refused'):
+            compat.load_data(tmp_path / 'b.pth', 'cpu', mmap=mmap)
+    assert not (tmp_path / 'effect').exists()
+
+
+@pytest.mark.parametrize('protocol', range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_the_restricted_unpickler_refuses_every_protocol(tmp_path, protocol):
+    with pytest.raises(pickle.UnpicklingError, match='system'):
+        compat.restricted_pickle().load(io.BytesIO(pickle.dumps(Runs(tmp_path / 'effect'), protocol)))
+    assert not (tmp_path / 'effect').exists()
 
 
 def test_breakage_of_checkpoints_is_present(tmp_path):

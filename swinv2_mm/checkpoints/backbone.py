@@ -141,9 +141,9 @@ def _check_names_and_shapes(weights: Weights, shapes: Mapping[str, torch.Size], 
                 if value.shape != shapes[name]
             ],
             'not of dense floating-point numbers': [
-                f'{name} ({value.dtype}, {value.layout})'
+                f'{name} ({value.dtype}, {value.layout}, {value.device})'
                 for name, value in shared.items()
-                if not value.is_floating_point() or value.layout is not torch.strided
+                if not value.is_floating_point() or value.layout is not torch.strided or value.is_meta
             ],
         },
         sizes=f'. The checkpoint has {theirs}; the model has {ours}' if ours != theirs else '',

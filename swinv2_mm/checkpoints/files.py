@@ -1,14 +1,15 @@
 """Reading checkpoint files as data: nothing that a file contains is ever executed."""
 
 import ast
+import contextlib
+import io
 import pickle
-import pickletools
 import re
 import zipfile
+from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file
@@ -61,7 +62,7 @@ def read_checkpoint(path: str | Path, map_location: Any = None, trust: bool = Fa
             raise CheckpointError(_describe(head))
         mmap = head.startswith(ZIP)
         if mmap:
-            _verify_checksums(path)
+            _verify_records(path)
         load = torch.load if trust else compat.load_data
         options = dict(map_location=map_location, **(dict(weights_only=False) if trust else {}))
         checkpoint = load(path, mmap=mmap, **options)
@@ -80,7 +81,7 @@ def _describe(head: bytes) -> str:
     return f'it is {next(kinds, "neither a file of torch.save nor safetensors")}'
 
 
-@contextmanager
+@contextlib.contextmanager
 def _errors_name(path: Path) -> Iterator[None]:
     """Name the file in every error, and the class in the one about code: damaged files raise almost anything."""
     try:
@@ -108,47 +109,86 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else 'no details'
 
 
-def _verify_checksums(path: Path) -> None:
-    """Compare every record of a zip file with its checksum, which `torch.load` does not."""
+def _verify_records(path: Path) -> None:
+    """Compare every record of a zip file with its checksum, and with the size of its tensor; `torch.load` does neither.
+
+    Raises:
+        BadZipFile: A checksum is wrong.
+        CheckpointError: A record is shorter than its tensor, which would then show what follows in the file; or two
+            have the same name.
+    """
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
             with archive.open(record) as file:
                 while file.read(1 << 20):
                     pass
+        names = archive.namelist()
+        if len(set(names)) < len(names):
+            raise CheckpointError('it has several records of the same name')
+        sizes = {record.filename.split('/', 1)[-1]: record.file_size for record in archive.infolist()}
+        for key, size in _inspect(path).storages.items():
+            if sizes.get(f'data/{key}') != size:
+                raise CheckpointError(f'a tensor needs {size} bytes, its record has {sizes.get(f"data/{key}", 0)}')
 
 
 # ---------------------------------------------------------------- code in checkpoints
 
 
-def _refused_names(path: Path, message: str) -> list[str]:
-    """Classes and functions that a pickle asks for and that are no data, as far as it can be read."""
-    named = re.findall(r'GLOBAL ([\w.]+)', message)
-    return named or sorted({name for name in _globals(path) if not name.startswith(compat.DATA_NAMES)})
+class _Inert:
+    """Stands for whatever a pickle wants to make or call, and does nothing."""
+
+    def __init__(self, *args):
+        pass
+
+    def _ignore(self, *args):
+        pass
+
+    __setstate__ = __setitem__ = append = extend = add = _ignore
 
 
-def _globals(path: Path) -> Iterator[str]:
-    """Yield the names that the pickle in a file asks for, without unpickling."""
+class _Inspector(pickle.Unpickler):
+    """Walks through a pickle without making what it describes; remembers the names that it uses, and its storages."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self.names: set[str] = set()
+        self.storages: dict[str, int] = {}  # bytes by key
+
+    def find_class(self, module: str, name: str) -> type:
+        """Take the name for nothing but a name."""
+        self.names.add(f'{IMPORT_MAPPING.get(module, module)}.{name}')  # torch.save writes the names of Python 2
+        return type(name, (_Inert,), {})
+
+    def persistent_load(self, pid: Any) -> _Inert:
+        """Remember the size of a storage; torch names them ('storage', class, key, device, number of elements)."""
+        if isinstance(pid, tuple) and len(pid) == 5:
+            storage = getattr(torch, getattr(pid[1], '__name__', ''), None)
+            itemsize = storage.dtype.itemsize if hasattr(storage, 'dtype') else 1
+            self.storages[pid[2]] = itemsize * pid[4]
+        return _Inert()
+
+
+def _inspect(path: Path) -> _Inspector:
+    """Look into the pickles of a file, as far as they can be read."""
     with path.open('rb') as file:
-        pickled = file.read()
-    if pickled.startswith(ZIP):
-        with zipfile.ZipFile(path) as archive:
-            pickled = b''.join(archive.read(name) for name in archive.namelist() if name.endswith('.pkl'))
-    strings: list[str] = []
-    memo: dict[int, str] = {}
-    try:
-        for opcode, argument, _ in pickletools.genops(pickled):
-            if opcode.name == 'GLOBAL':
-                yield argument.replace(' ', '.')
-            elif opcode.name == 'STACK_GLOBAL':
-                yield '.'.join(strings[-2:])
-            elif 'UNICODE' in opcode.name:
-                strings.append(argument)
-            elif opcode.name == 'MEMOIZE':
-                memo[len(memo)] = strings[-1] if strings else ''
-            elif opcode.name.endswith('BINGET'):
-                strings.append(memo.get(argument, ''))
-    except ValueError:  # not a pickle to its end
-        return
+        if file.read(len(ZIP)) == ZIP:
+            with zipfile.ZipFile(path) as archive:
+                pickled = next((name for name in archive.namelist() if name.endswith('data.pkl')), None)
+                file = io.BytesIO(archive.read(pickled) if pickled else b'')
+        else:
+            file.seek(0)
+        inspector = _Inspector(file)
+        # damaged ones raise almost anything; what has been seen until then counts
+        with contextlib.suppress(Exception):
+            while True:  # older files are several pickles in a row, and then raw data
+                inspector.load()
+    return inspector
+
+
+def _refused_names(path: Path, message: str) -> list[str]:
+    """Classes and functions that a pickle asks for and that are no data."""
+    named = re.findall(r'GLOBAL ([\w.]+)', message)
+    return named or sorted(name for name in _inspect(path).names if not name.startswith(compat.DATA_NAMES))
 
 
 def _check_config(checkpoint: Any) -> None:

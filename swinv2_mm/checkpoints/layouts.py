@@ -77,7 +77,7 @@ class Layout:
 
     Args:
         name: Where it comes from.
-        marker: Regular expression of a name that only this layout has; what stands before it is the backbone's root.
+        marker: Regular expression of names that only this layout has; what stands before them is the backbone's root.
         renames: Pairs of a regular expression and what replaces it.
         steps: What follows the renaming.
     """
@@ -91,13 +91,13 @@ class Layout:
 # `rpe_mlp` is the older name, in SimMIM's files and in MSRA's dense code; timm and our own files have this layout too
 OFFICIAL = Layout(
     'official, timm or swinv2_mm',
-    r'layers\.0\.blocks\.0\.attn\.(?:cpb|rpe)_mlp\.0\.weight',
+    r'layers\.\d+\.blocks\.\d+\.attn\.(?:cpb|rpe)_mlp\.0\.weight',
     renames=((r'\.rpe_mlp\.', '.cpb_mlp.'),),
     steps=(merge_at_end_of_stage, official_final_norm),
 )
 TRANSFORMERS = Layout(
     'transformers',
-    r'encoder\.layers\.0\.blocks\.0\.attention\.self\.continuous_position_bias_mlp\.0\.weight',
+    r'encoder\.layers\.\d+\.blocks\.\d+\.attention\.self\.continuous_position_bias_mlp\.0\.weight',
     renames=(
         (r'^embeddings\.patch_embeddings\.projection\.', 'patch_embed.proj.'),
         (r'^embeddings\.norm\.', 'patch_embed.norm.'),
@@ -117,7 +117,7 @@ TRANSFORMERS = Layout(
 )
 TORCHVISION = Layout(
     'torchvision',
-    r'features\.1\.0\.attn\.cpb_mlp\.0\.weight',
+    r'features\.\d+\.\d+\.attn\.cpb_mlp\.0\.weight',
     renames=(
         (r'^features\.0\.0\.', 'patch_embed.proj.'),
         (r'^features\.0\.2\.', 'patch_embed.norm.'),
@@ -130,7 +130,7 @@ TORCHVISION = Layout(
 )
 MMPRETRAIN = Layout(
     'mmpretrain',
-    r'stages\.0\.blocks\.0\.attn\.w_msa\.cpb_mlp\.0\.weight',
+    r'stages\.\d+\.blocks\.\d+\.attn\.w_msa\.cpb_mlp\.0\.weight',
     renames=(
         (r'^patch_embed\.projection\.', 'patch_embed.proj.'),
         (r'^(stages\.\d+\.blocks\.\d+)\.norm3\.', r'\1.enorm.'),
@@ -159,7 +159,7 @@ def find_backbone(names: list[str]) -> tuple[Layout, str]:
     found = []
     for layout in LAYOUTS:
         matches = (re.fullmatch(rf'((?:.*\.)?){layout.marker}', name) for name in names)
-        found += [(layout, match[1]) for match in matches if match]
+        found += [(layout, root) for root in dict.fromkeys(match[1] or '' for match in matches if match)]
     own = [(layout, root) for layout, root in found if not root]
     if len(found) == 1 or len(own) == 1:
         return (own or found)[0]

@@ -98,9 +98,16 @@ def _for_toolboxes(checkpoint: Any, path: Path) -> dict:
         CheckpointError: The file holds no weights, or a Swin V2 that cannot be understood.
     """
     weights = unwrap(checkpoint)
+    if 'state_dict' in checkpoint and checkpoint['state_dict'] is not weights:
+        raise CheckpointError(f'its state_dict is a {type(checkpoint["state_dict"]).__name__} instead of a dict')
+    if not all(isinstance(name, str) for name in weights):
+        raise CheckpointError('its entries have no names, so it holds no weights')
     try:
-        _, root = find_backbone([name for name in weights if isinstance(name, str)])
+        _, root = find_backbone(list(weights))
     except CheckpointError:  # none, or several; what is being loaded will see which of them it needs
+        if 'state_dict' not in checkpoint:
+            return _with_source(checkpoint, path)
+        checkpoint['state_dict'] = _with_source(weights, path)
         return checkpoint
     is_of_mm = isinstance(checkpoint.get('meta'), dict) and checkpoint.get('state_dict') is weights
     if root.endswith('backbone.') or (root and is_of_mm):

@@ -42,8 +42,14 @@ def stored_windows(weights: Weights, release: Sequence[int] | None) -> Windows |
             stage['the name of the file'] = (window,) * axes
     if not any(per_stage):
         return None
-    axes = len(next(iter(next(filter(None, per_stage)).values())))
-    return [_agreed(i, found, axes) for i, found in enumerate(per_stage)]
+    axes = {name: len(window) for found in per_stage for name, window in found.items()}
+    if len(set(axes.values())) > 1:
+        listed = {count: name for name, count in axes.items()}
+        raise CheckpointError(
+            'its parts contradict each other about the number of axes: '
+            + ', '.join(f'{name} has {count}' for count, name in listed.items())
+        )
+    return [_agreed(i, found, next(iter(axes.values()))) for i, found in enumerate(per_stage)]
 
 
 def _read_entry(name: str, value: Tensor) -> tuple[int, ...]:
@@ -63,7 +69,7 @@ def _agreed(stage: int, found: Mapping[str, tuple[int, ...]], num_axes: int) -> 
     """Pre-training window of a stage that all of its sources agree on; a source with 0 says nothing of that axis."""
     agreed = []
     for axis in range(num_axes):
-        sizes = {name: window[axis] for name, window in found.items() if len(window) > axis and window[axis]}
+        sizes = {name: window[axis] for name, window in found.items() if window[axis]}
         if len(set(sizes.values())) > 1:
             first, second = list({size: name for name, size in sizes.items()}.items())[:2]
             raise CheckpointError(

@@ -173,6 +173,9 @@ class SwinV2(BaseModule):
                 self.windows,
                 own=names - self._state_shapes.keys(),
             )
+        # output norms that the checkpoint does not have stay as they are, which a strict load would call missing
+        for name in self._state_shapes.keys() - weights.keys():
+            weights[name] = self.get_parameter(name).detach()
         for name in given:
             del state_dict[name]
         state_dict.update({prefix + name: value for name, value in weights.items()})

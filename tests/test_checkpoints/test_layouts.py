@@ -1,0 +1,529 @@
+"""Every public layout of SwinV2 weights, by every road: written files to the bit, real models by their features."""
+
+import re
+
+import layouts
+import oracles
+import pytest
+import torch
+from mmengine.runner import load_checkpoint
+from safetensors.torch import save_file
+from torch import nn
+
+from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict
+from swinv2_mm.models import SwinTransformerV2
+
+# no stage of one head: PyTorch multiplies by a single row in another order for each number of rows, one bit off
+ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16))
+EXTRA_NORMS = dict(ARCH, extra_norm_every_n_blocks=2)
+WINDOWS, PRETRAINED, IMAGE = (8, 8, 8, 4), (6, 6, 6, 3), 128
+WRITERS = [
+    'official',
+    'simmim_pretrained',
+    'simmim_finetuned',
+    'msra_dense',
+    'mmpretrain',
+    'torchvision',
+    'timm_old',
+    'timm_new',
+    'hf_backbone',
+    'hf_classifier',
+    'hf_masked_image',
+]
+MICROSOFT = ('official', 'simmim_pretrained', 'simmim_finetuned')
+WITH_EXTRA_NORMS = ('msra_dense', 'mmpretrain')
+WITHOUT_TABLES = ('timm_old', 'timm_new', 'hf_backbone', 'hf_classifier', 'hf_masked_image')
+
+
+def build(arch=ARCH, window=WINDOWS, pretrained=None, **kwargs):
+    return SwinTransformerV2(arch, window, pretrained, drop_path_rate=0.0, **kwargs)
+
+
+def arch_of(writer):
+    return EXTRA_NORMS if writer in WITH_EXTRA_NORMS else ARCH
+
+
+def pretrained_of(writer):
+    """What the user has to say: nothing, where the file holds tables."""
+    return PRETRAINED if writer in WITHOUT_TABLES else None
+
+
+def source(writer, seed=0):
+    """Our weights, and the dict of the layout that is made from them."""
+    weights = layouts.canonical(oracles.randomize(build(arch_of(writer)), seed))
+    return weights, getattr(layouts, writer)(weights, WINDOWS, PRETRAINED, IMAGE)
+
+
+def save(writer, model, path):
+    if writer in MICROSOFT:
+        layouts.save_microsoft_file(model, path)
+    elif writer in WITH_EXTRA_NORMS:  # the two of OpenMMLab
+        torch.save({'meta': {'epoch': 300, 'CLASSES': ('tench', 'goldfish')}, 'state_dict': model}, path)
+    else:
+        torch.save(model, path)
+    return str(path)
+
+
+def in_file(writer, weights):
+    """Those of our weights that a file of this layout holds."""
+    kept = {
+        'msra_dense': ('norm0', 'norm1', 'norm2', 'norm3'),
+        'hf_backbone': (),
+    }.get(writer, ('norm3',))
+    return {k: v for k, v in weights.items() if not k.startswith('norm') or k.split('.')[0] in kept}
+
+
+def assert_holds(backbone, expected, fresh):
+    """Weights of the file, and for the norms that it lacks those of a new layer; windows of all blocks."""
+    for name, value in layouts.canonical(backbone).items():
+        assert torch.equal(value, expected.get(name, fresh[name])), name
+    assert set(expected) <= set(fresh)
+    for i, stage in enumerate(backbone.layers):
+        for block in stage.blocks:
+            assert block.attn.cpb_mlp.pretrained_window_size.tolist() == [PRETRAINED[i]] * 2
+
+
+@pytest.mark.parametrize('writer', WRITERS)
+def test_a_file_becomes_the_canonical_weights(writer, tmp_path):
+    weights, model = source(writer)
+    loaded = load_swinv2_state_dict(save(writer, model, tmp_path / 'file.pth'))
+    windows = {k: loaded.pop(k).tolist() for k in list(loaded) if k.endswith('pretrained_window_size')}
+    expected = in_file(writer, weights)
+    assert loaded.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(loaded[name], value), name
+    if writer in WITHOUT_TABLES:
+        assert windows == {}
+    else:
+        assert windows == {
+            f'layers.{i}.blocks.{j}.attn.cpb_mlp.pretrained_window_size': [PRETRAINED[i]] * 2
+            for i in range(4)
+            for j in range(2)
+        }
+
+
+@pytest.mark.parametrize('writer', WRITERS)
+@pytest.mark.parametrize('road', ['init_cfg', 'init_cfg_with_prefix', 'load_checkpoint', 'load_state_dict'])
+def test_every_road_leads_to_the_same_weights(writer, road, tmp_path):
+    weights, model = source(writer)
+    path = save(writer, model, tmp_path / 'file.pth')
+    init_cfg = {
+        'init_cfg': dict(type='Pretrained', checkpoint=path),
+        'init_cfg_with_prefix': dict(type='Pretrained', checkpoint=path, prefix='backbone.'),
+    }.get(road)
+    backbone = build(arch_of(writer), pretrained=pretrained_of(writer), init_cfg=init_cfg)
+    fresh = layouts.canonical(backbone)
+    if road == 'load_checkpoint':
+        load_checkpoint(backbone, path)
+    elif road == 'load_state_dict':
+        backbone.load_state_dict(model)
+    else:
+        backbone.init_weights()
+    assert_holds(backbone, in_file(writer, weights), fresh)
+
+
+@pytest.mark.parametrize('stored', ['relative_coords_table', 'relative_position_index', 'attn_mask'])
+def test_buffers_that_older_releases_stored_are_no_obstacle(stored):
+    """Of transformers, on its hub: they are dropped, though not before the tables have told the windows."""
+    weights, model = source('hf_classifier')
+    for name, value in layouts.stored_buffers(weights, WINDOWS, PRETRAINED, IMAGE).items():
+        if name.endswith(stored):
+            model['swinv2.' + oracles.hf_names(name)] = value
+    backbone = build(pretrained=None if stored == 'relative_coords_table' else PRETRAINED)
+    fresh = layouts.canonical(backbone)
+    backbone.load_state_dict(model)
+    assert_holds(backbone, in_file('hf_classifier', weights), fresh)
+
+
+@pytest.mark.parametrize('wrap', ['module.', 'backbone.', 'module.backbone.'])
+def test_prefixes_of_wrappers_are_understood(wrap, tmp_path):
+    weights, model = source('official')
+    path = save('', {wrap + k: v for k, v in model.items()}, tmp_path / 'file.pth')
+    backbone = build(init_cfg=dict(type='Pretrained', checkpoint=path))
+    fresh = layouts.canonical(backbone)
+    backbone.init_weights()
+    assert_holds(backbone, in_file('official', weights), fresh)
+
+
+def test_a_part_of_a_larger_model_loads_a_file(tmp_path):
+    """As a detector does, whose backbone has the `init_cfg`."""
+    weights, model = source('official')
+    path = save('official', model, tmp_path / 'file.pth')
+    detector = nn.Sequential(build(init_cfg=dict(type='Pretrained', checkpoint=path)), nn.Conv2d(128, 1, 1))
+    fresh = layouts.canonical(detector[0])
+    detector[0].init_weights()
+    assert_holds(detector[0], in_file('official', weights), fresh)
+
+
+def test_norms_of_stages_that_are_not_returned_are_not_needed(tmp_path):
+    weights, model = source('official')
+    path = save('official', model, tmp_path / 'file.pth')
+    backbone = build(out_indices=(1, 2), init_cfg=dict(type='Pretrained', checkpoint=path))
+    fresh = layouts.canonical(backbone)
+    backbone.init_weights()
+    expected = {k: v for k, v in weights.items() if not k.startswith('norm')}
+    assert_holds(backbone, expected, fresh)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('writer', ['official', 'hf_classifier'])
+def test_files_of_another_precision_load_as_float32(writer, suffix, dtype, tmp_path):
+    weights, model = source(writer)
+    model = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.items()}
+    path = str(tmp_path / f'file{suffix}')
+    torch.save(model, path) if suffix == '.pth' else save_file(model, path)
+    rounded = {k: v.to(dtype).float() for k, v in in_file(writer, weights).items()}
+    loaded = load_swinv2_state_dict(path)
+    for name, value in rounded.items():
+        assert torch.equal(loaded[name].float(), value), name
+    backbone = build(pretrained=PRETRAINED, init_cfg=dict(type='Pretrained', checkpoint=path))
+    fresh = layouts.canonical(backbone)
+    backbone.init_weights()
+    assert_holds(backbone, rounded, fresh)
+
+
+# Real models
+
+
+def timm_model(image=256, window=8):
+    oracles.find_peers()
+    from timm.models.swin_transformer_v2 import SwinTransformerV2 as Peer
+
+    arch = dict(embed_dim=ARCH['embed_dims'], depths=ARCH['depths'], num_heads=ARCH['num_heads'])
+    return oracles.randomize(Peer(image, window_size=window, num_classes=5, drop_path_rate=0.0, **arch)).eval()
+
+
+def hf_model(name):
+    oracles.find_peers()
+    import transformers
+
+    config = transformers.Swinv2Config(
+        image_size=256,
+        window_size=8,
+        embed_dim=ARCH['embed_dims'],
+        depths=list(ARCH['depths']),
+        num_heads=list(ARCH['num_heads']),
+        drop_path_rate=0.0,
+        num_labels=5,
+        encoder_stride=32,
+        out_features=['stage1', 'stage2', 'stage3', 'stage4'],
+    )
+    return oracles.randomize(getattr(transformers, name)(config)).eval()
+
+
+def torchvision_model():
+    oracles.find_peers()
+    from torchvision.models import swin_transformer as peer
+
+    model = peer.SwinTransformer(
+        [4, 4],
+        ARCH['embed_dims'],
+        ARCH['depths'],
+        ARCH['num_heads'],
+        [8, 8],
+        stochastic_depth_prob=0.0,
+        num_classes=5,
+        block=peer.SwinTransformerBlockV2,
+        downsample_layer=peer.PatchMergingV2,
+    )
+    return oracles.randomize(model).eval()
+
+
+def hf_features(model, x):
+    trunk = getattr(model, 'swinv2', model)
+    embedded, size = trunk.embeddings(x)
+    states = trunk.encoder(
+        embedded, size, output_hidden_states=True, output_hidden_states_before_downsampling=True
+    ).reshaped_hidden_states
+    return states[1:], getattr(trunk, 'layernorm', None)
+
+
+def torchvision_features(model, x):
+    features = []
+    for i, part in enumerate(model.features):
+        x = part(x)
+        if i % 2:
+            features.append(x.permute(0, 3, 1, 2))
+    return features, model.norm
+
+
+def timm_features(model, x):
+    return model.forward_intermediates(x, intermediates_only=True, norm=False, output_fmt='NCHW'), model.norm
+
+
+@torch.no_grad()
+def assert_same_features(backbone, features, model, image=256):
+    x = torch.randn(1, 3, image, image, generator=torch.Generator().manual_seed(1))
+    expected, final_norm = features(model, x)
+    for i, (ours, theirs) in enumerate(zip(backbone.eval()(x), expected, strict=True)):
+        assert theirs.std() > 0.1, 'the stage says nothing'
+        assert (ours - oracles.apply_output_norm(backbone, i, theirs)).abs().max() == 0.0, i
+    if final_norm is not None:
+        last = final_norm(expected[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        assert (ours - last).abs().max() == 0.0
+
+
+def pretrained_backbone(path, pretrained=8):
+    backbone = build(window=8, pretrained=pretrained, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    backbone.init_weights()
+    return backbone
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_features_of_a_timm_file_are_those_of_timm(suffix, tmp_path):
+    model = timm_model()
+    path = tmp_path / f'model{suffix}'
+    torch.save(model.state_dict(), path) if suffix == '.pth' else save_file(model.state_dict(), path)
+    assert_same_features(pretrained_backbone(path), timm_features, model)
+
+
+@pytest.mark.parametrize('form', ['model.safetensors', 'pytorch_model.bin'])
+@pytest.mark.parametrize('name', ['Swinv2ForImageClassification', 'Swinv2Backbone', 'Swinv2ForMaskedImageModeling'])
+def test_features_of_a_transformers_file_are_those_of_transformers(name, form, tmp_path):
+    model = hf_model(name)
+    if form == 'pytorch_model.bin':
+        torch.save(model.state_dict(), tmp_path / form)
+    else:
+        model.save_pretrained(tmp_path)
+    assert_same_features(pretrained_backbone(tmp_path / form), hf_features, model)
+
+
+def test_features_of_a_torchvision_file_are_those_of_torchvision(tmp_path):
+    """Nothing is said of pre-training windows: its tables hold them. The bias of its keys is random, and unused."""
+    model = torchvision_model()
+    torch.save(model.state_dict(), tmp_path / 'model.pth')
+    assert_same_features(pretrained_backbone(tmp_path / 'model.pth', pretrained=None), torchvision_features, model)
+
+
+@pytest.mark.parametrize(
+    ('writer', 'model'),
+    [
+        ('timm_new', timm_model),
+        ('torchvision', torchvision_model),
+        ('hf_classifier', lambda: hf_model('Swinv2ForImageClassification')),
+        ('hf_backbone', lambda: hf_model('Swinv2Backbone')),
+        ('hf_masked_image', lambda: hf_model('Swinv2ForMaskedImageModeling')),
+    ],
+)
+def test_real_models_take_what_the_writers_write(writer, model):
+    """Holds the writers against the libraries; buffers of torchvision are equal to the bit."""
+    weights = layouts.canonical(oracles.randomize(build()))
+    written, model = getattr(layouts, writer)(weights, (8,) * 4, (8,) * 4), model()
+    for name, value in model.state_dict().items():
+        if 'relative' in name:
+            assert torch.equal(written[name], value), name
+    model.load_state_dict(written)
+
+
+def test_buffers_are_those_that_timm_computes():
+    """It does not store them, and computes them as the official code does."""
+    oracles.find_peers()
+    from timm.models.swin_transformer_v2 import SwinTransformerV2 as Peer
+
+    arch = dict(embed_dim=ARCH['embed_dims'], depths=ARCH['depths'], num_heads=ARCH['num_heads'])
+    peer = Peer(IMAGE, window_size=8, pretrained_window_sizes=PRETRAINED, **arch)
+    theirs = {k: v for k, v in peer.named_buffers() if k.endswith(('_table', '_index', '_mask'))}
+    written = layouts.stored_buffers(layouts.canonical(build()), WINDOWS, PRETRAINED, IMAGE)
+    assert len(written) == len(theirs) == 18
+    for name, value in theirs.items():
+        assert torch.equal(written[name], value), name
+
+
+@torch.no_grad()
+def test_columns_of_a_merging_are_those_of_unfold():
+    """What mmpretrain does: unfold, then a linear layer with permuted columns, is the official concatenation."""
+    x = torch.randn(2, 3, 6, 4, dtype=torch.float64)
+    reduction = torch.randn(6, 12, dtype=torch.float64)
+    patches = [x[..., h::2, w::2] for h, w in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    merged = torch.einsum('oc,bchw->bohw', reduction, torch.cat(patches, 1))
+    unfolded = nn.Unfold(kernel_size=2, stride=2)(x)
+    theirs = (layouts.mmpretrain_columns(reduction) @ unfolded).view(2, 6, 3, 2)
+    torch.testing.assert_close(theirs, merged)
+    assert not torch.allclose((reduction @ unfolded).view(2, 6, 3, 2), merged)
+
+
+# What is refused
+
+
+def without(name):
+    return lambda model: {k: v for k, v in model.items() if k != name}
+
+
+def changed(name, value):
+    return lambda model: model | {name: value}
+
+
+KEY = 'layers.2.blocks.1.attn.proj.weight'
+BROKEN = {
+    'missing': (without(KEY), KEY),
+    'missing merging': (without('layers.1.downsample.norm.bias'), 'layers.1.downsample.norm.bias'),
+    'unexpected': (changed('layers.2.blocks.1.attn.mystery', torch.ones(3)), 'layers.2.blocks.1.attn.mystery'),
+    'unexpected block': (
+        changed('layers.2.blocks.2.attn.proj.weight', torch.ones(64, 64)),
+        'layers.2.blocks.2.attn.proj.weight',
+    ),
+    'unexpected extra norm': (changed('layers.2.blocks.1.enorm.bias', torch.ones(64)), 'layers.2.blocks.1.enorm.bias'),
+    'shape': (changed(KEY, torch.ones(64, 32)), KEY),
+    'integers': (changed(KEY, torch.ones(64, 64, dtype=torch.int64)), KEY),
+    'complex': (changed(KEY, torch.ones(64, 64, dtype=torch.complex64)), KEY),
+}
+
+
+@pytest.mark.parametrize('case', BROKEN)
+@pytest.mark.parametrize('road', ['load_state_dict', 'not strict', 'init_cfg'])
+def test_what_does_not_fit_is_named_before_any_weight_is_touched(case, road, tmp_path):
+    breaks, name = BROKEN[case]
+    _, model = source('official')
+    model = breaks(model)
+    path = save('official', model, tmp_path / 'file.pth')
+    backbone = build(init_cfg=dict(type='Pretrained', checkpoint=path))
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    load = {
+        'init_cfg': backbone.init_weights,
+        'load_state_dict': lambda: backbone.load_state_dict(model),
+        'not strict': lambda: backbone.load_state_dict(model, strict=False),
+    }[road]
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        load()
+    if road != 'init_cfg':  # which draws new weights first
+        assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
+
+
+def test_a_missing_key_is_named_in_any_layout():
+    _, model = source('hf_classifier')
+    del model['swinv2.encoder.layers.2.blocks.1.intermediate.dense.bias']
+    with pytest.raises(CheckpointError, match=r'layers\.2\.blocks\.1\.(mlp\.fc1|intermediate\.dense)\.bias'):
+        build(pretrained=PRETRAINED).load_state_dict(model)
+
+
+@pytest.mark.parametrize('missing', ['query', 'key', 'value'])
+def test_a_part_of_qkv_that_is_missing_is_named(missing):
+    _, model = source('hf_classifier')
+    del model[f'swinv2.encoder.layers.2.blocks.1.attention.self.{missing}.weight']
+    with pytest.raises(CheckpointError, match=rf'layers\.2\.blocks\.1\.(attn\.qkv|attention\.self\.{missing})\.weight'):
+        build(pretrained=PRETRAINED).load_state_dict(model)
+
+
+def test_a_bias_of_keys_is_refused():
+    """No SwinV2 has one: the file is that of another model."""
+    _, model = source('hf_classifier')
+    model['swinv2.encoder.layers.2.blocks.1.attention.self.key.bias'] = torch.ones(64)
+    with pytest.raises(CheckpointError, match=r'layers\.2\.blocks\.1\.(attn|attention\.self)\.key\.bias'):
+        build(pretrained=PRETRAINED).load_state_dict(model)
+
+
+@pytest.mark.parametrize(
+    ('writer', 'dropped'),
+    [
+        ('official', {'head'}),
+        ('timm_new', {'head'}),
+        ('hf_classifier', {'classifier'}),
+        ('hf_masked_image', {'mask_token', 'decoder'}),
+        ('simmim_pretrained', {'mask_token', 'decoder'}),
+        ('msra_dense', {'rpn_head', 'neck'}),
+        ('timm_old without head', set()),
+    ],
+)
+def test_keys_of_other_heads_are_dropped_and_logged_once(writer, dropped, tmp_path):
+    writer, _, headless = writer.partition(' ')
+    _, model = source(writer)
+    if headless:
+        model = {k: v for k, v in model.items() if not k.startswith('head.')}
+    path = save(writer, model, tmp_path / 'file.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=path)
+    backbone = build(arch_of(writer), pretrained=pretrained_of(writer), init_cfg=init_cfg)
+    with layouts.recorded_log() as messages:
+        backbone.init_weights()
+    lines = [m for m in messages if 'other heads' in m]
+    assert len(lines) == bool(dropped), lines
+    known = {'head', 'classifier', 'mask_token', 'decoder', 'rpn_head', 'neck', 'norm', 'layers', 'patch_embed'}
+    assert {word for line in lines for word in re.findall(r'\w+', line)} & known == dropped
+
+
+def test_new_output_norms_are_logged_once():
+    _, model = source('official')
+    with layouts.recorded_log() as messages:
+        build().load_state_dict(model)
+    said = [m for m in messages if 'norm0' in m]
+    assert len(said) == 1
+    assert 'norm2' in said[0]
+    assert 'norm3' not in said[0]
+
+
+def swin_v1():
+    oracles.find_peers()
+    from timm.models.swin_transformer import SwinTransformer
+
+    arch = dict(embed_dim=ARCH['embed_dims'], depths=ARCH['depths'], num_heads=ARCH['num_heads'])
+    return SwinTransformer(128, window_size=4, num_classes=5, **arch)
+
+
+def torchvision_v1():
+    oracles.find_peers()
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    return SwinTransformer([4, 4], ARCH['embed_dims'], ARCH['depths'], ARCH['num_heads'], [4, 4], num_classes=5)
+
+
+def vision_transformer():
+    oracles.find_peers()
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(64, 16, embed_dim=16, depth=2, num_heads=2, num_classes=5)
+
+
+def pre_release_v2():
+    """The `swinv2_cr` of timm, which has other parameters and another bias, so that its weights fit no SwinV2."""
+    oracles.find_peers()
+    from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
+
+    arch = dict(embed_dim=ARCH['embed_dims'], depths=ARCH['depths'], num_heads=ARCH['num_heads'])
+    return SwinTransformerV2Cr(128, window_size=4, num_classes=5, **arch)
+
+
+@pytest.mark.parametrize(
+    ('model', 'says'),
+    [
+        (swin_v1, r'(?i)\bV1\b'),
+        (torchvision_v1, r'(?i)\bV1\b'),
+        (vision_transformer, r'(?i)swin ?(transformer )?v2'),
+        (pre_release_v2, r'(?i)swin'),
+        (lambda: nn.Linear(2, 2), r'(?i)swin ?(transformer )?v2'),
+    ],
+    ids=['Swin V1 of timm', 'Swin V1 of torchvision', 'ViT', 'swinv2_cr', 'anything'],
+)
+def test_files_of_other_models_are_refused_for_what_they_are(model, says, tmp_path):
+    weights = model().state_dict()
+    path = save('', weights, tmp_path / 'file.pth')
+    with pytest.raises(CheckpointError, match=says):
+        load_swinv2_state_dict(path)
+    with pytest.raises(CheckpointError, match=says):
+        build(window=4, pretrained=4, init_cfg=dict(type='Pretrained', checkpoint=path)).init_weights()
+    with pytest.raises(CheckpointError, match=says):
+        build(window=4, pretrained=4).load_state_dict(weights)
+
+
+@pytest.mark.parametrize(
+    ('arch', 'named'),
+    [
+        (dict(ARCH, embed_dims=32), 'patch_embed.proj.weight'),
+        (dict(ARCH, depths=(2, 2, 6, 2)), 'layers.2.blocks.2.'),
+        (dict(ARCH, num_heads=(1, 2, 4, 8)), 'layers.0.blocks.0.attn.logit_scale'),
+        (EXTRA_NORMS, 'enorm'),
+    ],
+    ids=['channels', 'depths', 'heads', 'extra norms'],
+)
+def test_a_model_of_another_size_is_told_what_differs(arch, named, tmp_path):
+    _, model = source('official')
+    path = save('official', model, tmp_path / 'file.pth')
+    backbone = build(arch, init_cfg=dict(type='Pretrained', checkpoint=path))
+    with pytest.raises(CheckpointError, match=re.escape(named)):
+        backbone.init_weights()
+
+
+def test_an_error_on_a_large_difference_stays_readable():
+    _, model = source('official')
+    with pytest.raises(CheckpointError) as error:
+        build(dict(ARCH, embed_dims=32, depths=(2, 2, 18, 2))).load_state_dict(model)
+    assert len(str(error.value)) < 3000

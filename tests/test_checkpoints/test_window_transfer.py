@@ -1,0 +1,362 @@
+"""Weights in windows that they were not learnt with: the pre-training window is known, told, or refused."""
+
+import math
+import re
+from itertools import product
+from pathlib import Path
+
+import layouts
+import oracles
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import load_checkpoint
+from mmengine.runner.checkpoint import save_checkpoint
+from safetensors.torch import save_file
+
+from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict
+from swinv2_mm.models import SwinTransformerV2
+
+# no stage of one head: PyTorch multiplies by a single row in another order for each number of rows, one bit off
+ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16))
+TINY = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+DETECTOR = Path(__file__).parents[1] / 'test_tools/tiny/det.py'
+
+
+def build(window, pretrained=None, arch=ARCH, path=None):
+    init_cfg = path and dict(type='Pretrained', checkpoint=str(path))
+    backbone = SwinTransformerV2(arch, window, pretrained, drop_path_rate=0.0, init_cfg=init_cfg)
+    if path:
+        backbone.init_weights()
+    return backbone.eval()
+
+
+def weights_of(arch=ARCH):
+    return layouts.canonical(oracles.randomize(build(8, arch=arch)))
+
+
+def official_file(path, windows, pretrained, arch=ARCH):
+    torch.save(layouts.official(weights_of(arch), windows, pretrained), path)
+    return path
+
+
+def silent_file(path, arch=ARCH):
+    """A file that says nothing of windows."""
+    torch.save(layouts.timm_new(weights_of(arch)), path)
+    return path
+
+
+def windows_of(backbone):
+    """Pre-training windows of the stages, which must not differ between the blocks of a stage."""
+    stages = []
+    for stage in backbone.layers:
+        of_blocks = {tuple(block.attn.cpb_mlp.pretrained_window_size.tolist()) for block in stage.blocks}
+        assert len(of_blocks) == 1
+        stages += of_blocks
+    return stages
+
+
+def windows_in(weights):
+    """The same, of a state dict, with the stages for which it holds them."""
+    found = {}
+    for name, value in weights.items():
+        if name.endswith('pretrained_window_size'):
+            found.setdefault(int(name.split('.')[1]), set()).add(tuple(value.tolist()))
+    assert all(len(of_blocks) == 1 for of_blocks in found.values())
+    return {stage: of_blocks.pop() for stage, of_blocks in found.items()}
+
+
+def square(*windows):
+    return [(w, w) for w in windows]
+
+
+def image(size):
+    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+# Features
+
+
+def timm_model(size, window, pretrained):
+    oracles.find_peers()
+    from timm.models.swin_transformer_v2 import SwinTransformerV2 as Peer
+
+    arch = dict(embed_dim=ARCH['embed_dims'], depths=ARCH['depths'], num_heads=ARCH['num_heads'])
+    model = Peer(size, window_size=window, pretrained_window_sizes=pretrained, num_classes=5, **arch)
+    model.load_state_dict(layouts.timm_new(weights_of()))
+    return model.eval()
+
+
+@pytest.mark.parametrize(('size', 'window'), [(256, 16), (384, 24)])
+@pytest.mark.parametrize('file', ['timm', 'official'])
+@pytest.mark.parametrize('per_stage', [True, False])
+@torch.no_grad()
+def test_windows_of_12_become_16_and_24_as_in_timm(file, size, window, per_stage, tmp_path):
+    """The last stage goes from 6 to 8 and 12, whether it is told so or has a map no larger than that."""
+    path, told = tmp_path / 'model.pth', None
+    if file == 'official':
+        official_file(path, (12, 12, 12, 6), (12, 12, 12, 6))
+    else:
+        silent_file(path)
+        told = (12, 12, 12, 6)
+    backbone = build((window, window, window, window // 2) if per_stage else window, told, path=path)
+    assert windows_of(backbone) == square(12, 12, 12, 6)
+    expected = oracles.timm_features(timm_model(size, window, (12, 12, 12, 6)), backbone, image(size))
+    for ours, theirs in zip(backbone(image(size)), expected, strict=True):
+        assert (ours - theirs).abs().max() == 0.0
+
+
+@torch.no_grad()
+def test_a_wrong_window_changes_the_features(tmp_path):
+    """What the errors below protect from: the weights load as well with any other window."""
+    path = silent_file(tmp_path / 'model.pth')
+    right, wrong = (build(16, p, path=path)(image(256)) for p in ((12, 12, 12, 6), 16))
+    assert all((r - w).abs().max() > 1e-3 for r, w in zip(right, wrong, strict=True))
+
+
+@torch.no_grad()
+def test_windows_may_grow_in_steps(tmp_path):
+    """8 -> 16 -> 24 through saved files is 8 -> 24: what counts is the window that the bias was learnt with."""
+    first, second = official_file(tmp_path / 'w8.pth', (8,) * 4, (8,) * 4), tmp_path / 'w16.pth'
+    torch.save(build(16, path=first).state_dict(), second)
+    steps, direct = build(24, path=second), build(24, path=first)
+    assert windows_of(steps) == windows_of(direct) == square(8, 8, 8, 8)
+    expected = oracles.timm_features(timm_model(384, 24, (8,) * 4), direct, image(384))
+    for a, b, c in zip(steps(image(384)), direct(image(384)), expected, strict=True):
+        assert torch.equal(a, b)
+        assert (b - c).abs().max() == 0.0
+
+
+@torch.no_grad()
+def test_a_detector_remembers_the_windows_of_its_weights(tmp_path):
+    """Trained at 16 from weights of 8, saved, and loaded by a config that says nothing of 8."""
+    pytest.importorskip('mmdet')
+    arch = dict(ARCH, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+    path = official_file(tmp_path / 'w8.pth', (8,) * 4, (8,) * 4, arch)
+    cfg = Config.fromfile(DETECTOR).model
+    cfg.backbone.update(window_size=16, drop_path_rate=0.0)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        fresh = MODELS.build(cfg)
+        cfg.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(path))
+        detector = MODELS.build(cfg)
+    detector.init_weights()
+    assert windows_of(detector.backbone) == square(8, 8, 8, 8)
+    assert windows_of(fresh.backbone) != square(8, 8, 8, 8)
+
+    save_checkpoint({'state_dict': detector.state_dict(), 'meta': {'epoch': 1}}, str(tmp_path / 'epoch_1.pth'))
+    load_checkpoint(fresh, str(tmp_path / 'epoch_1.pth'), strict=True)
+    assert windows_of(fresh.backbone) == square(8, 8, 8, 8)
+    for a, b in zip(detector.eval()(image(256)), fresh.eval()(image(256)), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(a, b, strict=True))
+
+
+# What a stored table says
+
+
+def stored_windows(path, windows, pretrained, dtype=torch.float32):
+    weights = layouts.official(weights_of(TINY), windows, pretrained)
+    weights = {k: v.to(dtype) for k, v in weights.items() if v.is_floating_point()}  # the indices would be large
+    save_file(weights, path)
+    return windows_in(load_swinv2_state_dict(str(path)))
+
+
+PAIRS = list(product((2, 3, 7, 8, 14, 24, 31, 64), (2, 3, 6, 8, 12, 13, 30, 64)))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_a_table_tells_the_window_exactly(dtype, tmp_path):
+    """Each file has four stages with two axes of their own: eight pairs."""
+    for start in range(0, len(PAIRS), 8):
+        pairs = PAIRS[start : start + 8]
+        windows = [(pairs[i][0], pairs[i + 1][0]) for i in range(0, 8, 2)]
+        pretrained = [(pairs[i][1], pairs[i + 1][1]) for i in range(0, 8, 2)]
+        found = stored_windows(tmp_path / 'model.safetensors', windows, pretrained, dtype)
+        assert found == dict(enumerate(pretrained)), (windows, pretrained)
+
+
+@pytest.mark.parametrize(
+    ('windows', 'pretrained'),
+    [
+        ((8, 8, 8, 8), (8, 8, 8, 8)),
+        ((16, 16, 16, 8), (16, 16, 16, 8)),
+        ((12, 12, 12, 6), (12, 12, 12, 6)),
+        ((16, 16, 16, 8), (12, 12, 12, 6)),
+        ((24, 24, 24, 12), (12, 12, 12, 6)),
+        ((14, 14, 14, 7), (12, 12, 12, 6)),
+        ((30, 30, 30, 15), (12, 12, 12, 6)),
+        ((40, 40, 40, 20), (12, 12, 12, 6)),
+    ],
+)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+def test_windows_of_released_files_are_told_by_their_tables(windows, pretrained, dtype, tmp_path):
+    found = stored_windows(tmp_path / 'model.safetensors', windows, pretrained, dtype)
+    assert found == dict(enumerate(square(*pretrained)))
+
+
+def test_non_square_windows_are_told_apart_in_a_backbone(tmp_path):
+    path = official_file(
+        tmp_path / 'model.pth', [(8, 4), (8, 4), (6, 9), (3, 2)], [(8, 4), (6, 4), (4, 9), (3, 2)], TINY
+    )
+    backbone = build([(16, 8)] * 4, arch=TINY, path=path)
+    assert windows_of(backbone) == [(8, 4), (6, 4), (4, 9), (3, 2)]
+
+
+def linear(windows, scale):
+    """What a table would hold without the logarithm."""
+    offsets = [torch.arange(1 - w, w, dtype=torch.float32) / (w - 1) * scale for w in windows]
+    return torch.stack(torch.meshgrid(*offsets, indexing='ij'), -1)[None]
+
+
+@pytest.mark.parametrize(
+    'table',
+    [
+        linear((8, 8), 8),
+        linear((8, 8), 1),
+        layouts.coords_table(8, 8) * 3 * 0.6931,  # natural logarithm
+        layouts.coords_table(8, 8) * 1.05,  # no whole window gives this
+        layouts.coords_table(8, 8).flip(1),
+        layouts.coords_table(8, 8).flip(-1),
+        torch.full((1, 15, 15, 2), torch.nan),
+        torch.zeros(1, 15, 15, 2),
+    ],
+    ids=['linear by 8', 'linear', 'natural', 'no whole window', 'reversed', 'axes swapped', 'NaN', 'zeros'],
+)
+def test_a_table_that_is_not_log_spaced_is_refused(table, tmp_path):
+    weights = layouts.official(weights_of(), (8,) * 4, (8,) * 4)
+    weights['layers.1.blocks.0.attn.relative_coords_table'] = table
+    torch.save(weights, tmp_path / 'model.pth')
+    with pytest.raises(CheckpointError, match=r'relative_coords_table|coordinate'):
+        build(8, path=tmp_path / 'model.pth')
+
+
+def test_blocks_of_a_stage_must_agree(tmp_path):
+    weights = layouts.official(weights_of(), (8,) * 4, (8,) * 4)
+    weights['layers.1.blocks.1.attn.relative_coords_table'] = layouts.coords_table(8, 6)
+    torch.save(weights, tmp_path / 'model.pth')
+    with pytest.raises(CheckpointError, match=r'layers\.1|stage 1'):
+        build(8, path=tmp_path / 'model.pth')
+
+
+# The order of the sources
+
+
+def test_what_the_config_leaves_open_comes_from_the_file(tmp_path):
+    path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4))
+    for told in (None, 0, (0, 8, 0, 0), (8, 8, 8, 4), ((8, 0), 8, 0, (0, 4))):
+        assert windows_of(build(16, told, path=path)) == square(8, 8, 8, 4), told
+
+
+@pytest.mark.parametrize('told', [(8, 8, 8, 8), 16, (0, 0, 0, 6), ((8, 8), (8, 8), (8, 8), (4, 5))])
+@pytest.mark.parametrize('stored', ['table', 'our own'])
+def test_a_config_that_contradicts_the_file_is_an_error(told, stored, tmp_path):
+    path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4))
+    if stored == 'our own':
+        torch.save(build(16, path=path).state_dict(), path)
+    stage, value = {16: (0, '16')}.get(told) or (3, {8: '8', 6: '6'}.get(told[3], '5'))
+    with pytest.raises(CheckpointError) as error:
+        build(16, told, path=path)
+    message = str(error.value)
+    assert re.search(rf'stage {stage}\b', message), message
+    numbers = re.findall(r'\d+', message)
+    assert {value, '8' if stage == 0 else '4'} <= set(numbers), message
+
+
+def test_our_own_file_needs_no_config(tmp_path):
+    source = build(8, (8, 8, 8, 4))
+    torch.save(source.state_dict(), tmp_path / 'ours.pth')
+    assert windows_in(load_swinv2_state_dict(str(tmp_path / 'ours.pth'))) == dict(enumerate(square(8, 8, 8, 4)))
+    assert windows_of(build(16, path=tmp_path / 'ours.pth')) == square(8, 8, 8, 4)
+
+
+@pytest.mark.parametrize('told', [None, 8, (16, 16, 16, 8)])
+def test_a_name_that_contradicts_the_table_is_an_error(told, tmp_path):
+    """Somebody has renamed the file, so that neither is to be believed."""
+    path = official_file(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', (8,) * 4, (8,) * 4)
+    with pytest.raises(CheckpointError, match=r'stage 0: 8 .*relative_coords_table, 16 .*name of the file'):
+        build(16, told, path=path)
+
+
+@pytest.mark.parametrize('told', [8, (16, 16, 16, 16), (0, 0, 0, 16)])
+def test_a_config_that_contradicts_the_name_of_the_file_is_an_error(told, tmp_path):
+    path = silent_file(tmp_path / 'swinv2_tiny_patch4_window16_256.pth')
+    with pytest.raises(CheckpointError, match=r'stage \d.*pretrained_window_sizes'):
+        build(16, told, path=path)
+    assert windows_of(build(16, (0, 16, 16, 8), path=path)) == square(16, 16, 16, 8)
+
+
+RELEASES = {
+    'swinv2_tiny_patch4_window8_256.pth': (8, 8, 8, 8),
+    'swinv2_small_patch4_window16_256.pth': (16, 16, 16, 8),
+    'swinv2_base_patch4_window12_192_22k.pth': (12, 12, 12, 6),
+    'swinv2_base_patch4_window12to16_192to256_22kto1k_ft.pth': (12, 12, 12, 6),
+    'swinv2_large_patch4_window12to24_192to384_22kto1k_ft.pth': (12, 12, 12, 6),
+    'swinv2_base_window8_256.ms_in1k.pth': (8, 8, 8, 8),
+    'swinv2_tiny_window16_256.ms_in1k.safetensors': (16, 16, 16, 8),
+    'swinv2_large_window12_192.ms_in22k.safetensors': (12, 12, 12, 6),
+    'swinv2_base_window12to16_192to256.ms_in22k_ft_in1k.safetensors': (12, 12, 12, 6),
+    'swinv2_base_window12to24_192to384.ms_in22k_ft_in1k.pth': (12, 12, 12, 6),
+    'swinv2-tiny-patch4-window16-256.safetensors': (16, 16, 16, 8),
+    'swinv2-base-patch4-window12-192-22k.safetensors': (12, 12, 12, 6),
+    'swinv2-large-patch4-window12to24-192to384-22kto1k-ft.bin': (12, 12, 12, 6),
+}
+
+
+@pytest.mark.parametrize('name', RELEASES)
+def test_the_name_of_a_released_file_tells_its_windows(name, tmp_path):
+    weights = layouts.timm_new(weights_of(TINY))
+    save = save_file if name.endswith('.safetensors') else torch.save
+    save(weights, tmp_path / name)
+    expected = square(*RELEASES[name])
+    assert windows_in(load_swinv2_state_dict(str(tmp_path / name))) == dict(enumerate(expected))
+    assert windows_of(build(32, arch=TINY, path=tmp_path / name)) == expected
+
+
+@pytest.mark.parametrize(
+    'name', ['model.pth', 'my_swinv2.pth', 'best_window8.pth', 'swinv2_tiny_patch4_window7_224.pth', 'epoch_12.pth']
+)
+def test_where_nothing_is_known_the_error_says_what_to_pass(name, tmp_path):
+    path = silent_file(tmp_path / name, TINY)
+    assert windows_in(load_swinv2_state_dict(str(path))) == {}
+    for road in (lambda: build(8, arch=TINY, path=path), lambda: build(8, arch=TINY).load_state_dict(torch.load(path))):
+        with pytest.raises(CheckpointError, match='pretrained_window_sizes'):
+            road()
+
+
+def test_what_is_known_of_some_stages_alone_is_not_enough(tmp_path):
+    path = silent_file(tmp_path / 'model.pth', TINY)
+    with pytest.raises(CheckpointError, match='pretrained_window_sizes') as error:
+        build(8, (12, 12, 12, 0), arch=TINY, path=path)
+    assert re.search(r'stage 3\b', str(error.value)), error.value
+
+
+# The log
+
+
+def test_the_log_tells_the_transfer_of_each_stage(tmp_path):
+    path = official_file(tmp_path / 'model.pth', (12, 12, 12, 6), (12, 12, 12, 6))
+    with layouts.recorded_log() as messages:
+        build((24, 24, 24, 12), path=path)
+    for stage, before, after in ((0, 12, 24), (1, 12, 24), (2, 12, 24), (3, 6, 12)):
+        (line,) = [m for m in messages if re.search(rf'\bstage {stage}\b', m)]
+        assert f'{before}x{before}' in line
+        assert f'{after}x{after}' in line
+        # coordinates of the pre-training window end at log8(1 + 8)
+        beyond = math.log(1 + 8 * (after - 1) / (before - 1), 8) / math.log(9, 8) - 1
+        assert f'extrapolates by {beyond:.2f} ' in line
+
+
+@pytest.mark.parametrize(
+    ('window', 'says'), [(8, 'no extrapolation'), (7, 'no extrapolation'), (9, 'extrapolates by ')]
+)
+def test_the_log_says_whether_there_is_any_extrapolation(window, says, tmp_path):
+    path = official_file(tmp_path / 'model.pth', (8,) * 4, (8,) * 4)
+    with layouts.recorded_log() as messages:
+        build(window, path=path)
+    assert len([m for m in messages if says in m]) == 4
+
+
+def test_the_log_is_silent_without_loading():
+    with layouts.recorded_log() as messages:
+        build(8).init_weights()
+    assert not [m for m in messages if 'SwinV2:' in m or 'stage' in m]

@@ -4,6 +4,7 @@ Nothing here imports mmcv or a toolbox; importing `swinv2_mm` stays cheap.
 """
 
 import argparse
+import codecs
 import importlib.metadata
 import importlib.util
 import os
@@ -134,14 +135,16 @@ def load_data(path: str | os.PathLike, map_location, mmap: bool):
     """
     if _torch_release() >= (2, 6):
         return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
-    return torch.load(path, map_location=map_location, mmap=mmap, weights_only=False, pickle_module=restricted_pickle())
+    pickler = restricted_pickle()
+    return torch.load(str(path), map_location=map_location, mmap=mmap, weights_only=False, pickle_module=pickler)
 
 
 def restricted_pickle() -> types.ModuleType:
     """Return a module like `pickle` that makes nothing but data ("Restricting Globals" in Python's documentation)."""
     from torch import _weights_only_unpickler as torch_names
 
-    allowed = dict(torch_names._get_allowed_globals())
+    allowed = dict(torch_names._get_allowed_globals())  # and what later releases of torch allow
+    allowed |= {'_codecs.encode': codecs.encode, 'builtins.set': set, 'builtins.bytearray': bytearray}
     for entry in _data_classes():
         thing, name = entry if isinstance(entry, tuple) else (entry, f'{entry.__module__}.{entry.__qualname__}')
         allowed[name] = thing

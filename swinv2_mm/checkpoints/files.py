@@ -24,6 +24,14 @@ NO_CHECKPOINTS = {
     b'<': 'a web page: the download failed, or the address was that of a page',
     b'{': 'a JSON file',
 }
+# bytes of an element, by the class that a file names for a storage
+ITEM_SIZES = {
+    **dict.fromkeys(('DoubleStorage', 'LongStorage', 'ComplexFloatStorage'), 8),
+    **dict.fromkeys(('FloatStorage', 'IntStorage'), 4),
+    **dict.fromkeys(('HalfStorage', 'BFloat16Storage', 'ShortStorage'), 2),
+    **dict.fromkeys(('CharStorage', 'ByteStorage', 'BoolStorage', 'UntypedStorage'), 1),
+    'ComplexDoubleStorage': 16,
+}
 WAY_OUT = (
     'Nothing in it was executed. If you trust its author, take the weights out of it once: '
     'python tools/model_converters/swinv2_to_mm.py SRC DST --trust, or load_swinv2_state_dict(path, trust=True); for '
@@ -65,10 +73,10 @@ def read_checkpoint(path: str | Path, map_location: Any = None, trust: bool = Fa
             _verify_records(path)
         load = torch.load if trust else compat.load_data
         options = dict(map_location=map_location, **(dict(weights_only=False) if trust else {}))
-        checkpoint = load(path, mmap=mmap, **options)
+        checkpoint = load(str(path), mmap=mmap, **options)
         if mmap and isinstance(checkpoint, dict) and 'optimizer' in checkpoint:
             # an optimizer keeps the tensors that it is given, and the next checkpoint may overwrite the file
-            checkpoint = load(path, mmap=False, **options)
+            checkpoint = load(str(path), mmap=False, **options)
         if not trust:
             _check_config(checkpoint)
     return checkpoint
@@ -161,10 +169,8 @@ class _Inspector(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Inert:
         """Remember the size of a storage; torch names them ('storage', class, key, device, number of elements)."""
-        if isinstance(pid, tuple) and len(pid) == 5:
-            storage = getattr(torch, getattr(pid[1], '__name__', ''), None)
-            itemsize = storage.dtype.itemsize if hasattr(storage, 'dtype') else 1
-            self.storages[pid[2]] = itemsize * pid[4]
+        if isinstance(pid, tuple) and len(pid) == 5 and pid[1].__name__ in ITEM_SIZES:
+            self.storages[pid[2]] = ITEM_SIZES[pid[1].__name__] * pid[4]
         return _Inert()
 
 

@@ -83,10 +83,6 @@ def stub_vindlu() -> None:
             sys.modules[name] = types.ModuleType(name)
 
 
-# What the names of data in a checkpoint begin with: what torch allows itself, and what is added below.
-DATA_NAMES = ('torch.', 'collections.', 'numpy.', '_codecs.', 'builtins.set', 'mmengine.logging.history_buffer.')
-
-
 def _data_classes() -> list:
     """What checkpoints hold beside tensors, each as an object or as (object, name in the file)."""
     from mmengine.logging import HistoryBuffer
@@ -124,7 +120,7 @@ def _history_buffer_statistic(owner: type, name: str):
     return getattr(owner, name)
 
 
-def load_data(path: str | os.PathLike, map_location, mmap: bool):
+def load_data(path: str, map_location, mmap: bool):
     """`torch.load(weights_only=True)`, or what comes next to it where that does not suffice.
 
     Before torch 2.6, it takes no further names, and runs code from files in the form of torch 0.1 (CVE-2025-32434); a
@@ -136,18 +132,24 @@ def load_data(path: str | os.PathLike, map_location, mmap: bool):
     if _torch_release() >= (2, 6):
         return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     pickler = restricted_pickle()
-    return torch.load(str(path), map_location=map_location, mmap=mmap, weights_only=False, pickle_module=pickler)
+    return torch.load(path, map_location=map_location, mmap=mmap, weights_only=False, pickle_module=pickler)
+
+
+def data_globals() -> dict:
+    """Classes and functions that a checkpoint may name: those that torch allows, and ours."""
+    from torch import _weights_only_unpickler as torch_names
+
+    allowed = dict(torch_names._get_allowed_globals())
+    allowed |= {'_codecs.encode': codecs.encode, 'builtins.set': set, 'builtins.bytearray': bytearray}  # torch 2.1
+    for entry in _data_classes():
+        thing, name = entry if isinstance(entry, tuple) else (entry, f'{entry.__module__}.{entry.__qualname__}')
+        allowed[name] = thing
+    return allowed
 
 
 def restricted_pickle() -> types.ModuleType:
     """Return a module like `pickle` that makes nothing but data ("Restricting Globals" in Python's documentation)."""
-    from torch import _weights_only_unpickler as torch_names
-
-    allowed = dict(torch_names._get_allowed_globals())  # and what later releases of torch allow
-    allowed |= {'_codecs.encode': codecs.encode, 'builtins.set': set, 'builtins.bytearray': bytearray}
-    for entry in _data_classes():
-        thing, name = entry if isinstance(entry, tuple) else (entry, f'{entry.__module__}.{entry.__qualname__}')
-        allowed[name] = thing
+    allowed = data_globals()
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):

@@ -3,8 +3,10 @@
 import ast
 import contextlib
 import io
+import logging
 import pickle
 import re
+import sys
 import zipfile
 from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from mmengine.logging import print_log
 from safetensors.torch import load_file
 
 from .. import compat
@@ -68,17 +71,21 @@ def read_checkpoint(path: str | Path, map_location: Any = None, trust: bool = Fa
             return load_file(path)
         if not head.startswith((ZIP, PICKLE)):
             raise CheckpointError(_describe(head))
-        mmap = head.startswith(ZIP)
-        if mmap:
+        if head.startswith(ZIP):
             _verify_records(path)
-        load = torch.load if trust else compat.load_data
-        options = dict(map_location=map_location, **(dict(weights_only=False) if trust else {}))
-        checkpoint = load(str(path), mmap=mmap, **options)
-        if mmap and isinstance(checkpoint, dict) and 'optimizer' in checkpoint:
-            # an optimizer keeps the tensors that it is given, and the next checkpoint may overwrite the file
-            checkpoint = load(str(path), mmap=False, **options)
+        checkpoint = _unpickle(path, map_location, trust, mmap=head.startswith(ZIP))
         if not trust:
-            _check_config(checkpoint)
+            _check_configs(checkpoint)
+    return checkpoint
+
+
+def _unpickle(path: Path, map_location: Any, trust: bool, mmap: bool) -> Any:
+    if trust:
+        return torch.load(str(path), map_location=map_location, mmap=mmap, weights_only=False)
+    checkpoint = compat.load_data(str(path), map_location, mmap)
+    if mmap and isinstance(checkpoint, dict) and 'optimizer' in checkpoint:
+        # an optimizer keeps the tensors that it is given, and the next checkpoint may overwrite the file
+        return _unpickle(path, map_location, trust, mmap=False)
     return checkpoint
 
 
@@ -194,31 +201,60 @@ def _inspect(path: Path) -> _Inspector:
 def _refused_names(path: Path, message: str) -> list[str]:
     """Classes and functions that a pickle asks for and that are no data."""
     named = re.findall(r'GLOBAL ([\w.]+)', message)
-    return named or sorted(name for name in _inspect(path).names if not name.startswith(compat.DATA_NAMES))
+    # the `getattr` of mmengine's logs is data, any other is not, and which one it was, a pickle does not tell by name
+    return named or sorted(_inspect(path).names - (compat.data_globals().keys() - {'builtins.getattr'}))
 
 
-def _check_config(checkpoint: Any) -> None:
-    """Refuse a training config that is more than data: mmengine executes this text as Python when it resumes.
+# where Runners store the text of their config; mmengine executes it as Python when it resumes, and in inferencers
+CONFIG_TEXTS = (('meta', 'config'), ('meta', 'cfg'), ('message_hub', 'runtime_info', 'cfg'))
+
+
+def _check_configs(checkpoint: Any) -> None:
+    """Refuse a training config that is more than data, and take out one that would import modules not imported so far.
 
     Raises:
-        UnsafeCheckpointError: It is; the message shows where.
+        UnsafeCheckpointError: A config is more than data; the message shows where.
     """
-    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
-    text = meta.get('config') if isinstance(meta, dict) else None
-    if not isinstance(text, str):
-        return
+    for *parents, key in CONFIG_TEXTS:
+        holder = checkpoint
+        for parent in parents:
+            holder = holder.get(parent) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict) or not isinstance(holder.get(key), str):
+            continue
+        strangers = [module for module in _config_imports(holder[key]) if module not in sys.modules]
+        if strangers:
+            del holder[key]
+            print_log(
+                f'Left the training config out of the checkpoint: it would import {", ".join(strangers)}. Import that '
+                'first if you need it.',
+                logger='current',
+                level=logging.WARNING,
+            )
+
+
+def _config_imports(text: str) -> list[str]:
+    """Check that the text of a config is data, and return the modules that it lets mmengine import.
+
+    Raises:
+        UnsafeCheckpointError: It is not.
+    """
+    if '{{' in text:  # mmengine replaces templates before it executes, so that other text than this would run
+        raise UnsafeCheckpointError('its config holds a template, "{{"')
     try:
         statements = ast.parse(text).body
     except SyntaxError:
-        return  # nor can it be executed
-    if '{{' in text:  # mmengine replaces templates before it executes, so that other text than this would run
-        raise UnsafeCheckpointError('its config holds a template, "{{"')
+        return []  # nor can it be executed
+    imports = []
     for statement in statements:
         is_assignment = isinstance(statement, ast.Assign) and all(isinstance(t, ast.Name) for t in statement.targets)
         if not is_assignment or not all(map(_is_plain, ast.walk(statement.value))):
             raise UnsafeCheckpointError(f'its config holds code, in line {statement.lineno}: {ast.unparse(statement)}')
-        if any(target.id == '_base_' for target in statement.targets):
+        names = {target.id for target in statement.targets}
+        if '_base_' in names:
             raise UnsafeCheckpointError(f'its config would execute another file: {ast.unparse(statement)}')
+        if 'custom_imports' in names:
+            imports += [node.value for node in ast.walk(statement.value) if isinstance(node, ast.Constant)]
+    return [name for name in imports if isinstance(name, str)]
 
 
 def _is_plain(node: ast.AST) -> bool:

@@ -110,7 +110,7 @@ def _for_toolboxes(checkpoint: Any, path: Path) -> dict:
         checkpoint['state_dict'] = _with_source(weights, path)
         return checkpoint
     is_of_mm = isinstance(checkpoint.get('meta'), dict) and checkpoint.get('state_dict') is weights
-    if root.endswith('backbone.') or (root and is_of_mm):
+    if root.endswith('backbone.') or (root.removeprefix('module.') and is_of_mm):
         found = checkpoint if is_of_mm else {'state_dict': weights, 'meta': {}}
     else:
         backbone = extract_backbone(weights, releases.windows_of(path))

@@ -149,8 +149,13 @@ def cached_path(url: str) -> Path:
 
     A name that neither belongs to a release nor carries a digest (`model.safetensors`, `epoch_12.pth`) does not tell
     one file from another, so such files lie below folders named after their address.
+
+    Raises:
+        CheckpointError: The address has parts that would lead elsewhere.
     """
     address = urlsplit(url)
+    if '..' in address.path.split('/'):
+        raise CheckpointError(f'the address {url} leads out of the folder for downloads')
     name = Path(address.path).name
     is_unique = DIGEST.search(name) or any(release.url == url for release in RELEASES.values())
     return Path(torch.hub.get_dir(), 'checkpoints', name if is_unique else address.netloc + address.path)

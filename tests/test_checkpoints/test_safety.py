@@ -1,0 +1,411 @@
+"""No road executes anything that a checkpoint holds. Payloads that got through would leave a file behind."""
+
+import argparse
+import contextlib
+import copy
+import fractions
+import importlib
+import importlib.util
+import io
+import os
+import pickle
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer, MessageHub
+from test_roads import (
+    PRETRAINED,
+    ROADS,
+    TESTS,
+    by_load_checkpoint,
+    by_resume,
+    convert,
+    detector_config,
+    make_shapes,
+    official_weights,
+    source_backbone,
+    start_training,
+    train_once,
+)
+
+from swinv2_mm import config_path
+from swinv2_mm.checkpoints import CheckpointError, UnsafeCheckpointError, load_swinv2_state_dict
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('safety')
+    make_shapes(folder / 'shapes')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def state(folder):
+    """All that a Runner stores after a training of one iteration."""
+    return torch.load(train_once(folder), weights_only=True)
+
+
+@pytest.fixture(scope='module')
+def weights():
+    return official_weights(source_backbone())
+
+
+@pytest.fixture
+def marker(tmp_path):
+    return tmp_path / 'it_was_executed'
+
+
+# ---------------------------------------------------------------- pickles
+
+
+class Call:
+    """Pickled as a call of a function with these arguments; either may be a `Call` again."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+    def __call__(self):
+        """Pickle wants something callable where a function stands."""
+
+
+def touch(marker):
+    return f'open({str(marker)!r}, "w")'
+
+
+def lookup(*names):
+    """A builtin, found through attributes and `dict.get` alone, from a class that mmengine's logs need."""
+    value = HistoryBuffer
+    for name in ('__init__', '__globals__'):
+        value = Call(getattr, value, name)
+    for name in ('__builtins__', *names):
+        value = Call(Call(getattr, value, 'get'), name)
+    return value
+
+
+def pickled(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+# what makes the payload, and what an error must name
+PAYLOADS = {
+    'os.system': (lambda marker: Call(os.system, f'touch {marker}'), r'posix\.system'),
+    'exec': (lambda marker: Call(exec, touch(marker)), r'\bexec\b'),
+    'import and getattr': (
+        lambda marker: Call(Call(getattr, Call(importlib.import_module, 'os'), 'system'), f'touch {marker}'),
+        r'import_module|getattr',
+    ),
+    'getattr alone': (lambda marker: Call(lookup('exec'), touch(marker)), r'getattr|__init__'),
+    'a pickle within': (
+        lambda marker: Call(torch.storage._load_from_bytes, pickled(Call(os.system, f'touch {marker}'))),
+        r'_load_from_bytes',
+    ),
+}
+CONTAINERS = {
+    'torch': torch.save,
+    'old torch': lambda value, path: torch.save(value, path, _use_new_zipfile_serialization=False),
+    'pickle 2': lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2)),
+    'pickle 4': lambda value, path: path.write_bytes(pickle.dumps(value, protocol=4)),
+    'pickle 5': lambda value, path: path.write_bytes(pickle.dumps(value, protocol=5)),
+}
+
+
+def hide(payload, weights, container='torch'):
+    """Put a payload beside real weights. A plain pickle gets arrays: tensors themselves are code in it."""
+    if container.startswith('pickle'):
+        weights = {name: value.numpy() for name, value in weights.items()}
+    return {'model': weights, 'optimizer': {'state': payload}}
+
+
+@pytest.mark.parametrize('container', CONTAINERS)
+@pytest.mark.parametrize('payload', PAYLOADS)
+def test_a_payload_is_refused_in_every_kind_of_file(payload, container, weights, marker, tmp_path):
+    make, named = PAYLOADS[payload]
+    path = tmp_path / 'a.pth'
+    CONTAINERS[container](hide(make(marker), weights, container), path)
+    with pytest.raises(UnsafeCheckpointError, match=named) as refusal:
+        by_load_checkpoint(path, tmp_path)
+    assert not marker.exists()
+    for text in (str(path), 'Nothing in it was executed', '--trust', 'trust=True'):
+        assert text in str(refusal.value)
+
+    # the file does what it is meant to do where nothing stops it
+    if container.startswith('pickle'):
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize('place', ['state_dict', 'meta', 'message_hub', 'param_schedulers', 'optimizer', 'unknown'])
+def test_a_payload_is_found_wherever_it_is(place, state, marker, tmp_path, folder):
+    payload = Call(os.system, f'touch {marker}')
+    value = {
+        'state_dict': state['state_dict'] | {'backbone.payload': payload},
+        'meta': state['meta'] | {'time': payload},
+        'message_hub': state['message_hub'] | {'log_scalars': {'loss': payload}},
+        'param_schedulers': [{'last_step': [payload]}],
+    }.get(place, payload)
+    torch.save(state | {place: value}, tmp_path / 'a.pth')
+    with pytest.raises(UnsafeCheckpointError, match=r'posix\.system'):
+        by_resume(tmp_path / 'a.pth', folder)
+    assert not marker.exists()
+
+
+IN_PROCESS = [road for road in ROADS if road != 'converter']
+
+
+@pytest.mark.parametrize('road', [*IN_PROCESS, 'resume'])
+def test_a_payload_is_refused_on_every_road(road, state, weights, marker, tmp_path, folder):
+    payload = Call(os.system, f'touch {marker}')
+    path = tmp_path / 'swinv2_tiny_patch4_window8_256.pth'  # a name that is known makes no difference
+    torch.save(state | {'optimizer': payload} if road == 'resume' else hide(payload, weights), path)
+    with pytest.raises(UnsafeCheckpointError, match=r'posix\.system'):
+        (ROADS | dict(resume=by_resume))[road](path, folder)
+    assert not marker.exists()
+
+
+def train(folder, *args):
+    """Run tools/train.py with the tiny detector."""
+    config = folder / 'config.py'
+    detector_config(folder).dump(config)
+    command = [sys.executable, TESTS.parent / 'tools' / 'train.py', config, *args]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize('script', ['train.py --resume', 'swinv2_to_mm.py'])
+def test_the_tools_refuse_a_payload(script, state, weights, marker, tmp_path, folder):
+    payload = Call(os.system, f'touch {marker}')
+    source, target = tmp_path / 'a.pth', tmp_path / 'b.pth'
+    if script == 'swinv2_to_mm.py':
+        torch.save(hide(payload, weights), source)
+        result = convert(source, target)
+    else:
+        torch.save(state | {'optimizer': payload}, source)
+        result = train(folder, '--resume', source)
+    assert result.returncode != 0
+    assert 'posix.system' in result.stderr
+    assert str(source) in result.stderr
+    assert not marker.exists()
+    assert not target.exists()
+
+
+# ---------------------------------------------------------------- configs within checkpoints
+
+
+def quoted(code):
+    """Code in a string literal that holds no quotes, for templates."""
+    return code.replace("'", r'\047').replace('"', r'\042')
+
+
+# Python that mmengine executes when it resumes; {code} touches the marker, {file} and {module} do so when executed
+CODE = {
+    'statements': 'import os\n{code}',
+    'expression': 'a = {code}.name',
+    'argument': 'model = dict(type=dict(a=[1, ({code}, 2)]))',
+    'unpacking': 'a = dict(**vars({code}))',
+    'another dict': 'dict = exec\na = dict({quoted})',
+    'f-string': 'a = f"""{{{code}}}"""',
+    'comprehension': 'a = [{code}.name for i in (1,)]',
+    'lambda': 'a = (lambda: {code}.name)()',
+    'class': 'class A:\n    a = {code}',
+    'default': 'def f(a={code}):\n    pass',
+    'decorator': '@(lambda f: {code}.name)\ndef f():\n    pass',
+    'annotation': 'a: {code} = 1',
+    'condition': 'if {code}:\n    pass',
+    'operator': 'a = 1 if {code} else 2',
+    'comparison': 'a = {code} == 1',
+    'base': "_base_ = '{file}'",
+    'bases': "_base_ = ['{file}']",
+    'base after data': "a = 1\n_base_ = '{file}'",
+    # mmengine replaces templates first: what was a string becomes code
+    'base variable': r"""a = "\{{{{_base_.b}}}}+str({code})#" """,
+    'environment variable': r'a = "{{{{$NOT_SET:b={escaped}.name#|.*}}}}"',
+}
+
+
+def config_text(form, marker, folder, monkeypatch):
+    code = touch(marker)
+    file = folder / f'payload_{folder.name}.py'
+    file.write_text(f'made = {code}.name\n')
+    monkeypatch.syspath_prepend(folder)
+    return CODE[form].format(
+        code=code.replace('"', "'") if form == 'base variable' else code,
+        quoted=repr(code),
+        escaped=quoted(code).replace(' ', ''),
+        file=file,
+    )
+
+
+@pytest.mark.parametrize('form', CODE)
+def test_a_config_that_is_code_is_refused(form, state, marker, tmp_path, folder, monkeypatch):
+    text = config_text(form, marker, tmp_path, monkeypatch)
+    torch.save(state | {'meta': state['meta'] | {'config': text}}, tmp_path / 'a.pth')
+    with pytest.raises(UnsafeCheckpointError, match='config') as refusal:
+        by_resume(tmp_path / 'a.pth', folder)
+    assert not marker.exists()
+    assert str(tmp_path / 'a.pth') in str(refusal.value)
+
+    with contextlib.suppress(Exception):  # what Runner.resume does; some forms end in an error after they ran
+        Config.fromstring(text, '.py')
+    assert marker.exists()
+
+
+@pytest.mark.parametrize('place', ['config', 'cfg'])
+def test_a_module_that_nobody_has_imported_is_not_imported_for_a_checkpoint(
+    place, state, marker, tmp_path, folder, monkeypatch
+):
+    module = tmp_path / f'payload_{tmp_path.name}.py'
+    module.write_text(f'made = {touch(marker)}.name\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    text = f"custom_imports = dict(imports=['{module.stem}'], allow_failed_imports=False)"
+    torch.save(state | {'meta': state['meta'] | {place: text}}, tmp_path / 'a.pth')
+    by_resume(tmp_path / 'a.pth', folder)
+    assert not marker.exists()
+    Config.fromstring(text, '.py')
+    assert marker.exists()
+
+
+@pytest.mark.parametrize('place', [('meta', 'cfg'), ('message_hub', 'runtime_info', 'cfg')])
+def test_the_config_that_inferencers_execute_is_looked_at(place, state, marker, tmp_path):
+    """Mmengine's BaseInferencer takes it from these places if it is given weights alone."""
+    holder = state = copy.deepcopy(state)
+    for key in place[:-1]:
+        holder = holder.setdefault(key, {})
+    holder[place[-1]] = touch(marker)
+    torch.save(state, tmp_path / 'a.pth')
+    with pytest.raises(UnsafeCheckpointError, match='config'):
+        load_swinv2_state_dict(tmp_path / 'a.pth')
+    assert not marker.exists()
+
+
+def test_modules_that_the_running_config_has_imported_may_be_named(state, tmp_path, folder):
+    """So that a training whose config imports a project of the user's own can be resumed."""
+    text = "custom_imports = dict(imports=['swinv2_mm.models'], allow_failed_imports=False)"
+    torch.save(state | {'meta': state['meta'] | {'config': text}}, tmp_path / 'a.pth')
+    by_resume(tmp_path / 'a.pth', folder)
+
+
+REAL_CONFIGS = {
+    'det': lambda: config_path('det/htc_swinv2_t.py'),
+    'seg': lambda: stock('mmseg', 'swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'),
+    'video': lambda: stock(
+        'mmaction',
+        'recognition/swin/swin-tiny-p244-w877_in1k-pre_8xb8-amp-32x2x1-30e_kinetics400-rgb.py',
+    ),
+}
+
+
+def stock(toolbox, name):
+    spec = pytest.importorskip(toolbox).__spec__
+    return os.path.join(os.path.dirname(spec.origin), '.mim', 'configs', name)
+
+
+@pytest.mark.parametrize('task', REAL_CONFIGS)
+def test_a_real_config_is_data(task, state, tmp_path, folder):
+    text = Config.fromfile(REAL_CONFIGS[task]()).pretty_text
+    assert len(text) > 3000
+    torch.save(state | {'meta': state['meta'] | {'config': text}}, tmp_path / 'a.pth')
+    by_resume(tmp_path / 'a.pth', folder)
+
+
+# ---------------------------------------------------------------- what is let through
+
+
+def test_all_that_mmengine_stores_is_restored(state, tmp_path, folder):
+    """Logs, NumPy scalars and arrays."""
+    values = dict(palette=np.arange(6).reshape(2, 3), classes=('a', 'b'), names=np.array(['a', 'b']))
+    hub = state['message_hub']
+    info = hub['runtime_info'] | dict(best_score=np.float64(0.5), seen=np.int64(7), flag=np.bool_(True))
+    changed = state | {
+        'meta': state['meta'] | {'dataset_meta': values},
+        'message_hub': hub | {'runtime_info': info, 'resumed_keys': hub['resumed_keys'] | dict.fromkeys(info, True)},
+    }
+    torch.save(changed, tmp_path / 'a.pth')
+    cfg = detector_config(folder)
+    cfg.update(load_from=str(tmp_path / 'a.pth'), resume=True)
+    runner = start_training(cfg)
+    assert runner.epoch == 1
+    assert runner.message_hub.get_info('best_score') == 0.5
+    assert runner.message_hub.get_info('seen') == 7
+    scalars = MessageHub.get_current_instance().log_scalars
+    assert scalars.keys() >= {'train/loss'}
+    assert scalars['train/loss'].current() == hub['log_scalars']['train/loss'].current()
+    assert runner.optim_wrapper.optimizer.state_dict()['state'].keys() == state['optimizer']['state'].keys()
+
+
+def install_yacs(patch):
+    """Its CfgNode is a dict with attributes of its own; made here, because files hold it where yacs is missing."""
+    module = types.ModuleType('yacs.config')
+
+    class CfgNode(dict):
+        def __init__(self, values):
+            super().__init__(values)
+            self.__dict__['__immutable__'] = True
+            self.__dict__['__deprecated_keys__'] = set()
+
+    CfgNode.__module__, CfgNode.__qualname__ = 'yacs.config', 'CfgNode'
+    module.CfgNode = CfgNode
+    patch.setitem(sys.modules, 'yacs', types.ModuleType('yacs'))
+    patch.setitem(sys.modules, 'yacs.config', module)
+    return CfgNode
+
+
+@pytest.mark.parametrize('container', ['torch', 'old torch'])
+def test_settings_in_official_files_are_data(container, weights, tmp_path, monkeypatch):
+    """`config` of the official code, `args` of timm and DeiT; yacs need not be installed."""
+    if importlib.util.find_spec('yacs'):
+        pytest.skip('yacs is installed')
+    path = tmp_path / 'a.pth'
+    with monkeypatch.context() as patch:
+        node = install_yacs(patch)
+        config = node(dict(MODEL=node(dict(TYPE='swinv2', DEPTHS=[2, 2, 6, 2])), TAG='default'))
+        args = argparse.Namespace(lr=0.1, model=argparse.Namespace(name='swinv2'))
+        CONTAINERS[container]({'model': weights, 'config': config, 'args': args, 'epoch': 299}, path)
+    assert 'yacs' not in sys.modules
+    loaded = load_swinv2_state_dict(path)
+    assert torch.equal(loaded['patch_embed.proj.weight'], weights['patch_embed.proj.weight'])
+    by_load_checkpoint(path, tmp_path)
+
+
+# ---------------------------------------------------------------- the way out
+
+
+@pytest.fixture
+def with_a_class(weights, tmp_path):
+    """Real weights beside an instance of a class that nothing here knows, and that is harmless."""
+    torch.save({'model': weights, 'ratio': fractions.Fraction(1, 2)}, tmp_path / 'a.pth')
+    return tmp_path / 'a.pth'
+
+
+def test_a_user_may_trust_a_file(with_a_class, weights):
+    with pytest.raises(UnsafeCheckpointError, match=r'fractions\.Fraction'):
+        load_swinv2_state_dict(with_a_class)
+    loaded = load_swinv2_state_dict(with_a_class, trust=True)
+    for name, value in source_backbone().state_dict().items():
+        if name in loaded:
+            assert torch.equal(loaded[name], value), name
+    assert len(loaded) > 50
+    assert loaded['layers.3.blocks.0.attn.cpb_mlp.pretrained_window_size'].tolist() == [PRETRAINED[3]] * 2
+
+
+def test_the_converter_may_trust_a_file_and_writes_data(with_a_class, tmp_path):
+    target = tmp_path / 'b.safetensors'
+    result = convert(with_a_class, target, '--trust')
+    assert result.returncode == 0, result.stderr
+    state = by_load_checkpoint(target, tmp_path).state_dict()
+    assert all(torch.equal(state[name], value) for name, value in source_backbone().state_dict().items())
+
+
+def test_an_unsafe_checkpoint_is_a_kind_of_bad_checkpoint():
+    assert issubclass(UnsafeCheckpointError, CheckpointError)
+    assert issubclass(CheckpointError, ValueError)

@@ -23,7 +23,6 @@ REDUCED = """
 _base_ = [__import__('swinv2_mm').config_path('det/{base}.py')]
 data_root = '{root}/'
 size = {size}
-model = dict(backbone=dict(init_cfg=None))  # no download
 train_pipeline = [dict(type='LoadImageFromFile'),
                   dict(type='LoadAnnotations', with_bbox=True, with_mask=True, with_seg=True),
                   dict(type='Resize', scale=(size, size), keep_ratio=True),
@@ -89,6 +88,7 @@ train_cfg = dict(max_epochs=1)
 rcnn = [dict(stage, sampler=dict(stage.sampler, num=32)) for stage in _base_.model.train_cfg.rcnn]
 model = dict(  # fewer RoIs: a CPU spends most of a step on their masks
     data_preprocessor=dict(batch_augments=None),
+    backbone=dict(init_cfg=None),  # no download
     train_cfg=dict(rcnn=rcnn),
     test_cfg=dict(rpn=dict(max_per_img=50), rcnn=dict(max_per_img=10)))
 optim_wrapper = dict(accumulative_counts=1)

@@ -59,7 +59,7 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
     return _load(Path(filename).expanduser(), map_location)
 
 
-def load_from_http(filename: str, map_location: Any = None, **kwargs) -> dict:
+def load_from_http(filename: str, map_location: Any = None) -> dict:
     """Take the place of mmengine's loader of http(s) addresses, which lets files execute code."""
     return _load(releases.download(filename), map_location)
 

@@ -8,6 +8,7 @@ holds more than data.
 import argparse
 import re
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -22,7 +23,7 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('src', help='file, http(s) address, or swinv2://NAME of a release')
-    parser.add_argument('dst', help='file to write, .pth or .safetensors')
+    parser.add_argument('dst', type=Path, help='file to write, .pth or .safetensors')
     parser.add_argument(
         '--pretrained-window-sizes',
         type=int,
@@ -34,25 +35,33 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def save(weights: dict[str, torch.Tensor], dst: str) -> None:
-    """Write weights in the format that the suffix names.
+def check_target(dst: Path) -> None:
+    """Check that the result can be written.
 
     Raises:
-        ValueError: It names none.
+        FileNotFoundError: Its folder does not exist.
+        ValueError: Its suffix names no format.
     """
-    if dst.endswith('.safetensors'):
+    if dst.suffix not in ('.pth', '.safetensors'):
+        raise ValueError(f'{dst} must end with .pth or .safetensors')
+    if not dst.parent.is_dir():
+        raise FileNotFoundError(f'folder {dst.parent} does not exist')
+
+
+def save(weights: dict[str, torch.Tensor], dst: Path) -> None:
+    """Write weights in the format that the suffix names."""
+    if dst.suffix == '.safetensors':
         save_file({name: value.contiguous() for name, value in weights.items()}, dst, metadata={'format': 'pt'})
-    elif dst.endswith('.pth'):
+    else:
         # clones: what is a part of a larger tensor in the source would be saved with the whole of it
         torch.save({'state_dict': OrderedDict((n, v.clone()) for n, v in weights.items()), 'meta': {}}, dst)
-    else:
-        raise ValueError(f'{dst} must end with .pth or .safetensors')
 
 
 def main() -> None:
     """Run the script."""
     args = parse_args()
     with one_line_errors(CheckpointError, FileNotFoundError, ValueError):
+        check_target(args.dst)
         weights = load_swinv2_state_dict(args.src, trust=args.trust)
         if args.pretrained_window_sizes:
             weights = set_windows(weights, args.pretrained_window_sizes)

@@ -1,0 +1,74 @@
+"""The converter: what it writes is what the source holds, and it says what it cannot do."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import oracles
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from swinv2_mm.models import SwinTransformerV2
+
+TOOL = Path(__file__).parents[2] / 'tools' / 'model_converters' / 'swinv2_to_mm.py'
+ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+WINDOWS = (12, 12, 12, 6)
+
+
+def convert(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope='module')
+def source() -> SwinTransformerV2:
+    return oracles.randomize(SwinTransformerV2(ARCH, window_size=12, pretrained_window_sizes=WINDOWS))
+
+
+@pytest.fixture
+def timm_file(source, tmp_path) -> Path:
+    """Weights under the names of timm, which say nothing about windows."""
+    weights = {oracles.timm_name(name): value for name, value in source.named_parameters()}
+    torch.save(weights | {'head.fc.weight': torch.ones(1)}, tmp_path / 'timm.pth')
+    return tmp_path / 'timm.pth'
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_the_result_holds_the_weights_and_the_windows_that_were_given(source, timm_file, tmp_path, suffix):
+    target = tmp_path / f'ours{suffix}'
+    result = convert(timm_file, target, '--pretrained-window-sizes', *WINDOWS)
+    assert result.returncode == 0, result.stderr
+    assert 'pre-training windows: (12, 12), (12, 12), (12, 12), (6, 6)' in result.stdout
+    weights = load_file(target) if suffix == '.safetensors' else torch.load(target)['state_dict']
+    assert weights.keys() == source.state_dict().keys()
+    assert all(torch.equal(weights[name], value) for name, value in source.state_dict().items())
+    backbone = SwinTransformerV2(ARCH, window_size=24, init_cfg=dict(type='Pretrained', checkpoint=str(target)))
+    backbone.init_weights()
+    assert backbone.layers[3].blocks[0].attn.cpb_mlp.pretrained_window_size.tolist() == [6, 6]
+
+
+def test_windows_that_nobody_knows_are_said_to_be_missing(timm_file, tmp_path):
+    assert 'not known: pass --pretrained-window-sizes' in convert(timm_file, tmp_path / 'a.pth').stdout
+
+
+@pytest.mark.parametrize(
+    ('target', 'options', 'message'),
+    [
+        ('a.onnx', [], 'must end with .pth or .safetensors'),
+        ('gone/a.pth', [], 'does not exist'),
+        ('a.pth', ['--pretrained-window-sizes', 8, 8], 'must be 4 positive numbers, got (8, 8)'),
+    ],
+)
+def test_mistakes_give_one_line(timm_file, tmp_path, target, options, message):
+    result = convert(timm_file, tmp_path / target, *options)
+    assert result.returncode == 2
+    assert result.stderr.startswith('error: ')
+    assert message in result.stderr
+    assert not (tmp_path / target).exists()
+
+
+def test_a_part_that_is_missing_is_named(source, tmp_path):
+    weights = dict(source.named_parameters())
+    del weights['layers.1.blocks.0.mlp.fc2.bias']
+    torch.save(weights, tmp_path / 'a.pth')
+    assert 'missing: layers.1.blocks.0.mlp.fc2.bias' in convert(tmp_path / 'a.pth', tmp_path / 'b.pth').stderr

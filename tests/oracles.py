@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from swinv2_mm import compat
+
 HF_NAMES = (
     ('patch_embed.proj', 'embeddings.patch_embeddings.projection'),
     ('patch_embed.norm', 'embeddings.norm'),
@@ -28,6 +30,7 @@ def find_peers() -> None:
     transformers.
     """
     sys.path.append(str(Path(sys.prefix, 'oracles')))
+    compat.stub_vindlu()  # mmaction may be imported after this, and sees transformers then
     try:
         import torchvision  # noqa: F401
 

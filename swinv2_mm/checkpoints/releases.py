@@ -18,7 +18,7 @@ OFFICIAL_URL = 'https://github.com/SwinTransformer/storage/releases/download/v2.
 TORCHVISION_URL = 'https://download.pytorch.org/models/'
 SIMMIM_URL = 'https://huggingface.co/zdaxie/SimMIM/resolve/main/'
 
-DIGEST = re.compile(r'-([0-9a-f]{8,64})\.\w+$')  # name-<beginning of SHA-256>.pth
+DIGEST = re.compile(r'-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+$')  # name-<beginning of SHA-256>.pth, but not a date
 
 # Windows of pre-training, per stage; the last stage's map is smaller than the window of 12 or 16, which shrank to it.
 W8, W12, W16 = (8, 8, 8, 8), (12, 12, 12, 6), (16, 16, 16, 8)

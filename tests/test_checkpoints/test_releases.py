@@ -158,6 +158,11 @@ def test_the_digest_in_a_file_name_is_verified(server, is_intact):
         assert not list(Path(torch.hub.get_dir()).rglob('*.pth'))
 
 
+def test_a_date_in_a_file_name_is_no_digest():
+    assert releases.published_digest('https://example.com/swin_v2_t-20231120.pth') is None
+    assert releases.published_digest('https://example.com/swin_v2_t-b137f0e2.pth') == 'b137f0e2'
+
+
 @pytest.mark.parametrize('is_intact', [True, False])
 def test_the_digest_that_a_model_repository_publishes_is_verified(server, is_intact):
     folder, address, _ = server

@@ -1,6 +1,11 @@
-"""Hooks and the optimizer constructor, registered in `swinv2_mm.registry`; needs no toolbox."""
+"""Hooks and the optimizer constructors, registered in `swinv2_mm.registry`; needs no toolbox."""
 
 from .hooks import AtomicCheckpointHook, ReproducibleResumeHook
-from .optim_wrapper_constructor import SwinV2OptimWrapperConstructor
+from .optim_wrapper_constructor import LearningRateDecayOptimWrapperConstructor, SwinV2OptimWrapperConstructor
 
-__all__ = ['AtomicCheckpointHook', 'ReproducibleResumeHook', 'SwinV2OptimWrapperConstructor']
+__all__ = [
+    'AtomicCheckpointHook',
+    'LearningRateDecayOptimWrapperConstructor',
+    'ReproducibleResumeHook',
+    'SwinV2OptimWrapperConstructor',
+]

@@ -222,6 +222,32 @@ class SwinV2(BaseModule):
                 x = stage.downsample(x)
         return tuple(outs)
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Tell the layer of a parameter, for learning rates that decay from layer to layer; called as mmpretrain's.
+
+        The patch embedding is layer 0, the first block of the network is layer 1, and so on over all stages; patch
+        merging counts with the block before it. What comes after the blocks, the output norms and all that is outside
+        the backbone, is the last layer. These are the layers of the official fine-tuning code (`get_swin_layer` in
+        `optimizer.py` of microsoft/SimMIM).
+
+        Args:
+            param_name: Name of the parameter in the model.
+            prefix: Name of the backbone in the model, with the dot that follows it.
+
+        Returns:
+            The layer, counted from 0, and the number of layers, which is that of the blocks and two more.
+        """
+        depths = [len(stage.blocks) for stage in self.layers]
+        num_layers = sum(depths) + 2
+        part, *rest = param_name.removeprefix(prefix).split('.')
+        if not param_name.startswith(prefix) or part not in ('patch_embed', 'layers'):
+            return num_layers - 1, num_layers
+        if part == 'patch_embed':
+            return 0, num_layers
+        stage = int(rest[0])
+        blocks = int(rest[2]) + 1 if rest[1] == 'blocks' else depths[stage]
+        return sum(depths[:stage]) + blocks, num_layers
+
 
 @MODELS.register_module()
 class SwinTransformerV2(SwinV2):

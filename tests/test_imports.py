@@ -10,9 +10,14 @@ ALLOWED = {
     'checkpoints': {'checkpoints', 'ops', 'compat'},
     'models': {'checkpoints', 'models', 'ops', 'registry'},
     'engine': {'checkpoints', 'engine', 'models', 'registry'},
+    'datasets': {'datasets', 'registry'},
 }
 TOOLBOXES = {'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}
-EXTENSIONS = {'models/detection.py': {'mmdet'}}
+EXTENSIONS = {
+    'datasets/transforms.py': {'mmdet'},
+    'models/det_tta.py': {'mmdet'},
+    'models/detection.py': {'mmdet'},
+}
 
 
 def imports(path: Path) -> set[str]:

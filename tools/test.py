@@ -103,12 +103,20 @@ def use_tta(cfg: Config) -> None:
     while 'dataset' in dataset:
         dataset = dataset.dataset
     if cfg.get('default_scope') == 'mmdet':
+        rcnn = (cfg.model.get('test_cfg') or {}).get('rcnn') or {}  # a two-stage detector's own suppression
+        with_masks = 'swinv2_mm.models.det_tta.InstanceSegTTAModel'
         cfg.tta_model = cfg.get('tta_model') or dict(
-            type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
+            type=with_masks if has_masks(cfg.model) else 'DetTTAModel',
+            tta_cfg=dict(
+                nms=rcnn.get('nms', dict(type='nms', iou_threshold=0.5)), max_per_img=rcnn.get('max_per_img', 100)
+            ),
         )
         cfg.tta_pipeline = cfg.get('tta_pipeline') or flipped_pipeline(dataset.pipeline)
         if cfg.tta_model.type.split('.')[-1] == 'DetTTAModel' and has_masks(cfg.model):
-            raise ValueError('--tta: DetTTAModel of mmdet merges boxes alone, and this model predicts masks too')
+            raise ValueError(
+                '--tta: DetTTAModel of mmdet merges boxes alone, and this model predicts masks too; set '
+                f'tta_model.type={with_masks}'
+            )
     missing = [name for name in ('tta_model', 'tta_pipeline') if name not in cfg]
     if missing:
         raise ValueError(f'--tta: the config has no {" and no ".join(missing)}')

@@ -157,7 +157,7 @@ def test_wrong_flags_of_train(complain, data, flags, text):
         ('det', ['--out', 'a.json'], '--out a.json: the file must end in .pkl'),
         (
             'det',
-            ['--tta', '--cfg-options', 'model.mask_head.type=FCNMaskHead'],
+            ['--tta', '--cfg-options', 'model.mask_head.type=FCNMaskHead', 'tta_model.type=DetTTAModel'],
             'DetTTAModel of mmdet merges boxes alone',
         ),
         ('video', ['--tta'], '--tta: the config has no tta_model and no tta_pipeline'),

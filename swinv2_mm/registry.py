@@ -8,9 +8,12 @@ mmengine swallows an ImportError that is raised here and then reports a missing 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='swinv2_mm', locations=['swinv2_mm.models'])
+# without `locations`: transforms extend a toolbox, so a config names their file
+TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='swinv2_mm')
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='swinv2_mm', locations=['swinv2_mm.engine'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',

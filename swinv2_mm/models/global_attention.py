@@ -1,0 +1,91 @@
+"""The layer of global self-attention that HTC++ appends to the last stage of the backbone."""
+
+import torch.nn.functional as F
+from mmcv.cnn.bricks import DropPath
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from ..registry import MODELS
+from .block import Mlp
+
+
+@MODELS.register_module()
+class GlobalAttention(BaseModule):
+    """One transformer layer over all positions of the last map, for use before the neck proper.
+
+        neck=[dict(type='swinv2_mm.GlobalAttention', in_channels=1024, num_heads=32), dict(type='FPN', ...)]
+
+    HTC++ has "an extra global self-attention layer appended at the output of last stage" (Swin V1, Sec. 4.2 and A2.2),
+    of which no more is published. As in the public re-creations it is a pre-norm layer with a final norm, and without
+    position bias. The last linear layer of both residual branches starts at zero: the backbone's last map, normalised
+    already, reaches the neck as it was pre-trained.
+
+    Args:
+        in_channels: Channels of the last map.
+        num_heads: Attention heads; must divide `in_channels`. The last stage of the backbone has one per 32 channels.
+        drop_path_rate: Probability of dropping a residual branch for a sample.
+        init_cfg: See `mmengine.model.BaseModule`.
+
+    Raises:
+        ValueError: `num_heads` does not divide `in_channels`, or `drop_path_rate` is out of its range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_heads: int,
+        drop_path_rate: float = 0.0,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        if num_heads < 1 or in_channels % num_heads:
+            raise ValueError(f'num_heads must divide in_channels, got {num_heads} for {in_channels} channels')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate must lie in [0, 1), got {drop_path_rate}')
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(in_channels)
+        self.qkv = nn.Linear(in_channels, 3 * in_channels)
+        self.proj = nn.Linear(in_channels, in_channels)
+        self.norm2 = nn.LayerNorm(in_channels)
+        self.mlp = Mlp(in_channels)
+        self.norm = nn.LayerNorm(in_channels)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
+        self._reset_parameters()
+
+    def init_weights(self) -> None:
+        """Initialise so that both residual branches are zero, then as `init_cfg` says."""
+        self._reset_parameters()
+        super().init_weights()
+
+    def _reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        for last in (self.proj, self.mlp.fc2):
+            nn.init.zeros_(last.weight)
+
+    def forward(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """(N, C_i, H_i, W_i) for each stage -> the same maps, but for the last one.
+
+        Raises:
+            ValueError: The last map has another number of axes or channels.
+        """
+        *others, last = maps
+        channels = self.proj.in_features
+        if last.dim() != 4 or last.shape[1] != channels:
+            raise ValueError(
+                f'GlobalAttention was built with in_channels={channels} and takes a last map of shape '
+                f'(N, {channels}, H, W), got {tuple(last.shape)}'
+            )
+        x = last.flatten(2).transpose(1, 2)  # (N, HW, C)
+        x = x + self.drop_path(self._attend(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return (*others, self.norm(x).transpose(1, 2).reshape(last.shape))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """(N, L, C) -> (N, L, C), without an (L, L) matrix where PyTorch has a fused kernel."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))

@@ -1,0 +1,209 @@
+"""Time and memory of a model, in inference or in training, on this machine's GPU or else its CPU.
+
+python tools/analysis_tools/benchmark.py configs/det/htc_swinv2_t.py --task inference --shape 800 1280
+python tools/analysis_tools/benchmark.py configs/det/htc_swinv2_t.py --checkpoint CKPT --task inference
+
+Inference takes random inputs of a given shape, or the images of the test set one by one; training takes the batches of
+the training set. Loading data is not timed. The tasks `dataloader` and `dataset`, which time just that, are those of
+mmdet's script; they run that script with the same arguments.
+"""
+
+import argparse
+import itertools
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from mmcv.cnn import fuse_conv_bn
+from mmengine.config import Config, DictAction
+from mmengine.optim import build_optim_wrapper
+from mmengine.runner import Runner, load_checkpoint
+from torch import nn
+
+import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
+from swinv2_mm.engine import launch
+
+from browse_dataset import run_script, toolbox_script  # isort: skip
+from get_flops import build_model, input_shape, random_data, toolbox  # isort: skip
+
+MIB = 2**20
+MMDET_SCRIPT, MMDET_TASKS = 'analysis_tools/benchmark.py', ('dataloader', 'dataset')
+
+
+@dataclass
+class Figures:
+    """Result of one run: seconds of each iteration, images in each, and the peak of memory in bytes."""
+
+    seconds: list[float]
+    images: list[int]
+    memory: int
+
+    def rates(self) -> tuple[float, float, float]:
+        """Median and fastest milliseconds for an image, and images per second at the median."""
+        each = [1000 * s / n for s, n in zip(self.seconds, self.images, strict=True)]
+        median = statistics.median(each)
+        return median, min(each), 1000 / median
+
+
+# ---------------------------------------------------------------- what is timed
+
+
+def batches(cfg: Config, task: str, shape: tuple[int, ...] | None) -> Iterator[dict]:
+    """Batches for ever: one random input again and again, or the data set over and over."""
+    if shape is not None:
+        return itertools.repeat(random_data(cfg, shape))
+    loader = cfg['test_dataloader' if task == 'inference' else 'train_dataloader']
+    if task == 'inference':  # as mmdet's script: data workers would take CPU time from the model
+        loader.update(batch_size=1, num_workers=0, persistent_workers=False)
+    return _again_and_again(Runner.build_dataloader(loader, seed=0))
+
+
+def _again_and_again(loader) -> Iterator[dict]:
+    while True:
+        yield from loader
+
+
+def make_step(cfg: Config, model: nn.Module, task: str) -> Callable[[dict], object]:
+    """Return the function of a batch that is timed: one prediction, or one step of training."""
+    if task == 'inference':
+        return torch.no_grad()(model.test_step)
+    launch.use_fp32_on_cpu(cfg)
+    optimizer = build_optim_wrapper(model.train(), cfg.optim_wrapper)
+    return lambda data: model.train_step(data, optim_wrapper=optimizer)
+
+
+def measure(step: Callable, data: Iterator[dict], iterations: int, warmup: int, log_interval: int) -> Figures:
+    """Run `warmup` iterations, then time each of `iterations`."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    figures = Figures([], [], 0)
+    for number, batch in enumerate(itertools.islice(data, warmup + iterations), start=1 - warmup):
+        _wait_for_gpu()
+        start = time.perf_counter()
+        step(batch)
+        _wait_for_gpu()
+        if number < 1:
+            continue
+        figures.seconds.append(time.perf_counter() - start)
+        figures.images.append(len(batch['inputs']))
+        if number % log_interval == 0:
+            print(f'Done batch [{number}/{iterations}], fps: {figures.rates()[2]:.2f} img/s', flush=True)
+    figures.memory = peak_memory()
+    return figures
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory() -> int:
+    """Peak in bytes: of what torch has allocated on the GPU, or of all that this process has had in memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---------------------------------------------------------------- output
+
+
+def report(runs: list[Figures]) -> str:
+    """Table of the runs."""
+    kind = 'max_memory_allocated of the GPU' if torch.cuda.is_available() else 'peak RSS of the process, no GPU'
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
+    lines = [f'{"run":>5}{"iterations":>12}{"median ms/img":>15}{"fastest":>10}{"img/s":>10}{"memory MiB":>12}']
+    for number, run in enumerate(runs, start=1):
+        median, fastest, rate = run.rates()
+        lines.append(
+            f'{number:>5}{len(run.seconds):>12}{median:>15.2f}{fastest:>10.2f}{rate:>10.2f}{run.memory / MIB:>12.0f}'
+        )
+    return '\n'.join([*lines, f'Device: {device}. Memory: {kind}.'])
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse_args() -> tuple[argparse.Namespace, list[str]]:
+    """Read the command line; what is not known here is for mmdet's script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--checkpoint', help='weights to load (default: random ones)')
+    parser.add_argument('--task', choices=['inference', 'train', *MMDET_TASKS], default='inference')
+    parser.add_argument(
+        '--shape', type=int, nargs='+', metavar='N', help='shape of random inputs, see get_flops.py (default: test set)'
+    )
+    parser.add_argument('--repeat-num', type=int, default=1, help='number of runs (default: 1)')
+    parser.add_argument('--max-iter', type=int, default=100, help='timed iterations of a run (default: 100)')
+    parser.add_argument('--num-warmup', type=int, default=5, help='iterations before them (default: 5)')
+    parser.add_argument('--log-interval', type=int, default=50, help='iterations between lines (default: 50)')
+    parser.add_argument(
+        '--dataset-type', choices=['train', 'val', 'test'], default='test', help='data of dataloader and dataset'
+    )
+    parser.add_argument('--fuse-conv-bn', action='store_true', help='fuse convolutions with batch norms')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='change the config: key=value')
+    args, others = parser.parse_known_args()
+    if others and args.task not in MMDET_TASKS:
+        parser.error(f'unrecognized arguments: {" ".join(others)}')
+    return args, others
+
+
+def check(args: argparse.Namespace, cfg: Config) -> tuple[int, ...] | None:
+    """Find what would fail later; returns the shape of the random inputs, if they are wanted.
+
+    Raises:
+        FileNotFoundError: Data or the checkpoint is missing.
+        ValueError: An argument cannot be.
+    """
+    for option, least in (('repeat_num', 1), ('max_iter', 1), ('num_warmup', 0), ('log_interval', 1)):
+        if getattr(args, option) < least:
+            raise ValueError(f'--{option.replace("_", "-")} must be at least {least}, got {getattr(args, option)}')
+    toolbox(cfg)
+    launch.check_backbone(cfg)
+    launch.check_checkpoint(args.checkpoint, '--checkpoint')
+    if args.shape and args.task != 'inference':
+        raise ValueError(f'--shape makes inputs without labels, and --task {args.task} takes the data of the config')
+    if args.shape:
+        return input_shape(cfg, args.shape)
+    split = {'inference': 'test', 'train': 'train'}.get(args.task, args.dataset_type)
+    launch.check_data(cfg, [split])
+    return None
+
+
+def mmdet_arguments(args: argparse.Namespace) -> list[str]:
+    """Arguments for mmdet's script."""
+    names = ('task', 'dataset_type', 'repeat_num', 'max_iter', 'num_warmup', 'log_interval')
+    return [word for name in names for word in (f'--{name.replace("_", "-")}', str(getattr(args, name)))]
+
+
+def main() -> None:
+    """Run the script."""
+    args, others = parse_args()
+    with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError, ValueError):
+        cfg = launch.load_config(args.config, args.cfg_options)
+        shape = check(args, cfg)
+        script = toolbox_script('mmdet', MMDET_SCRIPT) if args.task in MMDET_TASKS else None
+    if script:
+        run_script(script, cfg, mmdet_arguments(args) + others)
+        return
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    if args.checkpoint:
+        load_checkpoint(model, args.checkpoint, map_location='cpu')
+    if args.fuse_conv_bn:
+        model = fuse_conv_bn(model)
+    step, data = make_step(cfg, model, args.task), batches(cfg, args.task, shape)
+    settings = (args.max_iter, args.num_warmup, args.log_interval)
+    print(report([measure(step, data, *settings) for _ in range(args.repeat_num)]))
+    if not args.checkpoint:
+        print('The weights are random: what follows from the number of detections is not that of a trained model.')
+
+
+if __name__ == '__main__':
+    main()

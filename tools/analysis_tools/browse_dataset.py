@@ -1,0 +1,148 @@
+"""Draw the training samples of a config as its pipeline leaves them, with their annotations.
+
+python tools/analysis_tools/browse_dataset.py configs/det/htc_swinv2_t.py --not-show --output-dir samples
+
+Runs the script of the config's toolbox with the same arguments. Further ones are handed on to it: mmaction's takes the
+folder as second argument too, --phase train|val|test, --mode original|transformed|concat|pipeline, --show-number and
+--fps.
+"""
+
+import argparse
+import functools
+import importlib.util
+import os
+import runpy
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from mmengine.config import Config, DictAction
+
+import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
+from swinv2_mm.engine import launch
+
+SCRIPTS = {
+    'mmdet': 'analysis_tools/browse_dataset.py',
+    'mmseg': 'analysis_tools/browse_dataset.py',
+    'mmaction': 'visualizations/browse_dataset.py',
+}
+
+
+def toolbox_script(toolbox: str, script: str) -> Path:
+    """Path of a script of a toolbox, given below its `tools` folder.
+
+    Raises:
+        FileNotFoundError: The toolbox is not installed, or without its scripts.
+    """
+    spec = importlib.util.find_spec(toolbox)
+    if spec is None:
+        raise FileNotFoundError(f'{toolbox} is not installed, and its tools/{script} is needed')
+    package = Path(spec.origin).parent
+    places = [package / '.mim/tools' / script, package.parent / 'tools' / script]  # a wheel, a clone
+    for path in places:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f'{toolbox} is installed without tools/{script}: there is no {places[0]}')
+
+
+def run_script(script: Path, cfg: Config, arguments: list[str]) -> None:
+    """Run a toolbox's script in this process, with a config that our own loading has changed already."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, 'config.py')
+        cfg.dump(config)
+        sys.argv = [str(script), str(config), *arguments]
+        runpy.run_path(str(script), run_name='__main__')
+
+
+def prepare(cfg: Config, toolbox: str) -> None:
+    """Add what the scripts expect, and take off RepeatDataset, which has no end for their `for item in dataset`."""
+    loader = cfg.train_dataloader
+    while str(loader.dataset.type).split('.')[-1] == 'RepeatDataset':
+        loader.dataset = loader.dataset.dataset
+    cfg.setdefault('visualizer', dict(type='SegLocalVisualizer' if toolbox == 'mmseg' else 'DetLocalVisualizer'))
+    cfg.visualizer.setdefault('name', 'browse_dataset')  # otherwise a Runner sets it
+
+
+def mend_visualizer(toolbox: str) -> None:
+    """Let the scripts draw where their toolbox cannot.
+
+    mmseg's hands OpenCV an image whose memory is not in order, which OpenCV refuses to draw on. mmaction's saves films
+    through moviepy 1; without it, the frames are saved as pictures.
+    """
+    if toolbox == 'mmseg':
+        from mmseg.visualization import SegLocalVisualizer
+
+        change_arguments(SegLocalVisualizer, lambda given: given.update(image=np.ascontiguousarray(given['image'])))
+    elif toolbox == 'mmaction' and not _has_moviepy_1():
+        from mmaction.visualization import ActionVisualizer
+
+        change_arguments(ActionVisualizer, lambda given: given.update(out_type='img'))
+        print('moviepy<2 is not installed: the frames are saved as pictures.')
+
+
+def _has_moviepy_1() -> bool:
+    try:
+        return importlib.util.find_spec('moviepy.editor') is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def change_arguments(visualizer: type, change: Callable[[dict], None]) -> None:
+    """Let a visualizer draw with other keyword arguments than the script gives."""
+    draw = visualizer.add_datasample
+
+    @functools.wraps(draw)
+    def add_datasample(*args, **kwargs):
+        change(kwargs)
+        return draw(*args, **kwargs)
+
+    visualizer.add_datasample = add_datasample
+
+
+def parse_args() -> tuple[argparse.Namespace, list[str]]:
+    """Read the command line; what is not known here is for the toolbox's script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--output-dir', help='folder for the pictures')
+    parser.add_argument('--not-show', action='store_true', help='open no window (mmaction never does)')
+    parser.add_argument('--show-interval', type=float, default=2, help='seconds for each window (default: 2)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='change the config: key=value')
+    return parser.parse_known_args()
+
+
+def script_arguments(args: argparse.Namespace, others: list[str], toolbox: str) -> list[str]:
+    """Arguments for the toolbox's script.
+
+    Raises:
+        ValueError: It would open windows, and there is no display.
+    """
+    if toolbox == 'mmaction':
+        return [args.output_dir, *others] if args.output_dir else others
+    if not args.not_show and sys.platform == 'linux' and not (os.getenv('DISPLAY') or os.getenv('WAYLAND_DISPLAY')):
+        raise ValueError('there is no display for windows: use --not-show --output-dir DIR')
+    places = ['--output-dir', args.output_dir] if args.output_dir else []
+    return [*places, *['--not-show'] * args.not_show, '--show-interval', str(args.show_interval), *others]
+
+
+def main() -> None:
+    """Run the script."""
+    args, others = parse_args()
+    with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError, ValueError):
+        cfg = launch.load_config(args.config, args.cfg_options)
+        toolbox = cfg.get('default_scope')
+        if toolbox not in SCRIPTS:
+            raise ValueError(f'default_scope of the config must be one of {", ".join(SCRIPTS)}, got {toolbox!r}')
+        script = toolbox_script(toolbox, SCRIPTS[toolbox])
+        arguments = script_arguments(args, others, toolbox)
+        launch.check_data(cfg, ['train'])
+    prepare(cfg, toolbox)
+    mend_visualizer(toolbox)
+    run_script(script, cfg, arguments)
+
+
+if __name__ == '__main__':
+    main()

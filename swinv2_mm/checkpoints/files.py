@@ -73,7 +73,8 @@ def read_checkpoint(path: str | Path, map_location: Any = None, trust: bool = Fa
             raise CheckpointError(_describe(head))
         if head.startswith(ZIP):
             _verify_records(path)
-        checkpoint = _unpickle(path, map_location, trust, mmap=head.startswith(ZIP))
+        mmap = head.startswith(ZIP) and not _is_of_training(_unpickle(path, 'cpu', trust, mmap=True))
+        checkpoint = _unpickle(path, map_location, trust, mmap)
         if not trust:
             _check_configs(checkpoint)
     return checkpoint
@@ -82,11 +83,15 @@ def read_checkpoint(path: str | Path, map_location: Any = None, trust: bool = Fa
 def _unpickle(path: Path, map_location: Any, trust: bool, mmap: bool) -> Any:
     if trust:
         return torch.load(str(path), map_location=map_location, mmap=mmap, weights_only=False)
-    checkpoint = compat.load_data(str(path), map_location, mmap)
-    if mmap and isinstance(checkpoint, dict) and 'optimizer' in checkpoint:
-        # an optimizer keeps the tensors that it is given, and the next checkpoint may overwrite the file
-        return _unpickle(path, map_location, trust, mmap=False)
-    return checkpoint
+    return compat.load_data(str(path), map_location, mmap)
+
+
+def _is_of_training(checkpoint: Any) -> bool:
+    """Whether tensors of a checkpoint outlive it: an optimizer keeps those that it is given.
+
+    Then they may not be mapped from the file, since the next checkpoint may overwrite it.
+    """
+    return isinstance(checkpoint, dict) and 'optimizer' in checkpoint
 
 
 def _describe(head: bytes) -> str:

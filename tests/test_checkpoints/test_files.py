@@ -1,0 +1,49 @@
+"""How files are read: weights are mapped into memory, what a training keeps is not."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from swinv2_mm.checkpoints.files import read_checkpoint
+
+WEIGHTS = {'a': torch.arange(1e5), 'b': torch.ones(3, dtype=torch.float16)}
+
+
+def is_mapped(path: Path) -> bool:
+    return str(path) in Path('/proc/self/maps').read_text()
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc')
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_weights_are_mapped(tmp_path, suffix):
+    path = tmp_path / f'weights{suffix}'
+    save_file(WEIGHTS, path) if suffix == '.safetensors' else torch.save(WEIGHTS, path)
+    weights = read_checkpoint(path)
+    assert is_mapped(path)
+    assert all(torch.equal(weights[name], value) for name, value in WEIGHTS.items())
+    del weights
+    assert not is_mapped(path)
+
+
+def test_an_optimizer_keeps_its_state_when_the_file_is_overwritten(tmp_path):
+    """Optimizers take the tensors that they are given, and the next checkpoint may have the same name."""
+    path = tmp_path / 'epoch_1.pth'
+    torch.save({'state_dict': WEIGHTS, 'optimizer': {'state': {0: WEIGHTS}}}, path)
+    checkpoint = read_checkpoint(path)
+    path.write_bytes(bytes(path.stat().st_size))
+    for weights in (checkpoint['state_dict'], checkpoint['optimizer']['state'][0]):
+        assert all(torch.equal(weights[name], value) for name, value in WEIGHTS.items())
+
+
+def test_files_from_before_torch_1_6_are_read(tmp_path):
+    torch.save(WEIGHTS, tmp_path / 'a.pth', _use_new_zipfile_serialization=False)
+    weights = read_checkpoint(tmp_path / 'a.pth')
+    assert all(torch.equal(weights[name], value) for name, value in WEIGHTS.items())
+
+
+def test_tensors_go_where_they_are_asked_to(tmp_path):
+    torch.save(WEIGHTS, tmp_path / 'a.pth')
+    assert read_checkpoint(tmp_path / 'a.pth', map_location='meta')['a'].is_meta

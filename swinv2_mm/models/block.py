@@ -9,6 +9,17 @@ from .attention import WindowAttention
 from .patch import PatchMerging
 
 
+def reset_layers(model: nn.Module) -> None:
+    """Draw the weights of all linear layers, norms and convolutions inside a model as the official code does."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm | nn.Conv2d | nn.Conv3d):
+            module.reset_parameters()
+
+
 class Mlp(nn.Module):
     """Two linear layers with GELU between them, the hidden one four times as wide."""
 

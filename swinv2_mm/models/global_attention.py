@@ -6,7 +6,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..registry import MODELS
-from .block import Mlp
+from .block import Mlp, reset_layers
 
 
 @MODELS.register_module()
@@ -58,12 +58,7 @@ class GlobalAttention(BaseModule):
         super().init_weights()
 
     def _reset_parameters(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
+        reset_layers(self)
         for last in (self.proj, self.mlp.fc2):
             nn.init.zeros_(last.weight)
 

@@ -11,7 +11,7 @@ from ..checkpoints.errors import in_file
 from ..ops.window_attention import check_backend
 from ..registry import MODELS
 from .attention import WindowAttention
-from .block import SwinBlock, SwinStage
+from .block import SwinBlock, SwinStage, reset_layers
 from .log_cpb import LogCPB
 from .patch import PatchEmbed
 
@@ -136,14 +136,9 @@ class SwinV2(BaseModule):
         super().init_weights()
 
     def _reset_parameters(self) -> None:
+        reset_layers(self)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm | nn.Conv2d | nn.Conv3d):
-                module.reset_parameters()
-            elif isinstance(module, WindowAttention):
+            if isinstance(module, WindowAttention):
                 module.reset_scale_and_biases()
             elif isinstance(module, LogCPB):
                 module.reset_pretrained_window_size()

@@ -82,7 +82,7 @@ def fit_backbone(
     """Convert a state dict of any layout so that it fills a backbone completely, or raise before anything is touched.
 
     Args:
-        state_dict: Weights by name; those of the backbone leave it.
+        state_dict: Weights by name.
         shapes: Shapes of what the backbone needs, by name.
         told: `pretrained_window_sizes` of the config, 0 for not told.
         windows: Windows of the backbone.
@@ -129,8 +129,7 @@ def _check_names_and_shapes(weights: Weights, shapes: Mapping[str, torch.Size], 
     fresh = {name.split('.')[0] for name in missing if OUTPUT_NORM.match(name)}
     fresh = {norm for norm in fresh if not any(name.startswith(f'{norm}.') for name in weights)}
     shared = {name: value for name, value in weights.items() if name in shapes}
-    ours = describe({name: torch.empty(shape, device='meta') for name, shape in shapes.items()})
-    theirs = describe(weights)
+    ours, theirs = describe(shapes), describe({name: value.shape for name, value in weights.items()})
     _raise_if_any(
         {
             'missing': [name for name in missing if name.split('.')[0] not in fresh],

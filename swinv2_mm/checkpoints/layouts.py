@@ -5,7 +5,7 @@ a table of renames, applied in order, and functions for what renaming cannot do.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -228,15 +228,14 @@ def required_names(weights: Collection[str]) -> list[str]:
     ]
 
 
-def describe(weights: Mapping[str, Tensor]) -> str:
-    """Architecture of weights in our layout, for messages."""
-    heads = [
-        weights[name].shape[0] if (name := f'layers.{i}.blocks.0.attn.logit_scale') in weights else '?'
-        for i in range(num_stages(weights))
-    ]
-    norm = weights.get('patch_embed.norm.weight')
-    extra = sum(name.endswith('.enorm.weight') for name in weights)
-    return (
-        f'embed_dims={norm.shape[0] if norm is not None else "?"}, depths={tuple(depths(weights))}, '
-        f'num_heads={tuple(heads)}' + (f' and {extra} extra norms' if extra else '')
+def describe(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Architecture of weights in our layout, given by their shapes, for messages."""
+
+    def first_axis(name: str) -> int | str:
+        return next(iter(shapes.get(name, ())), '?')
+
+    heads = tuple(first_axis(f'layers.{i}.blocks.0.attn.logit_scale') for i in range(num_stages(shapes)))
+    extra = sum(name.endswith('.enorm.weight') for name in shapes)
+    return f'embed_dims={first_axis("patch_embed.norm.weight")}, depths={tuple(depths(shapes))}, num_heads={heads}' + (
+        f' and {extra} extra norms' if extra else ''
     )

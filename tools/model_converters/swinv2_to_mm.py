@@ -69,7 +69,7 @@ def main() -> None:
     windows = {
         re.match(r'layers\.\d+', n)[0]: tuple(v.tolist()) for n, v in weights.items() if n.endswith('_window_size')
     }
-    print(f'{args.dst}: {len(weights)} entries, {describe(weights)}')
+    print(f'{args.dst}: {len(weights)} entries, {describe({n: v.shape for n, v in weights.items()})}')
     print(
         f'pre-training windows: {", ".join(map(str, windows.values())) or "not known: pass --pretrained-window-sizes"}'
     )

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from mmengine.config import Config
+from tiny_data import write_frames, write_segments
 
 REPOSITORY = Path(__file__).parents[2]
 TOOLS = REPOSITORY / 'tools' / 'analysis_tools'
@@ -304,24 +305,12 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture
 def segments(tmp_path):
-    generator = np.random.default_rng(0)
-    for folder in ('images', 'labels'):
-        (tmp_path / 'seg' / folder).mkdir(parents=True)
-    for i in range(4):
-        label = generator.integers(0, 2, (32, 32), dtype=np.uint8)
-        cv2.imwrite(str(tmp_path / f'seg/images/{i}.png'), np.repeat(label[..., None] * 255, 3, axis=2))
-        cv2.imwrite(str(tmp_path / f'seg/labels/{i}.png'), label)
-    return tmp_path / 'seg'
+    return write_segments(tmp_path / 'seg')
 
 
 @pytest.fixture
 def frames(tmp_path):
-    for i in range(4):
-        (tmp_path / f'video/{i}').mkdir(parents=True)
-        for frame in (1, 2, 3):
-            cv2.imwrite(str(tmp_path / f'video/{i}/img_{frame:05}.jpg'), np.full((32, 32, 3), 60 * i, dtype=np.uint8))
-    (tmp_path / 'video/list.txt').write_text(''.join(f'{i} 3 {i % 2}\n' for i in range(4)))
-    return tmp_path / 'video'
+    return write_frames(tmp_path / 'video')
 
 
 def assert_not_blank(path):

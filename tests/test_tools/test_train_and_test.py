@@ -10,11 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import cv2
-import numpy as np
 import psutil
 import pytest
 import torch
+from tiny_data import write_frames, write_segments
 
 import swinv2_mm  # noqa: F401  lets torch.load read checkpoints of mmengine
 
@@ -235,13 +234,7 @@ def test_mistakes_are_found_before_any_process_starts(shapes, tmp_path, env, arg
 
 def test_segmentation_trains_and_tests(tmp_path):
     """mmseg: iterations, labels saved as pictures, flips merged."""
-    generator = np.random.default_rng(0)
-    for folder in ('images', 'labels'):
-        (tmp_path / 'seg' / folder).mkdir(parents=True)
-    for i in range(4):
-        label = generator.integers(0, 2, (32, 32), dtype=np.uint8)
-        cv2.imwrite(str(tmp_path / f'seg/images/{i}.png'), np.repeat(label[..., None] * 255, 3, axis=2))
-        cv2.imwrite(str(tmp_path / f'seg/labels/{i}.png'), label)
+    write_segments(tmp_path / 'seg')
     options = ['--work-dir', 'work', '--cfg-options', 'data_root=seg']
     run(tmp_path, 'train.py', TINY / 'seg.py', *options)
     assert (tmp_path / 'work/last_checkpoint').read_text().endswith('iter_4.pth')
@@ -254,11 +247,7 @@ def test_segmentation_trains_and_tests(tmp_path):
 
 def test_video_trains_and_tests(tmp_path):
     """mmaction: with the mends that its wheel needs."""
-    for i in range(4):
-        (tmp_path / f'video/{i}').mkdir(parents=True)
-        for frame in (1, 2, 3):
-            cv2.imwrite(str(tmp_path / f'video/{i}/img_{frame:05}.jpg'), np.full((32, 32, 3), 60 * i, dtype=np.uint8))
-    (tmp_path / 'video/list.txt').write_text(''.join(f'{i} 3 {i % 2}\n' for i in range(4)))
+    write_frames(tmp_path / 'video')
     options = ['--work-dir', 'work', '--cfg-options', 'data_root=video']
     run(tmp_path, 'train.py', TINY / 'video.py', *options)
     run(tmp_path, 'test.py', TINY / 'video.py', 'work/epoch_1.pth', '--dump', 'a.pkl', *options)

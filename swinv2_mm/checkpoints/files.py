@@ -263,9 +263,13 @@ def _config_imports(text: str) -> list[str]:
 
 
 def _is_plain(node: ast.AST) -> bool:
-    """Whether a node occurs in what mmengine writes: literals, and calls of `dict` with keywords."""
+    """Whether a node occurs in what mmengine writes: literals, and calls of `dict` with keywords or a literal dict.
+
+    The latter stands for a dict with a key that is no keyword, such as `custom_keys={'backbone.norm': ...}`.
+    """
     if isinstance(node, ast.Call):
-        return isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args
+        literal = all(isinstance(argument, ast.Dict) for argument in node.args)
+        return isinstance(node.func, ast.Name) and node.func.id == 'dict' and literal
     if isinstance(node, ast.Name):
         return node.id in ('dict', 'inf', 'nan')
     literals = (

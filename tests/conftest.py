@@ -3,8 +3,16 @@
 import sys
 from pathlib import Path
 
+import mmengine.config.config
+import pytest
 import torch
 
 for folder in ('.', 'test_ops'):  # helpers beside the tests
     sys.path.insert(0, str(Path(__file__).parent / folder))
 torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+
+@pytest.fixture(autouse=True)
+def _configs_are_not_laid_out(monkeypatch):
+    """A Runner lays out its config with yapf five times, which takes longer than a step of a nano model."""
+    monkeypatch.setattr(mmengine.config.config, 'FormatCode', lambda text, **_: (text, True))

@@ -9,7 +9,7 @@ import copy
 from mmengine.config import Config, ConfigDict
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
-from swinv2_mm.engine import launch
+from swinv2_mm.engine import checks, launch
 
 
 def parse_args() -> argparse.Namespace:
@@ -106,13 +106,13 @@ def use_tta(cfg: Config) -> None:
         rcnn = (cfg.model.get('test_cfg') or {}).get('rcnn') or {}  # a two-stage detector's own suppression
         with_masks = 'swinv2_mm.models.det_tta.InstanceSegTTAModel'
         cfg.tta_model = cfg.get('tta_model') or dict(
-            type=with_masks if has_masks(cfg.model) else 'DetTTAModel',
+            type=with_masks if checks.has_masks(cfg.model) else 'DetTTAModel',
             tta_cfg=dict(
                 nms=rcnn.get('nms', dict(type='nms', iou_threshold=0.5)), max_per_img=rcnn.get('max_per_img', 100)
             ),
         )
         cfg.tta_pipeline = cfg.get('tta_pipeline') or flipped_pipeline(dataset.pipeline)
-        if cfg.tta_model.type.split('.')[-1] == 'DetTTAModel' and has_masks(cfg.model):
+        if cfg.tta_model.type.split('.')[-1] == 'DetTTAModel' and checks.has_masks(cfg.model):
             raise ValueError(
                 '--tta: DetTTAModel of mmdet merges boxes alone, and this model predicts masks too; set '
                 f'tta_model.type={with_masks}'
@@ -132,25 +132,20 @@ def flipped_pipeline(pipeline: list) -> list:
     return [*copy.deepcopy(pipeline[:-1]), dict(type='TestTimeAug', transforms=views)]
 
 
-def has_masks(model: dict) -> bool:
-    """Whether a detector's config has a mask head, at any depth."""
-    return any(
-        key == 'mask_head' and bool(value) or isinstance(value, dict) and has_masks(value)
-        for key, value in model.items()
-    )
-
-
 def check(args: argparse.Namespace, cfg: Config) -> None:
     """Find what would stop the test, before it starts.
 
     Raises:
         FileNotFoundError: Data or the checkpoint is missing.
+        ImportError: A transform needs a package that is not installed.
         ValueError: Anything else.
     """
-    launch.check_checkpoint(args.checkpoint, 'CHECKPOINT')
-    launch.check_backbone(cfg)
-    launch.check_data(cfg, ['test'])
-    launch.check_processes(args.preflight)
+    checks.check_checkpoint(args.checkpoint, 'CHECKPOINT')
+    checks.check_backbone(cfg)
+    checks.check_data(cfg, ['test'])
+    checks.check_metrics(cfg, ['test'])
+    checks.check_transforms(cfg, ['test'])
+    checks.check_processes(args.preflight)
 
 
 def main() -> None:
@@ -158,7 +153,7 @@ def main() -> None:
     args = parse_args()
     with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError):
         cfg = launch.load_config(args.config, args.cfg_options)
-    with launch.one_line_errors(FileNotFoundError, ValueError):
+    with launch.one_line_errors(FileNotFoundError, ImportError, ValueError):
         check(args, cfg)
         configure(args, cfg)
     if args.preflight:

@@ -9,7 +9,7 @@ import os
 from mmengine.config import Config
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
-from swinv2_mm.engine import launch
+from swinv2_mm.engine import checks, launch
 
 
 def parse_args() -> argparse.Namespace:
@@ -74,15 +74,18 @@ def check(args: argparse.Namespace, cfg: Config) -> None:
 
     Raises:
         FileNotFoundError: Data or a checkpoint is missing.
+        ImportError: A transform needs a package that is not installed.
         ValueError: Anything else.
     """
-    launch.check_backbone(cfg)
-    launch.check_init_cfg(cfg)
-    launch.check_data(cfg, ['train', 'val'])
+    checks.check_backbone(cfg)
+    checks.check_init_cfg(cfg)
+    checks.check_data(cfg, ['train', 'val'])
+    checks.check_metrics(cfg, ['val'])
+    checks.check_transforms(cfg, ['train', 'val'])
     if cfg.get('resume') and cfg.get('load_from') is None:
-        launch.check_last_checkpoint(cfg.work_dir)
-    launch.check_checkpoint(cfg.get('load_from'), '--resume' if cfg.get('resume') else 'load_from')
-    launch.check_processes(args.preflight)
+        checks.check_last_checkpoint(cfg.work_dir)
+    checks.check_checkpoint(cfg.get('load_from'), '--resume' if cfg.get('resume') else 'load_from')
+    checks.check_processes(args.preflight)
 
 
 def main() -> None:
@@ -90,12 +93,12 @@ def main() -> None:
     args = parse_args()
     with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError):
         cfg = launch.load_config(args.config, args.cfg_options)
-    with launch.one_line_errors(FileNotFoundError, ValueError):
+    with launch.one_line_errors(FileNotFoundError, ImportError, ValueError):
         configure(args, cfg)
         check(args, cfg)
     if args.preflight:
         return
-    launch.use_fp32_on_cpu(cfg)
+    launch.adapt_to_cpu(cfg)
     launch.build_runner(cfg).train()
 
 

@@ -1,8 +1,6 @@
-# HTC on SwinV2-B by the recipe for HTC++ (A2.1): 1536x1536, window 32, lr 4e-4 for 64 images, a tenth of it for the
-# backbone.
+# HTC++ on SwinV2-B (A2.1): 1536x1536, window 32, lr 4e-4 for 64 images, a tenth of it for the backbone.
 #   tools/dist_train.sh configs/det/htc_swinv2_b.py 8
 # The paper starts from ImageNet-22K at 192x192 with window 12 and has no row for B.
-# Missing from HTC++ so far: InstaBoost and the extra global self-attention after the last stage.
 _base_ = [
     '../_base_/models/htc_swinv2.py',
     '../_base_/datasets/coco_semantic_lsj.py',
@@ -19,7 +17,10 @@ model = dict(
         with_cp=True,
         init_cfg=dict(type='Pretrained', checkpoint='swinv2://base_window12_192_22k'),
     ),
-    neck=dict(in_channels=[128, 256, 512, 1024]),
+    neck=[
+        dict(type='swinv2_mm.GlobalAttention', in_channels=1024, num_heads=32, drop_path_rate=0.2),
+        dict(type='FPN', in_channels=[128, 256, 512, 1024], out_channels=256, num_outs=5),
+    ],
 )
 train_dataloader = dict(batch_size=2)
 optim_wrapper = dict(

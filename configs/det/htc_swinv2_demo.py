@@ -1,4 +1,4 @@
-# HTC on a nano SwinV2, from scratch, on the shapes of tools/misc/make_shapes_coco.py: `make demo` runs it on a CPU.
+# HTC++ on a nano SwinV2, from scratch, on the shapes of tools/misc/make_shapes_coco.py: `make demo` runs it on a CPU.
 # The detector of htc_swinv2_b.py with all its parts; what differs is size and schedule.
 #   python tools/misc/make_shapes_coco.py data/shapes_coco
 #   tools/dist_train.sh configs/det/htc_swinv2_demo.py 2
@@ -20,7 +20,10 @@ model = dict(
         window_size=8,
         drop_path_rate=0.0,
     ),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=channels),
+    neck=[
+        dict(type='swinv2_mm.GlobalAttention', in_channels=256, num_heads=8),
+        dict(type='FPN', in_channels=[32, 64, 128, 256], out_channels=channels, num_outs=5),
+    ],
     rpn_head=dict(
         in_channels=channels, feat_channels=channels, anchor_generator=dict(scales=[4])
     ),  # objects of about 16 to 64 pixels on levels 2 to 4

@@ -1,9 +1,12 @@
-# HTC on SwinV2-L, as htc_swinv2_b.py. With all of HTC++ the paper has 58.8 box AP and 51.1 mask AP on val (Table 3).
+# HTC++ on SwinV2-L, as htc_swinv2_b.py (A2.1). The paper has 58.8 box AP and 51.1 mask AP on val (Table 3).
 _base_ = './htc_swinv2_b.py'
 
 model = dict(
     backbone=dict(arch='large', init_cfg=dict(checkpoint='swinv2://large_window12_192_22k')),
-    neck=dict(in_channels=[192, 384, 768, 1536]),
+    neck=[
+        dict(type='swinv2_mm.GlobalAttention', in_channels=1536, num_heads=48, drop_path_rate=0.2),
+        dict(type='FPN', in_channels=[192, 384, 768, 1536], out_channels=256, num_outs=5),
+    ],
 )
 train_dataloader = dict(batch_size=1)
 optim_wrapper = dict(accumulative_counts=8)  # 8 GPUs x 1 image x 8 = 64

@@ -1,4 +1,4 @@
-# HTC on SwinV2-S. The paper has no such system: this is the recipe of B and L (see htc_swinv2_b.py), from ImageNet-1K
+# HTC++ on SwinV2-S. The paper has no such system: this is the recipe of B and L (see htc_swinv2_b.py), from ImageNet-1K
 # at 256x256 with window 8.
 _base_ = './htc_swinv2_t.py'
 

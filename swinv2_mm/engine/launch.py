@@ -1,21 +1,15 @@
-"""What the command line tools share: reading a config, checking it before anything starts, and starting processes.
-
-The checks look at what a newcomer gets wrong first (paths, numbers of GPUs, ports, sizes of the backbone), so that it
-ends in one line at once and not in a traceback per process after the data have been loaded.
-"""
+"""What the command line tools share: reading the command line and a config, and starting processes."""
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import datetime
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,10 +17,9 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
-from swinv2_mm.checkpoints import releases
-from swinv2_mm.registry import MODELS
+from swinv2_mm.engine.checks import seen_from
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -79,7 +72,7 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
         ModuleNotFoundError: It inherits from a toolbox that is not installed.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'config {path} does not exist{_seen_from(path)}')
+        raise FileNotFoundError(f'config {path} does not exist{seen_from(path)}')
     try:
         cfg = Config.fromfile(path)
     except ModuleNotFoundError as error:
@@ -111,175 +104,6 @@ def default_work_dir(cfg: Config, config_path: str, work_dir: str | None) -> str
     return work_dir or cfg.get('work_dir') or os.path.join('work_dirs', Path(config_path).stem)
 
 
-# ---------------------------------------------------------------- checks
-
-
-def check_data(cfg: Config, splits: Iterable[str]) -> None:
-    """Check that the files and folders of the data sets exist.
-
-    Looks at `ann_file` and `data_prefix` of every data set, inside wrappers too, joined with `data_root` as mmengine's
-    BaseDataset joins them, and at the evaluators' `ann_file`. Paths with a protocol (s3://...) are left alone.
-
-    Args:
-        cfg: A config of mmdet, mmseg or mmaction.
-        splits: Some of 'train', 'val' and 'test'.
-
-    Raises:
-        FileNotFoundError: Something is missing; the message names the split, the option, the path and the way out.
-    """
-    for split in splits:
-        for path, option, root_option in _data_paths(cfg, split):
-            if '://' in path or os.path.exists(path):
-                continue
-            ways_out = [f'{root_option}=DIR' if root_option else f'{option}=PATH']
-            if cfg.get('data_root') and path.startswith(cfg.data_root):
-                ways_out.insert(0, 'data_root=DIR (which moves all data)')
-            raise FileNotFoundError(
-                f'{split} data: {path} does not exist{_seen_from(path)}; it is set by {option}. Put the '
-                f'data there, or point the config to them: --cfg-options {" or ".join(ways_out)}'
-            )
-
-
-def _data_paths(cfg: Config, split: str) -> Iterator[tuple[str, str, str | None]]:
-    """Yield each path of a split, the option that holds it, and the option of the root it is relative to, if any."""
-    loader = cfg.get(f'{split}_dataloader') or {}
-    for dataset, option in _leaf_datasets(loader.get('dataset'), f'{split}_dataloader.dataset'):
-        if (dataset.get('backend_args') or {}).get('backend', 'local') != 'local':
-            continue
-        root = dataset.get('data_root') or ''
-        prefix = dataset.get('data_prefix') or {}
-        prefixes = prefix.items() if isinstance(prefix, dict) else [(None, prefix)]
-        paths = [(f'{option}.ann_file', dataset.get('ann_file') or None)]
-        paths += [(f'{option}.data_prefix.{key}' if key else f'{option}.data_prefix', path) for key, path in prefixes]
-        for path_option, path in paths:
-            if not isinstance(path, str) or not (root or path):
-                continue
-            relative = bool(root) and not os.path.isabs(path) and '://' not in path
-            yield (
-                os.path.join(root, path) if relative else path,
-                path_option,
-                f'{option}.data_root' if relative else None,
-            )
-    evaluator = cfg.get(f'{split}_evaluator') or []
-    for i, metric in enumerate(evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]):
-        if isinstance(metric, dict) and isinstance(metric.get('ann_file'), str):
-            name = f'{split}_evaluator.{i}' if isinstance(evaluator, (list, tuple)) else f'{split}_evaluator'
-            yield metric['ann_file'], f'{name}.ann_file', None
-
-
-def _leaf_datasets(dataset, option: str) -> Iterator[tuple[dict, str]]:
-    """Walk through RepeatDataset, ConcatDataset and the like."""
-    if not isinstance(dataset, dict):
-        return
-    inner = [(dataset['dataset'], f'{option}.dataset')] if 'dataset' in dataset else []
-    inner += [(item, f'{option}.datasets.{i}') for i, item in enumerate(dataset.get('datasets', []))]
-    if not inner:
-        yield dataset, option
-    for item, name in inner:
-        yield from _leaf_datasets(item, name)
-
-
-def check_backbone(cfg: Config) -> None:
-    """Build a backbone of this package without memory, so that a wrong argument shows once and early.
-
-    Raises:
-        ValueError: What the backbone says about its arguments.
-    """
-    backbone = cfg.get('model', {}).get('backbone', {})
-    if not str(backbone.get('type')).startswith('swinv2_mm.'):
-        return
-    arguments = {key: value for key, value in copy.deepcopy(backbone).items() if key not in ('type', '_scope_')}
-    backbone_class = MODELS.get(backbone.type)
-    if backbone_class is None:
-        raise ValueError(f'model.backbone.type: there is no {backbone.type}')
-    with torch.device('meta'):
-        backbone_class(**arguments)
-
-
-def check_checkpoint(path: str | None, option: str) -> None:
-    """Check that a local checkpoint exists, or a release of that name.
-
-    Raises:
-        FileNotFoundError: No such file; the message names the option.
-        ValueError: No such release.
-    """
-    if path and path.startswith(releases.SCHEME):
-        releases.find(path)
-    elif path and '://' not in path and not os.path.exists(path):
-        raise FileNotFoundError(f'{option}: checkpoint {path} does not exist{_seen_from(path)}')
-
-
-def check_init_cfg(cfg: Config) -> None:
-    """Check the checkpoint that the backbone starts from.
-
-    Raises:
-        FileNotFoundError: See `check_checkpoint`.
-        ValueError: See `check_checkpoint`.
-    """
-    init_cfg = cfg.get('model', {}).get('backbone', {}).get('init_cfg')
-    if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
-        check_checkpoint(init_cfg.get('checkpoint'), 'model.backbone.init_cfg.checkpoint')
-
-
-def check_last_checkpoint(work_dir: str) -> None:
-    """Check that the checkpoint which `--resume` would take is there; a folder without any starts from the beginning.
-
-    Raises:
-        FileNotFoundError: `last_checkpoint` names a file that is gone.
-    """
-    last = find_latest_checkpoint(work_dir) if os.path.exists(os.path.join(work_dir, 'last_checkpoint')) else None
-    if last is not None and not os.path.exists(last):
-        raise FileNotFoundError(
-            f'{work_dir}/last_checkpoint names {last or "nothing"}, which does not exist; pass the '
-            'checkpoint to go on from: --resume PATH'
-        )
-
-
-def check_gpus(processes: int) -> None:
-    """Check that the machine has a GPU for each process; without any GPU, processes run on the CPU.
-
-    Raises:
-        ValueError: It has fewer.
-    """
-    if torch.cuda.is_available() and processes > torch.cuda.device_count():
-        raise ValueError(
-            f'{processes} GPUs asked for, but this machine has {torch.cuda.device_count()} '
-            f'(CUDA_VISIBLE_DEVICES={os.environ.get("CUDA_VISIBLE_DEVICES", "not set")})'
-        )
-
-
-def check_port(port: int) -> None:
-    """Check that the processes can meet at a port of this machine.
-
-    Raises:
-        ValueError: It is taken.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port just left is free
-        try:
-            probe.bind(('', port))
-        except OSError as error:
-            raise ValueError(
-                f'port {port} cannot be used ({error.strerror}): choose another one, such as '
-                f'PORT={port + 1} before the command'
-            ) from None
-
-
-def check_processes(preflight: int | None) -> None:
-    """Check GPUs, and for processes that are about to start (`preflight`, by dist_*.sh) the port as well.
-
-    Raises:
-        ValueError: Too few GPUs, or a port in use; only the first machine of several opens the port.
-    """
-    check_gpus(preflight or int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
-    if preflight and os.environ.get('NODE_RANK', '0') == '0':
-        check_port(int(os.environ.get('PORT', 29500)))
-
-
-def _seen_from(path: str) -> str:
-    return '' if os.path.isabs(path) else f' (seen from {os.getcwd()})'
-
-
 # ---------------------------------------------------------------- devices and processes
 
 
@@ -294,19 +118,32 @@ def build_runner(cfg: Config):
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
-def use_fp32_on_cpu(cfg: Config) -> None:
-    """Replace AmpOptimWrapper, which refuses to run without a GPU, and say so once."""
-    wrapper = cfg.get('optim_wrapper') or {}
-    if get_device() != 'cpu' or str(wrapper.get('type')).split('.')[-1] != 'AmpOptimWrapper':
+def adapt_to_cpu(cfg: Config) -> None:
+    """Without a GPU, replace AmpOptimWrapper and SyncBN, which refuse to train there, and say so once."""
+    if get_device() != 'cpu':
         return
-    cfg.optim_wrapper = {k: v for k, v in wrapper.items() if k not in ('dtype', 'loss_scale', 'use_fsdp')}
-    cfg.optim_wrapper.type = 'OptimWrapper'
-    if _rank() == 0:
-        print_log(
-            'No GPU: training in fp32 (OptimWrapper) instead of mixed precision (AmpOptimWrapper).',
-            logger='current',
-            level=logging.WARNING,
-        )
+    replaced = []
+    wrapper = cfg.get('optim_wrapper') or {}
+    if str(wrapper.get('type')).split('.')[-1] == 'AmpOptimWrapper':
+        cfg.optim_wrapper = {k: v for k, v in wrapper.items() if k not in ('dtype', 'loss_scale', 'use_fsdp')}
+        cfg.optim_wrapper.type = 'OptimWrapper'
+        replaced.append('training in fp32 (OptimWrapper) instead of mixed precision (AmpOptimWrapper)')
+    if _replace_type(cfg.get('model'), 'SyncBN', 'BN'):
+        replaced.append('statistics of each process (BN) instead of all (SyncBN)')
+    if replaced and _rank() == 0:
+        print_log(f'No GPU: {"; ".join(replaced)}.', logger='current', level=logging.WARNING)
+
+
+def _replace_type(value, old: str, new: str) -> bool:
+    """Replace `type=old` at any depth; returns whether there was any."""
+    if isinstance(value, (list, tuple)):
+        return any([_replace_type(item, old, new) for item in value])
+    if not isinstance(value, dict):
+        return False
+    found = value.get('type') == old
+    if found:
+        value['type'] = new
+    return any([_replace_type(item, old, new) for item in value.values()]) or found
 
 
 def init_cpu_processes(cfg: Config) -> None:

@@ -299,6 +299,7 @@ def test_modules_that_the_running_config_has_imported_may_be_named(state, tmp_pa
 
 REAL_CONFIGS = {
     'det': lambda: config_path('det/htc_swinv2_t.py'),
+    'det, with numbers as keys': lambda: config_path('det/htc_swinv2_l_w48_tta.py'),
     'det, with dots in keys': lambda: stock('mmdet', 'mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py'),
     'seg': lambda: stock('mmseg', 'swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'),
     'video': lambda: stock(

@@ -1,21 +1,23 @@
 """Detection configs: they build, they hold the paper's numbers, and HTC is mmdet's HTC."""
 
-import copy
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner, load_checkpoint
 
 from swinv2_mm.checkpoints import releases
+from swinv2_mm.engine import launch
 
 pytest.importorskip('mmdet')
+from nano_det import shrink, shrink_model, write_shapes
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'det'
 LEAVES = sorted(p.stem for p in CONFIGS.glob('*.py'))
 PAPER = sorted(set(LEAVES) - {'htc_swinv2_demo'})
-NANO = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 
 
 @pytest.fixture(autouse=True)
@@ -29,23 +31,27 @@ def read(name: str) -> Config:
 
 
 def nano(name: str) -> torch.nn.Module:
-    model = copy.deepcopy(read(name).model)
-    model.backbone.update(arch=NANO, window_size=8, with_cp=False, init_cfg=None)
-    model.neck.in_channels = [16, 32, 64, 128]
+    cfg = read(name)
+    launch.adapt_to_cpu(cfg)
+    model = shrink_model(cfg.model)
+    model.backbone.with_cp = False
     model.data_preprocessor.pop('batch_augments', None)
-    for stage in model.train_cfg.rcnn:
-        stage.sampler.num = 16
-    for head in model.roi_head.bbox_head:
-        head.pop('norm_cfg', None)  # SyncBN has no CPU form
     model = MODELS.build(model)
     model.init_weights()
     return model
 
 
-def batch(model: torch.nn.Module, height: int = 96, width: int = 128) -> dict:
+def batch(model: torch.nn.Module, height: int = 96, width: int = 128, num_items: list[int] | None = None) -> dict:
     from mmdet.testing import demo_mm_inputs
 
-    inputs = demo_mm_inputs(2, [[3, height, width]] * 2, num_classes=80, with_mask=True, with_semantic=True)
+    inputs = demo_mm_inputs(
+        2,
+        [[3, height, width]] * 2,
+        num_classes=80,
+        with_mask=model.with_mask,
+        with_semantic=getattr(model, 'with_semantic', False),
+        num_items=num_items,
+    )
     return model.data_preprocessor(inputs, True)
 
 
@@ -54,7 +60,9 @@ def test_builds(name):
     with torch.device('meta'):
         model = MODELS.build(read(name).model)
     assert type(model.backbone).__name__ == 'SwinTransformerV2'
-    assert [conv.in_channels for conv in (c.conv for c in model.neck.lateral_convs)] == model.backbone.num_features
+    *attention, fpn = [model.neck] if name.startswith('cascade') else model.neck
+    assert [type(layer).__name__ for layer in attention] == ['GlobalAttention'] * name.startswith('htc')
+    assert [c.conv.in_channels for c in fpn.lateral_convs] == model.backbone.num_features
 
 
 def test_every_config_of_the_metafile_exists_and_none_is_left_out():
@@ -64,15 +72,60 @@ def test_every_config_of_the_metafile_exists_and_none_is_left_out():
     assert sorted(Path(m['Config']).stem for m in metafile['Models']) == PAPER
 
 
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory):
+    return write_shapes(tmp_path_factory.mktemp('shapes'))
+
+
+def load(name: str, shapes: Path, work_dir: Path) -> Config:
+    """The config at a nano size, as tools/train.py would have it on this machine."""
+    root = shapes / ('objects365' if 'objects365' in name else 'coco')
+    cfg = launch.load_config(str(CONFIGS / f'{name}.py'), dict(data_root=f'{root}/'))
+    launch.adapt_to_cpu(cfg)
+    cfg.work_dir = str(work_dir)
+    return shrink(cfg)
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_trains_a_step_and_tests_an_image(name, shapes, tmp_path, monkeypatch):
+    """The recipe's own data, transforms, losses, optimizer, schedule and metric; sizes alone are smaller."""
+    cfg = load(name, shapes, tmp_path)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    trainable = [p for p in runner.model.parameters() if p.requires_grad]
+    stepped = runner.optim_wrapper.optimizer.state
+    assert all(p in stepped for p in trainable), 'some parameters got no gradient'
+    assert all(p.isfinite().all() for p in trainable)
+    kinds = {'bbox', 'segm'} if runner.model.with_mask else {'bbox'}
+    figures = {key.split('_')[0] for key in runner.message_hub.log_scalars if 'mAP' in key}
+    assert figures == {f'val/coco/{kind}' for kind in kinds}
+    if name.endswith('_tta'):
+        cfg.load_from = str(tmp_path / Path((tmp_path / 'last_checkpoint').read_text()).name)
+        load_tool('test').use_tta(cfg)
+        assert len(cfg.test_dataloader.dataset.pipeline[-1].transforms[0]) == 6
+        figures = Runner.from_cfg(cfg).test()
+        assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(figures)
+
+
+def load_tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS.parents[1] / f'tools/{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 # facts of the paper (A1, A2.1, A2.2): learning rate, images a step, window, and epochs or steps
 RECIPES = {
     'cascade_mask_rcnn_swinv2': (1e-4, 16, 16, 36),
     'htc_swinv2': (4e-4, 64, 32, 36),
     'htc_swinv2_g': (6e-4, 96, 32, 45_000),
+    'htc_swinv2_g_objects365': (1.2e-3, 96, 32, 67_500),
 }
+TEST_SYSTEMS = [name for name in PAPER if 'w48' in name]
+RECIPE_NAMES = sorted(set(PAPER) - set(TEST_SYSTEMS))
 
 
-@pytest.mark.parametrize('name', PAPER)
+@pytest.mark.parametrize('name', RECIPE_NAMES)
 def test_holds_the_numbers_of_the_paper(name):
     lr, images, window, length = RECIPES.get(name) or RECIPES[name[:-2]]
     cfg = read(name)
@@ -86,12 +139,34 @@ def test_holds_the_numbers_of_the_paper(name):
     assert (cfg.optim_wrapper.type, cfg.optim_wrapper.dtype) == ('AmpOptimWrapper', 'bfloat16')
     last_scheduler = cfg.param_scheduler[-1]
     assert last_scheduler.end == (cfg.train_cfg.get('max_epochs') or cfg.train_cfg.max_iters)
-    if name.startswith('htc'):
-        assert cfg.optim_wrapper.paramwise_cfg.custom_keys.backbone.lr_mult == 0.1
-        assert cfg.model.test_cfg.rcnn.nms.type == 'soft_nms'
-        assert cfg.model.data_preprocessor.batch_augments[0].size == (1536, 1536)
-        resize = cfg.train_dataloader.dataset.pipeline[2]
-        assert (resize.scale, resize.ratio_range) == ((1536, 1536), (0.1, 2.0))
+    pipeline = {t.type.split('.')[-1]: t for t in cfg.train_dataloader.dataset.pipeline}
+    if name.startswith('cascade'):
+        scales = pipeline['RandomChoiceResize'].scales
+        assert {long for long, _ in scales} == {1333}
+        assert (min(scales), max(scales)) == ((1333, 480), (1333, 800))
+        return
+    assert cfg.optim_wrapper.paramwise_cfg.custom_keys.backbone.lr_mult == 0.1
+    assert cfg.model.test_cfg.rcnn.nms.type == 'soft_nms'
+    if name.endswith('objects365'):
+        assert pipeline['RandomResize'].scale == [(1600, 800), (1600, 1024)]
+        return
+    assert cfg.model.data_preprocessor.batch_augments[0].size == (1536, 1536)
+    assert (pipeline['RandomResize'].scale, pipeline['RandomResize'].ratio_range) == ((1536, 1536), (0.1, 2.0))
+    assert pipeline['RandomCrop'].crop_size == (1536, 1536)
+    assert list(pipeline).index('LoadAnnotations') < list(pipeline).index('InstaBoost')
+    assert cfg.test_dataloader.dataset.pipeline[1].scale == (1600, 1100)
+
+
+@pytest.mark.parametrize('name', TEST_SYSTEMS)
+def test_a_test_system_changes_the_window_alone(name):
+    """So that a checkpoint of the config without `_w48` fits, and the test at several scales is one of `--tta`."""
+    cfg, trained = read(name), read(name[: name.index('_w48')])
+    assert (trained.model.backbone.window_size, cfg.model.backbone.window_size) == (32, 48)
+    trained.model.backbone.window_size = 48
+    for key in set(cfg) | set(trained):
+        if key not in ('views', 'meta_keys', 'tta_model', 'tta_pipeline'):
+            assert cfg[key] == trained[key], key
+    assert ('tta_model' in cfg) == ('tta_pipeline' in cfg) == name.endswith('_tta')
 
 
 @pytest.mark.parametrize('name', PAPER)
@@ -107,7 +182,7 @@ def test_starts_from_weights_of_its_size_and_windows(name):
 
 
 def test_htc_is_that_of_mmdet():
-    """All that differs from mmdet's own HTC config: backbone, bf16 parts, soft-NMS, padding, and Cascade's defaults."""
+    """All that differs from mmdet's own HTC config: backbone, bf16 parts, soft-NMS, padding, anchors."""
     ours = read('htc_swinv2_t').model
     stock = Config.fromstring("_base_ = 'mmdet::htc/htc_r50_fpn_1x_coco.py'", '.py').model
     with torch.device('meta'):
@@ -125,21 +200,46 @@ def test_htc_is_that_of_mmdet():
         assert (a.assigner.pos_iou_thr, a.sampler, a.mask_size) == (b.assigner.pos_iou_thr, b.sampler, b.mask_size)
 
 
-@pytest.mark.parametrize('name', ['htc_swinv2_t', 'cascade_mask_rcnn_swinv2_t'])
-def test_losses_and_gradients_are_finite_in_bfloat16(name):
-    """The whole detector under autocast, where stock mmdet stops at RoIAlign."""
+@pytest.mark.parametrize('num_items', [[4, 6], [0, 6], [0, 0]], ids=['both', 'one', 'none'])
+@pytest.mark.parametrize('name', ['htc_swinv2_t', 'cascade_mask_rcnn_swinv2_t', 'htc_swinv2_g_objects365'])
+def test_losses_and_gradients_are_finite_in_bfloat16(name, num_items):
+    """The whole detector under autocast, where stock mmdet stops at RoIAlign; also with images without instances."""
     model = nano(name).train()
-    data = batch(model)
+    data = batch(model, num_items=num_items)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         losses = model.loss(data['inputs'], data['data_samples'])
     total, logged = model.parse_losses(losses)
     total.backward()
     assert total.isfinite()
-    assert {'s0.loss_cls', 's1.loss_bbox', 's2.loss_mask', 'loss_rpn_bbox'} <= set(logged)
-    assert ('loss_semantic_seg' in logged) == name.startswith('htc')
+    assert {'s0.loss_cls', 's1.loss_bbox', 'loss_rpn_bbox'} <= set(logged)
+    assert ('s2.loss_mask' in logged) == model.with_mask
+    assert ('loss_semantic_seg' in logged) == name.startswith('htc_swinv2_t')
     without = {n for n, p in model.named_parameters() if p.grad is None}
     assert not without
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_only_masks_and_classifiers_are_fresh_after_objects365(tmp_path):
+    """The chain of A2.2. Objects365 has neither masks nor semantic maps, and other classes."""
+    first, second = nano('htc_swinv2_g_objects365'), nano('htc_swinv2_g')
+    torch.save(dict(state_dict=first.state_dict()), tmp_path / 'objects365.pth')
+    fresh = {name: value.clone() for name, value in second.state_dict().items()}
+    load_checkpoint(second, str(tmp_path / 'objects365.pth'))
+    of_masks = ('roi_head.mask_head.', 'roi_head.semantic_head.')
+    kept = {name for name, value in second.state_dict().items() if name.startswith(of_masks) or '.fc_cls.' in name}
+    assert len([name for name in kept if '.fc_cls.' in name]) == 6  # weights and biases of three stages
+    for name, value in second.state_dict().items():
+        assert torch.equal(value, (fresh if name in kept else first.state_dict())[name]), name
+
+
+@pytest.mark.parametrize('name', TEST_SYSTEMS)
+def test_a_checkpoint_of_window_32_fits_at_48(name):
+    trained, tested = nano(name[: name.index('_w48')]), nano(name)
+    tested.load_state_dict(trained.state_dict(), strict=True)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():  # both windows are larger than all maps
+        for ours, theirs in zip(tested.eval().backbone(images), trained.eval().backbone(images), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_proposals_keep_their_pixels_in_bfloat16():
@@ -152,9 +252,9 @@ def test_proposals_keep_their_pixels_in_bfloat16():
     metas = [dict(img_shape=(1200, 1600), scale_factor=(1.0, 1.0))]
     with torch.no_grad(), torch.autocast('cpu', dtype=torch.bfloat16):
         scores, deltas = head(features)
-        boxes = head.predict_by_feat(scores, deltas, batch_img_metas=metas, cfg=model.test_cfg.rpn, rescale=False)[
-            0
-        ].bboxes
+        boxes = head.predict_by_feat(
+            scores, deltas, batch_img_metas=metas, cfg=read('htc_swinv2_t').model.test_cfg.rpn, rescale=False
+        )[0].bboxes
     anchors = torch.cat(head.prior_generator.grid_priors([f.shape[-2:] for f in features], device='cpu'))
     anchors[:, 0::2].clamp_(0, 1600)
     anchors[:, 1::2].clamp_(0, 1200)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from swinv2_mm.engine import launch
+from swinv2_mm.engine import checks, launch
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 TINY = Path(__file__).parent / 'tiny'
+DET = Path(__file__).parents[2] / 'configs/det'
 SHAPES = ('annotations/instances_train2017.json', 'annotations/instances_val2017.json', 'train2017/', 'val2017/')
 
 
@@ -83,18 +84,45 @@ def test_missing_annotations_of_an_evaluator(complain, data, tmp_path):
     assert 'val_evaluator.ann_file=PATH' in line
 
 
+def test_missing_stuff_maps_of_the_semantic_branch(complain, data):
+    line = complain('train', DET / 'htc_swinv2_t.py', '--cfg-options', f'data_root={data}')
+    assert f'{data}/stuffthingmaps/train2017/ does not exist' in line
+    assert 'it is set by train_dataloader.dataset.data_prefix.seg' in line
+
+
+@pytest.mark.parametrize('package', ['instaboostfast', 'skimage'])
+def test_instaboost_without_its_packages(complain, data, monkeypatch, package):
+    (data / 'stuffthingmaps/train2017').mkdir(parents=True)
+    for name in [name for name in sys.modules if name.split('.')[0] == 'instaboostfast']:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    line = complain('train', DET / 'htc_swinv2_t.py', '--cfg-options', f'data_root={data}')
+    assert 'InstaBoost needs the package instaboostfast' in line
+    assert 'pip install' in line
+
+
+@pytest.mark.parametrize('evaluator', ['test_evaluator.metric=[bbox,segm]', 'test_evaluator.metric=segm'])
+def test_masks_asked_of_a_detector_of_boxes(complain, tmp_path, monkeypatch, evaluator):
+    (tmp_path / 'a.pth').touch()
+    monkeypatch.setattr(checks, 'check_data', lambda cfg, splits: None)
+    config = DET / 'htc_swinv2_g_objects365.py'
+    line = complain('test', config, tmp_path / 'a.pth', '--cfg-options', evaluator)
+    assert line.startswith('error: test_evaluator.metric=')
+    assert 'the model predicts boxes alone: --cfg-options test_evaluator.metric=bbox' in line
+
+
 def test_remote_data_are_left_alone():
     dataset = dict(ann_file='s3://bucket/a.json', data_prefix=dict(img='s3://bucket/images'))
-    launch.check_data(Config(dict(train_dataloader=dict(dataset=dataset))), ['train'])
+    checks.check_data(Config(dict(train_dataloader=dict(dataset=dataset))), ['train'])
     dataset = dict(data_root='data/', ann_file='a.json', backend_args=dict(backend='petrel'))
-    launch.check_data(Config(dict(train_dataloader=dict(dataset=dataset))), ['train'])
+    checks.check_data(Config(dict(train_dataloader=dict(dataset=dataset))), ['train'])
 
 
 def test_each_part_of_a_concatenation_is_checked(data):
     good = dict(data_root=str(data), ann_file=SHAPES[0])
     cfg = Config(dict(train_dataloader=dict(dataset=dict(datasets=[good, dict(good, ann_file='gone.json')]))))
     with pytest.raises(FileNotFoundError, match='train_dataloader.dataset.datasets.1.ann_file'):
-        launch.check_data(cfg, ['train'])
+        checks.check_data(cfg, ['train'])
 
 
 @pytest.mark.parametrize(('split', 'missing'), [('train', 'images'), ('val', 'labels')])
@@ -102,13 +130,13 @@ def test_missing_folder_of_a_segmentation_set(tmp_path, split, missing):
     (tmp_path / ({'images', 'labels'} - {missing}).pop()).mkdir()
     cfg = launch.load_config(str(TINY / 'seg.py'), dict(data_root=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match=f'{tmp_path}/{missing}'):
-        launch.check_data(cfg, [split])
+        checks.check_data(cfg, [split])
 
 
 def test_missing_list_of_a_video_set(tmp_path):
     cfg = launch.load_config(str(TINY / 'video.py'), dict(data_root=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match='train_dataloader.dataset.ann_file=PATH'):
-        launch.check_data(cfg, ['train'])
+        checks.check_data(cfg, ['train'])
 
 
 @pytest.mark.parametrize(
@@ -170,7 +198,7 @@ def test_wrong_flags_of_train(complain, data, flags, text):
 )
 def test_wrong_flags_of_test(complain, monkeypatch, tmp_path, config, flags, text):
     (tmp_path / 'a.pth').touch()
-    monkeypatch.setattr(launch, 'check_data', lambda cfg, splits: None)
+    monkeypatch.setattr(checks, 'check_data', lambda cfg, splits: None)
     assert text in complain('test', TINY / f'{config}.py', tmp_path / 'a.pth', *flags)
 
 
@@ -187,9 +215,9 @@ def test_last_checkpoint_that_is_gone(complain, data, tmp_path):
 def test_more_gpus_than_the_machine_has(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    launch.check_gpus(2)
+    checks.check_gpus(2)
     with pytest.raises(ValueError, match='3 GPUs asked for, but this machine has 2'):
-        launch.check_gpus(3)
+        checks.check_gpus(3)
 
 
 def test_port_in_use_matters_on_the_first_machine_alone(monkeypatch):
@@ -199,10 +227,10 @@ def test_port_in_use_matters_on_the_first_machine_alone(monkeypatch):
         port = taken.getsockname()[1]
         monkeypatch.setenv('PORT', str(port))
         with pytest.raises(ValueError, match=f'port {port} cannot be used .*PORT={port + 1}'):
-            launch.check_processes(preflight=1)
+            checks.check_processes(preflight=1)
         monkeypatch.setenv('NODE_RANK', '1')
-        launch.check_processes(preflight=1)
-    launch.check_port(port)
+        checks.check_processes(preflight=1)
+    checks.check_port(port)
 
 
 def test_only_the_first_process_complains(monkeypatch, capsys):
@@ -227,8 +255,17 @@ def test_data_root_moves_what_was_copied_from_it():
 @pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')
 def test_mixed_precision_becomes_fp32_on_a_cpu():
     cfg = Config.fromfile(TINY / 'det.py')
-    launch.use_fp32_on_cpu(cfg)
+    launch.adapt_to_cpu(cfg)
     assert dict(cfg.optim_wrapper) == dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')
+def test_norms_over_all_processes_become_norms_of_each_on_a_cpu():
+    cfg = Config.fromfile(DET / 'cascade_mask_rcnn_swinv2_t.py')
+    assert 'SyncBN' in str(cfg.model)
+    launch.adapt_to_cpu(cfg)
+    assert 'SyncBN' not in str(cfg.model)
+    assert [head.norm_cfg for head in cfg.model.roi_head.bbox_head] == [dict(type='BN', requires_grad=True)] * 3
 
 
 @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'])

@@ -25,7 +25,7 @@ from mmengine.runner import Runner, load_checkpoint
 from torch import nn
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
-from swinv2_mm.engine import launch
+from swinv2_mm.engine import checks, launch
 
 from browse_dataset import run_script, toolbox_script  # isort: skip
 from get_flops import build_model, input_shape, random_data, toolbox  # isort: skip
@@ -71,7 +71,7 @@ def make_step(cfg: Config, model: nn.Module, task: str) -> Callable[[dict], obje
     """Return the function of a batch that is timed: one prediction, or one step of training."""
     if task == 'inference':
         return torch.no_grad()(model.test_step)
-    launch.use_fp32_on_cpu(cfg)
+    launch.adapt_to_cpu(cfg)
     optimizer = build_optim_wrapper(model.train(), cfg.optim_wrapper)
     return lambda data: model.train_step(data, optim_wrapper=optimizer)
 
@@ -165,14 +165,14 @@ def check(args: argparse.Namespace, cfg: Config) -> tuple[int, ...] | None:
         if getattr(args, option) < least:
             raise ValueError(f'--{option.replace("_", "-")} must be at least {least}, got {getattr(args, option)}')
     toolbox(cfg)
-    launch.check_backbone(cfg)
-    launch.check_checkpoint(args.checkpoint, '--checkpoint')
+    checks.check_backbone(cfg)
+    checks.check_checkpoint(args.checkpoint, '--checkpoint')
     if args.shape and args.task != 'inference':
         raise ValueError(f'--shape makes inputs without labels, and --task {args.task} takes the data of the config')
     if args.shape:
         return input_shape(cfg, args.shape)
     split = {'inference': 'test', 'train': 'train'}.get(args.task, args.dataset_type)
-    launch.check_data(cfg, [split])
+    checks.check_data(cfg, [split])
     return None
 
 

@@ -20,7 +20,7 @@ from mmengine.utils import get_object_from_string
 from torch import Tensor, nn
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
-from swinv2_mm.engine import launch
+from swinv2_mm.engine import checks, launch
 from swinv2_mm.models.attention import WindowAttention
 
 DATA_SAMPLES = {
@@ -271,7 +271,7 @@ def main() -> None:
     with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError, ValueError):
         cfg = launch.load_config(args.config, args.cfg_options)
         shape = input_shape(cfg, args.shape)
-        launch.check_backbone(cfg)
+        checks.check_backbone(cfg)
     print(report(complexity(cfg, shape), shape))
 
 

@@ -1,4 +1,4 @@
-# COCO 2017 with semantic maps; images of 1536x1536 by scale jitter of [0.1, 2.0] (A2.1, A2.2).
+# COCO 2017 with semantic maps; InstaBoost (A2.1), and images of 1536x1536 by scale jitter of [0.1, 2.0] (A2.1, A2.2).
 # Tests at 1100 (Table 3), taken as the shorter side; the longer one is not stated: 1600 is that of Swin V1's HTC++.
 _base_ = 'mmdet::_base_/datasets/coco_instance.py'
 
@@ -6,6 +6,7 @@ image_size = (1536, 1536)
 train_pipeline = [
     dict(type='LoadImageFromFile', backend_args={{_base_.backend_args}}),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True, with_seg=True),
+    dict(type='swinv2_mm.datasets.transforms.InstaBoost'),
     dict(type='RandomResize', scale=image_size, ratio_range=(0.1, 2.0), keep_ratio=True),
     dict(type='RandomCrop', crop_type='absolute', crop_size=image_size, recompute_bbox=True, allow_negative_crop=True),
     dict(type='FilterAnnotations', min_gt_bbox_wh=(1e-2, 1e-2)),

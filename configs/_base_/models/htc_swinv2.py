@@ -1,4 +1,6 @@
-# Hybrid Task Cascade of mmdet, with its semantic branch, on a Swin V2: what turns a Cascade Mask R-CNN into it.
+# HTC++ on a Swin V2: what turns a Cascade Mask R-CNN into mmdet's Hybrid Task Cascade with its semantic branch, and
+# "an extra global self-attention layer appended at the output of last stage" (Swin V1, A2.2). A leaf gives `arch` and,
+# since lists do not merge, the whole list of necks, with the backbone's drop path.
 _base_ = './cascade_mask_rcnn_swinv2.py'
 
 mask_head = dict(
@@ -17,6 +19,10 @@ model = dict(
             dict(type='BatchFixedSizePad', size=(1536, 1536), pad_mask=True, pad_seg=True, seg_pad_value=255),
         ],
     ),
+    neck=[
+        dict(type='swinv2_mm.GlobalAttention', in_channels=768, num_heads=24),
+        dict(type='FPN', in_channels=[96, 192, 384, 768], out_channels=256, num_outs=5),
+    ],
     roi_head=dict(
         type='HybridTaskCascadeRoIHead',
         interleaved=True,
@@ -40,6 +46,8 @@ model = dict(
             loss_seg=dict(type='CrossEntropyLoss', ignore_index=255, loss_weight=0.2),
         ),
     ),
+    # scale jitter makes images so small that no anchor lies within some of them, at which mmdet would stop
+    train_cfg=dict(rpn=dict(allowed_border=-1)),
     # soft-NMS: A2.1, A2.2; its threshold is not stated
     test_cfg=dict(rcnn=dict(score_thr=0.001, nms=dict(type='soft_nms', iou_threshold=0.5))),
 )

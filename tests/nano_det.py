@@ -1,0 +1,88 @@
+"""Detection configs at a size that a CPU trains in a second: what the recipes say, on few channels and small images."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from mmdet.datasets import CocoDataset, Objects365V2Dataset
+from mmengine.config import Config
+
+ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+CHANNELS = [16, 32, 64, 128]
+FACTOR = 12  # 1536 pixels become 128
+SHAPES = Path(__file__).parents[1] / 'tools/misc/make_shapes_coco.py'
+
+
+def shrink_model(model: dict) -> dict:
+    """The model's config with a nano backbone and few RoIs; windows, heads and losses stay."""
+    model = copy.deepcopy(model)
+    model.backbone.update(arch=ARCH, init_cfg=None)
+    *attention, fpn = model.neck if isinstance(model.neck, list) else [model.neck]
+    fpn.in_channels = CHANNELS
+    for layer in attention:
+        layer.update(in_channels=CHANNELS[-1], num_heads=8)
+    for stage in model.train_cfg.rcnn:
+        stage.sampler.num = 16
+    model.train_cfg.rpn_proposal.max_per_img = 50
+    model.test_cfg.rpn.max_per_img = 5
+    model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=5)  # an untrained model is sure of nothing
+    for head in model.roi_head.bbox_head:
+        head.fc_out_channels = 64
+    return model
+
+
+def shrink_sizes(value, key: str = ''):
+    """A config value with the sizes of its transforms divided by FACTOR."""
+    if isinstance(value, dict):
+        return type(value)({k: shrink_sizes(v, k) for k, v in value.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(shrink_sizes(item, key) for item in value)
+    return value // FACTOR if key in ('scale', 'scales', 'crop_size', 'size') else value
+
+
+def shrink(cfg: Config) -> Config:
+    """The config as one step of training on small images."""
+    cfg.model = shrink_model(cfg.model)
+    return shrink_data(cfg)
+
+
+def shrink_data(cfg: Config) -> Config:
+    """The config with small images, and with as many as one process takes for one step."""
+    cfg.model.data_preprocessor = shrink_sizes(cfg.model.data_preprocessor)
+    for split in ('train', 'val', 'test'):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.pipeline = shrink_sizes(loader.dataset.pipeline)
+    if 'tta_pipeline' in cfg:
+        cfg.tta_pipeline = shrink_sizes(cfg.tta_pipeline)
+        cfg.tta_model.tta_cfg.max_per_img = 5
+    cfg.train_dataloader.dataset.indices = cfg.train_dataloader.batch_size
+    cfg.train_cfg.update({'max_iters' if 'max_iters' in cfg.train_cfg else 'max_epochs': 1, 'val_interval': 1})
+    cfg.optim_wrapper.accumulative_counts = 1
+    return cfg
+
+
+def write_shapes(folder: Path) -> Path:
+    """Two images for training and one for validation, in `coco` and `objects365`, with classes of these data sets."""
+    coco, objects365 = folder / 'coco', folder / 'objects365'
+    arguments = ['--train', '2', '--val', '1', '--size', '96', '--seed', '0']
+    subprocess.run([sys.executable, SHAPES, coco, *arguments], check=True, stdout=subprocess.DEVNULL)
+    (objects365 / 'annotations').mkdir(parents=True)
+    for split in ('train', 'val'):
+        shutil.copytree(coco / f'{split}2017', objects365 / split / 'patch0')
+        path = coco / f'annotations/instances_{split}2017.json'
+        data = json.loads(path.read_text())
+        path.write_text(json.dumps(rename(data, CocoDataset.METAINFO['classes'])))
+        data = rename(data, Objects365V2Dataset.METAINFO['classes'])
+        for image in data['images']:
+            image['file_name'] = f'images/v1/patch0/{image["file_name"]}'
+        (objects365 / f'annotations/zhiyuan_objv2_{split}.json').write_text(json.dumps(data))
+    return folder
+
+
+def rename(data: dict, classes: tuple[str, ...]) -> dict:
+    """Annotations with the categories of another data set, those of the objects being its first."""
+    return data | dict(categories=[dict(id=i, name=name) for i, name in enumerate(classes, 1)])

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +17,18 @@ SHAPES = Path(__file__).parents[1] / 'tools/misc/make_shapes_coco.py'
 
 def shrink_model(model: dict) -> dict:
     """The model's config with a nano backbone and few RoIs; windows, heads and losses stay."""
-    model = copy.deepcopy(model)
+    model = shrink_heads(model)
     model.backbone.update(arch=ARCH, init_cfg=None)
     *attention, fpn = model.neck if isinstance(model.neck, list) else [model.neck]
     fpn.in_channels = CHANNELS
     for layer in attention:
         layer.update(in_channels=CHANNELS[-1], num_heads=8)
+    return model
+
+
+def shrink_heads(model: dict) -> dict:
+    """The model's config with few RoIs, which take most of a CPU's time, and few channels of their features."""
+    model = copy.deepcopy(model)
     for stage in model.train_cfg.rcnn:
         stage.sampler.num = 16
     model.train_cfg.rpn_proposal.max_per_img = 50
@@ -62,6 +67,7 @@ def shrink_data(cfg: Config) -> Config:
     cfg.train_dataloader.dataset.indices = cfg.train_dataloader.batch_size
     cfg.train_cfg.update({'max_iters' if 'max_iters' in cfg.train_cfg else 'max_epochs': 1, 'val_interval': 1})
     cfg.optim_wrapper.accumulative_counts = 1
+    cfg.default_hooks.logger.interval = 1
     return cfg
 
 
@@ -70,19 +76,32 @@ def write_shapes(folder: Path) -> Path:
     coco, objects365 = folder / 'coco', folder / 'objects365'
     arguments = ['--train', '2', '--val', '1', '--size', '96', '--seed', '0']
     subprocess.run([sys.executable, SHAPES, coco, *arguments], check=True, stdout=subprocess.DEVNULL)
-    (objects365 / 'annotations').mkdir(parents=True)
     for split in ('train', 'val'):
-        shutil.copytree(coco / f'{split}2017', objects365 / split / 'patch0')
         path = coco / f'annotations/instances_{split}2017.json'
-        data = json.loads(path.read_text())
-        path.write_text(json.dumps(rename(data, CocoDataset.METAINFO['classes'])))
-        data = rename(data, Objects365V2Dataset.METAINFO['classes'])
-        for image in data['images']:
-            image['file_name'] = f'images/v1/patch0/{image["file_name"]}'
-        (objects365 / f'annotations/zhiyuan_objv2_{split}.json').write_text(json.dumps(data))
+        path.write_text(json.dumps(rename(json.loads(path.read_text()), CocoDataset.METAINFO['classes'])))
+    write_objects365(coco, objects365)
     return folder
 
 
+def write_objects365(coco: Path, folder: Path) -> None:
+    """The images of a data set as in Objects365: without masks, in other folders, with its first classes."""
+    (folder / 'annotations').mkdir(parents=True)
+    for split in ('train', 'val'):
+        (folder / split).mkdir()
+        (folder / split / 'patch0').symlink_to(coco / f'{split}2017')
+        data = json.loads((coco / f'annotations/instances_{split}2017.json').read_text())
+        data = rename(data, Objects365V2Dataset.METAINFO['classes'])
+        for image in data['images']:
+            image['file_name'] = f'images/v1/patch0/{image["file_name"]}'
+        for annotation in data['annotations']:
+            del annotation['segmentation']
+        (folder / f'annotations/zhiyuan_objv2_{split}.json').write_text(json.dumps(data))
+
+
 def rename(data: dict, classes: tuple[str, ...]) -> dict:
-    """Annotations with the categories of another data set, those of the objects being its first."""
-    return data | dict(categories=[dict(id=i, name=name) for i, name in enumerate(classes, 1)])
+    """Annotations with the categories of another data set: the first takes the place of the first, and so on."""
+    ids = {category['id']: i for i, category in enumerate(data['categories'], 1)}
+    return data | dict(
+        categories=[dict(id=i, name=name) for i, name in enumerate(classes, 1)],
+        annotations=[a | dict(category_id=ids[a['category_id']]) for a in data['annotations']],
+    )

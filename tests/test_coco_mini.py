@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -11,7 +13,11 @@ import cv2
 import numpy as np
 import pytest
 
+from swinv2_mm.engine import launch
+
 pytest.importorskip('mmdet')
+from nano_det import shrink_data, shrink_heads, write_objects365
+
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get('SWINV2_MM_DATA', REPOSITORY.parent / 'shared' / 'data'))
 needs = {
@@ -25,7 +31,7 @@ data_root = '{root}/'
 size = {size}
 train_pipeline = [dict(type='LoadImageFromFile'),
                   dict(type='LoadAnnotations', with_bbox=True, with_mask=True, with_seg=True),
-                  dict(type='Resize', scale=(size, size), keep_ratio=True),
+                  dict(type='RandomResize', scale=(size, size), ratio_range=(0.9, 1.1), keep_ratio=True),
                   dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')]
 test_pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(size, size), keep_ratio=True),
                  dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
@@ -37,6 +43,14 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
+"""
+
+TTA = """
+flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
+meta_keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
+tta_pipeline = [dict(type='LoadImageFromFile'), dict(type='TestTimeAug', transforms=[
+    [dict(type='Resize', scale=(side, side), keep_ratio=True) for side in (size - 16, size, size + 16)],
+    flips, [dict(type='PackDetInputs', meta_keys=meta_keys)]])]
 """
 
 
@@ -57,7 +71,8 @@ def write_semantic_maps(root: Path, annotations: dict) -> None:
 
 
 def run(script: str, *arguments: object, cwd: Path) -> str:
-    command = ['bash', str(REPOSITORY / 'tools' / script), *map(str, arguments)]
+    program = 'bash' if script.endswith('.sh') else sys.executable
+    command = [program, str(REPOSITORY / 'tools' / script), *map(str, arguments)]
     with socket.socket() as probe:
         probe.bind(('', 0))
         env = os.environ | dict(PYTHON=sys.executable, PORT=str(probe.getsockname()[1]))
@@ -70,40 +85,81 @@ def metrics(folder: Path) -> dict:
     return json.loads(max(folder.glob('20*/*.json')).read_text().splitlines()[-1])
 
 
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    """The sample as `coco`, with semantic maps, and as `objects365`, without masks and with the classes of that."""
+    folder = tmp_path_factory.mktemp('data')
+    coco = folder / 'coco'
+    coco.mkdir()
+    for name in ('annotations', 'train2017', 'val2017'):
+        (coco / name).symlink_to(DATA / 'coco_mini' / name)
+    write_semantic_maps(coco, json.loads((coco / 'annotations/instances_train2017.json').read_text()))
+    write_objects365(coco, folder / 'objects365')
+    return folder
+
+
+def write_config(name: str, data: Path, folder: Path) -> Path:
+    """A config with images of about 128 pixels, few RoIs, and one step of training for two processes."""
+    root = data / ('objects365' if 'objects365' in name else 'coco')
+    cfg = shrink_data(launch.load_config(str(REPOSITORY / f'configs/det/{name}.py'), dict(data_root=f'{root}/')))
+    cfg.model = shrink_heads(cfg.model)
+    cfg.train_dataloader.dataset.indices *= 2
+    for split in ('val', 'test'):
+        cfg[f'{split}_dataloader'].dataset.indices = 5  # one of two processes gets three
+    cfg.dump(folder / f'{name}.py')
+    return folder / f'{name}.py'
+
+
+def nano_options() -> list[str]:
+    """The options for a smaller backbone that the README recommends for a trial."""
+    readme = (REPOSITORY / 'configs/det/README.md').read_text()
+    return shlex.split(re.search(r'A smaller backbone for a trial: `(.*?)`', readme, re.DOTALL)[1])
+
+
+def check_training(folder: Path) -> None:
+    losses = [json.loads(line) for line in max(folder.glob('20*/vis_data/scalars.json')).open()]
+    losses = [line['loss'] for line in losses if 'loss' in line]
+    assert losses
+    assert np.isfinite(losses).all()
+
+
+def check_one_and_two_processes(config: Path, checkpoint: Path, folder: Path, *options: str) -> None:
+    """Five images on two processes: one of them is seen twice, and must count once."""
+    run('dist_test.sh', config, checkpoint, 2, '--work-dir', 'two', *options, cwd=folder)
+    run('test.py', config, checkpoint, '--work-dir', 'one', *options, cwd=folder)
+    one, two = metrics(folder / 'one'), metrics(folder / 'two')
+    figures = [key for key in one if key.startswith('coco/')]
+    assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(figures)
+    assert [one[key] for key in figures] == [two[key] for key in figures]
+
+
 @needs['coco_mini']
 @pytest.mark.slow
-def test_the_tiny_config_trains_and_evaluates_real_images_on_two_processes(tmp_path):
-    root = tmp_path / 'coco'
-    root.mkdir()
-    for name in ('annotations', 'train2017', 'val2017'):
-        (root / name).symlink_to(DATA / 'coco_mini' / name)
-    write_semantic_maps(root, json.loads((root / 'annotations/instances_train2017.json').read_text()))
-    config = tmp_path / 'tiny.py'
-    config.write_text(
-        REDUCED.format(base='htc_swinv2_t', root=root, size=160)
-        + """
-train_dataloader.update(batch_size=1)
-train_dataloader['dataset'].update(indices=4)
-train_cfg = dict(max_epochs=1)
-rcnn = [dict(stage, sampler=dict(stage.sampler, num=32)) for stage in _base_.model.train_cfg.rcnn]
-model = dict(  # fewer RoIs: a CPU spends most of a step on their masks
-    data_preprocessor=dict(batch_augments=None),
-    backbone=dict(init_cfg=None),  # no download
-    train_cfg=dict(rcnn=rcnn),
-    test_cfg=dict(rpn=dict(max_per_img=50), rcnn=dict(max_per_img=10)))
-optim_wrapper = dict(accumulative_counts=1)
-default_hooks = dict(logger=dict(interval=1))
-"""
+def test_a_cascade_trains_and_evaluates_real_images_on_two_processes(data, tmp_path):
+    """SwinV2-T as in the recipe, apart from the sizes of images and the number of RoIs."""
+    config = write_config('cascade_mask_rcnn_swinv2_t', data, tmp_path)
+    options = ['--cfg-options', 'model.backbone.init_cfg=None', 'train_dataloader.batch_size=1']
+    run('dist_train.sh', config, 2, '--no-validate', '--work-dir', 'out', *options, cwd=tmp_path)
+    check_training(tmp_path / 'out')
+    check_one_and_two_processes(config, tmp_path / 'out/epoch_1.pth', tmp_path)
+
+
+@needs['coco_mini']
+@pytest.mark.slow
+def test_objects365_then_coco_then_the_test_systems(data, tmp_path):
+    """The road of SwinV2-G: the checkpoint of each step is what the next one starts from."""
+    first, second, systems = (
+        write_config(name, data, tmp_path)
+        for name in ('htc_swinv2_g_objects365', 'htc_swinv2_g', 'htc_swinv2_g_w48_tta')
     )
-    log = run('dist_train.sh', config, 2, '--no-validate', '--work-dir', 'out', cwd=tmp_path)
-    losses = [json.loads(line)['loss'] for line in max(tmp_path.glob('out/20*/vis_data/scalars.json')).open()]
-    assert len(losses) == 2
-    assert np.isfinite(losses).all()
-    assert 'unexpected' not in log
-    run('dist_test.sh', config, 'out/epoch_1.pth', 2, '--work-dir', 'test', cwd=tmp_path)
-    figures = metrics(tmp_path / 'test')
-    assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(figures)
-    assert all(-1 <= value <= 1 for key, value in figures.items() if key.startswith('coco/'))
+    run('dist_train.sh', first, 2, '--work-dir', 'first', *nano_options(), cwd=tmp_path)
+    check_training(tmp_path / 'first')
+    options = [*nano_options(), 'load_from=first/iter_1.pth']
+    log = run('dist_train.sh', second, 2, '--work-dir', 'second', *options, cwd=tmp_path)
+    check_training(tmp_path / 'second')
+    assert 'size mismatch for roi_head.bbox_head.2.fc_cls.weight' in log
+    assert 'size mismatch for backbone' not in log
+    check_one_and_two_processes(systems, tmp_path / 'second/iter_1.pth', tmp_path, '--tta', *nano_options())
 
 
 def simple_images(annotations: dict, number: int) -> dict:
@@ -159,6 +215,22 @@ default_hooks = dict(checkpoint=dict(interval=max_epochs))
     last = [json.loads(line) for line in max(tmp_path.glob('out/20*/vis_data/scalars.json')).open()][-1]
     assert last['coco/bbox_mAP'] >= 0.6
     assert last['coco/segm_mAP'] >= 0.5
+
+    # at three of the scales that the model was trained with, and flipped
+    config.write_text(config.read_text() + TTA)
+    run(
+        'dist_test.sh',
+        config,
+        (tmp_path / 'out/last_checkpoint').read_text(),
+        2,
+        '--tta',
+        '--work-dir',
+        'tta',
+        cwd=tmp_path,
+    )
+    augmented = metrics(tmp_path / 'tta')
+    for kind in ('bbox', 'segm'):
+        assert augmented[f'coco/{kind}_mAP'] >= last[f'coco/{kind}_mAP'] - 0.02
 
 
 @needs['coco_metric_check']

@@ -1,4 +1,4 @@
-"""Trains HTC on a nano Swin Transformer V2 from scratch, without a GPU, and shows what it has learnt.
+"""Trains HTC++ on a nano Swin Transformer V2 from scratch, without a GPU, and shows what it has learnt.
 
     python tools/demo.py
 
@@ -50,7 +50,7 @@ class Steps:
     def announce(self) -> None:
         """Says what will happen."""
         print(
-            f'Demo: HTC with a nano Swin Transformer V2, from scratch. About {minutes(sum(self.seconds.values()))} '
+            f'Demo: HTC++ with a nano Swin Transformer V2, from scratch. About {minutes(sum(self.seconds.values()))} '
             'on two idle cores:'
         )
         for number, (title, seconds) in enumerate(self.seconds.items(), 1):
@@ -116,7 +116,7 @@ def plot_loss(records: list[dict], path: Path) -> None:
     for label, part in LOSS_PARTS.items():
         names = [name for name in records[0] if part in name]
         axes.plot(steps, [sum(record[name] for name in names) for record in records], label=label)
-    axes.set(xlabel='step', ylabel='loss', ylim=(0, None), title='HTC with a nano Swin Transformer V2')
+    axes.set(xlabel='step', ylabel='loss', ylim=(0, None), title='HTC++ with a nano Swin Transformer V2')
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -98,7 +98,6 @@ def main() -> None:
         check(args, cfg)
     if args.preflight:
         return
-    launch.adapt_to_cpu(cfg)
     launch.build_runner(cfg).train()
 
 

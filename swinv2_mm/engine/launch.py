@@ -108,18 +108,19 @@ def default_work_dir(cfg: Config, config_path: str, work_dir: str | None) -> str
 
 
 def build_runner(cfg: Config):
-    """Tie this process to its launcher and to the other processes, and build the Runner, or what `runner_type` names.
+    """Tie this process to its machine and to the other processes, and build the Runner, or what `runner_type` names.
 
     Raises:
         ValueError: See `init_cpu_processes`.
     """
     die_with_launcher(cfg)
+    adapt_to_cpu(cfg)
     init_cpu_processes(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
 def adapt_to_cpu(cfg: Config) -> None:
-    """Without a GPU, replace AmpOptimWrapper and SyncBN, which refuse to train there, and say so once."""
+    """Without a GPU, replace AmpOptimWrapper and SyncBN, which refuse to run there, and say so once."""
     if get_device() != 'cpu':
         return
     replaced = []

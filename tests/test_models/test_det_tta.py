@@ -48,11 +48,11 @@ def _mmdet_scope():
 
 
 def config(kind: str, masks: bool = True) -> ConfigDict:
-    """The demo's HTC with 16 channels and 32 proposals, or a Cascade Mask R-CNN of the same parts."""
+    """The demo's HTC with FPN alone, 16 channels and 32 proposals, or a Cascade Mask R-CNN of the same parts."""
     cfg = copy.deepcopy(Config.fromfile(DEMO).model)
     roi = cfg.roi_head
     cfg.backbone.update(arch=dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8)), window_size=4)
-    cfg.neck.update(in_channels=[16, 32, 64, 128], out_channels=16)
+    cfg.neck = dict(cfg.neck[1], in_channels=[16, 32, 64, 128], out_channels=16)
     cfg.rpn_head.update(in_channels=16, feat_channels=16)
     for extractor in (roi.bbox_roi_extractor, roi.mask_roi_extractor, roi.semantic_roi_extractor):
         extractor.out_channels = 16

@@ -170,6 +170,19 @@ def test_a_roi_head_is_counted_for_the_regions_that_the_config_keeps(tool, propo
     assert result.regions == dict(proposals=proposals, masks=masks)
 
 
+def test_the_extra_attention_of_a_neck_is_counted(tool):
+    cfg = Config.fromfile(TINY / 'det.py')
+    attention = dict(type='swinv2_mm.GlobalAttention', in_channels=128, num_heads=4)
+    without = {name: flops for name, flops, _ in tool('get_flops').complexity(cfg, (3, 64, 96)).parts}
+    cfg.model.neck = [attention, cfg.model.neck]
+    result = tool('get_flops').complexity(cfg, (3, 64, 96))
+    flops = {name: flops for name, flops, _ in result.parts}
+    length, channels = 2 * 3, 128
+    layers = length * channels * channels * (3 + 1 + 4 + 4) + 3 * 5 * length * channels  # linear ones, norms
+    assert flops['neck'] - without['neck'] == layers + 2 * length * length * channels
+    assert not result.uncounted
+
+
 def test_a_segmentor_is_counted_without_its_auxiliary_head(tool):
     cfg = Config.fromfile(TINY / 'seg.py')
     alone = tool('get_flops').complexity(cfg, (3, 64, 64)).parts
@@ -329,6 +342,13 @@ def test_every_training_sample_of_a_detector_is_drawn_once_with_its_boxes(shapes
         drawn = cv2.resize(drawn.astype(np.uint8), (64, 64)).astype(int)
         assert_not_blank(path)
         assert all(abs(drawn - image).max() > 60 for image in (plain, plain[:, ::-1]))  # as it is, or flipped
+
+
+@pytest.mark.slow
+def test_semantic_maps_are_drawn_with_values_that_no_instance_has(shapes, tmp_path):
+    config = REPOSITORY / 'configs/det/htc_swinv2_demo.py'
+    run('browse_dataset.py', config, '--not-show', '--output-dir', tmp_path, '--cfg-options', f'data_root={shapes}/')
+    assert len(list(tmp_path.glob('*.jpg'))) == len(list((shapes / 'train2017').iterdir()))
 
 
 @pytest.mark.slow

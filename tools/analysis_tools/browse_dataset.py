@@ -68,10 +68,13 @@ def prepare(cfg: Config, toolbox: str) -> None:
 def mend_visualizer(toolbox: str) -> None:
     """Let the scripts draw where their toolbox cannot.
 
-    mmseg's hands OpenCV an image whose memory is not in order, which OpenCV refuses to draw on. mmaction's saves films
-    through moviepy 1; without it, the frames are saved as pictures.
+    mmdet's looks for the values of a semantic map among the classes of instances, and COCO-Stuff has more. mmseg's
+    hands OpenCV an image whose memory is not in order, which OpenCV refuses to draw on. mmaction's saves films through
+    moviepy 1; without it, the frames are saved as pictures.
     """
-    if toolbox == 'mmseg':
+    if toolbox == 'mmdet':
+        _name_stuff()
+    elif toolbox == 'mmseg':
         from mmseg.visualization import SegLocalVisualizer
 
         change_arguments(SegLocalVisualizer, lambda given: given.update(image=np.ascontiguousarray(given['image'])))
@@ -80,6 +83,20 @@ def mend_visualizer(toolbox: str) -> None:
 
         change_arguments(ActionVisualizer, lambda given: given.update(out_type='img'))
         print('moviepy<2 is not installed: the frames are saved as pictures.')
+
+
+def _name_stuff() -> None:
+    """Give each value of a semantic map that is no class of the instances a colour, and its number for a name."""
+    from mmdet.visualization import DetLocalVisualizer, get_palette
+
+    draw = DetLocalVisualizer._draw_sem_seg
+
+    @functools.wraps(draw)
+    def draw_sem_seg(self, image, sem_seg, classes, palette):
+        names = [*classes, *map(str, range(len(classes), 256))]
+        return draw(self, image, sem_seg, names, [*palette, *get_palette('random', 256)[len(palette) :]])
+
+    DetLocalVisualizer._draw_sem_seg = draw_sem_seg
 
 
 def _has_moviepy_1() -> bool:

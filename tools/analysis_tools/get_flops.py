@@ -8,11 +8,13 @@ post-processing.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from mmengine.analysis import FlopAnalyzer, parameter_count
+from mmengine.analysis.jit_handles import get_shape
 from mmengine.config import Config, DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
@@ -179,6 +181,7 @@ def _trace(model: nn.Module, inputs: Tensor, forward: Callable) -> tuple[dict[st
     """FLOPs of each part of the model, and the operations that have no rule but are worth counting."""
     model.forward = lambda x: tuple(_tensors(forward(x)))
     analyzer = FlopAnalyzer(model, (inputs,)).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    analyzer.set_op_handle('aten::scaled_dot_product_attention', _attention_flops)
     try:
         with torch.no_grad():
             by_module = analyzer.by_module()
@@ -187,6 +190,12 @@ def _trace(model: nn.Module, inputs: Tensor, forward: Callable) -> tuple[dict[st
     flops = {name: by_module[name] for name in _part_names(model)}
     flops[REST] = by_module[''] - sum(flops.values())
     return flops, sorted(op.split('.')[-1].split('::')[-1] for op in analyzer.unsupported_ops() if _has_products(op))
+
+
+def _attention_flops(inputs: list, outputs: list) -> float:
+    """Products of queries (..., L, C) with keys (..., S, C), and of what that gives with values (..., S, C)."""
+    *batch, queries, channels = get_shape(inputs[0])
+    return 2 * math.prod(batch) * queries * get_shape(inputs[1])[-2] * channels
 
 
 def _has_products(operation: str) -> bool:

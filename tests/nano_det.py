@@ -8,9 +8,8 @@ from pathlib import Path
 
 from mmdet.datasets import CocoDataset, Objects365V2Dataset
 from mmengine.config import Config
+from nano import ARCH, CHANNELS, shrink_sizes
 
-ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
-CHANNELS = [16, 32, 64, 128]
 FACTOR = 12  # 1536 pixels become 128
 SHAPES = Path(__file__).parents[1] / 'tools/misc/make_shapes_coco.py'
 
@@ -39,15 +38,6 @@ def shrink_heads(model: dict) -> dict:
     return model
 
 
-def shrink_sizes(value, key: str = ''):
-    """A config value with the sizes of its transforms divided by FACTOR."""
-    if isinstance(value, dict):
-        return type(value)({k: shrink_sizes(v, k) for k, v in value.items()})
-    if isinstance(value, (list, tuple)):
-        return type(value)(shrink_sizes(item, key) for item in value)
-    return value // FACTOR if key in ('scale', 'scales', 'crop_size', 'size') else value
-
-
 def shrink(cfg: Config) -> Config:
     """The config as one step of training on small images."""
     cfg.model = shrink_model(cfg.model)
@@ -56,13 +46,13 @@ def shrink(cfg: Config) -> Config:
 
 def shrink_data(cfg: Config) -> Config:
     """The config with small images, and with as many as one process takes for one step."""
-    cfg.model.data_preprocessor = shrink_sizes(cfg.model.data_preprocessor)
+    cfg.model.data_preprocessor = shrink_sizes(cfg.model.data_preprocessor, FACTOR)
     for split in ('train', 'val', 'test'):
         loader = cfg[f'{split}_dataloader']
         loader.update(num_workers=0, persistent_workers=False)
-        loader.dataset.pipeline = shrink_sizes(loader.dataset.pipeline)
+        loader.dataset.pipeline = shrink_sizes(loader.dataset.pipeline, FACTOR)
     if 'tta_pipeline' in cfg:
-        cfg.tta_pipeline = shrink_sizes(cfg.tta_pipeline)
+        cfg.tta_pipeline = shrink_sizes(cfg.tta_pipeline, FACTOR)
         cfg.tta_model.tta_cfg.max_per_img = 5
     cfg.train_dataloader.dataset.indices = cfg.train_dataloader.batch_size
     cfg.train_cfg.update({'max_iters' if 'max_iters' in cfg.train_cfg else 'max_epochs': 1, 'val_interval': 1})

@@ -5,7 +5,7 @@ _base_ = [
     '../_base_/models/cascade_mask_rcnn_swinv2.py',
     '../_base_/datasets/coco_multiscale.py',
     '../_base_/schedules/adamw_3x.py',
-    '../_base_/default_runtime.py',
+    '../_base_/default_runtime_det.py',
 ]
 
 # The paper does not state the head: this is that of Swin V1's detection configs.

@@ -5,7 +5,7 @@ _base_ = [
     '../_base_/models/htc_swinv2.py',
     '../_base_/datasets/coco_semantic_lsj.py',
     '../_base_/schedules/adamw_3x.py',
-    '../_base_/default_runtime.py',
+    '../_base_/default_runtime_det.py',
 ]
 
 model = dict(

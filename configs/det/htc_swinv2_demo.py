@@ -6,7 +6,7 @@ _base_ = [
     '../_base_/models/htc_swinv2.py',
     '../_base_/datasets/coco_semantic_lsj.py',
     '../_base_/schedules/adamw_3x.py',
-    '../_base_/default_runtime.py',
+    '../_base_/default_runtime_det.py',
 ]
 
 # Model: few channels, few RoIs, small RoI features. With the recipe's, RoIAlign alone takes half of a step on a CPU.

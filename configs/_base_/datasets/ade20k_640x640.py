@@ -1,0 +1,45 @@
+# ADE20K as in A2.1 and A2.2: crops of 640x640 after scaling by 0.5 to 2.0, flips, photometric distortion. Tests with
+# the shorter side at 640 (Table 4) and, with --tta, at mmseg's six scales of that size with flips: the paper does not
+# state its scales.
+_base_ = 'mmseg::_base_/datasets/ade20k_640x640.py'
+
+check = dict(type='swinv2_mm.datasets.labels.CheckLabels', num_classes=150)
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', reduce_zero_label=True),
+    check,
+    dict(type='RandomResize', scale=(2560, 640), ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(640, 640), cat_max_ratio=0.75),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='PackSegInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(2560, 640), keep_ratio=True),
+    dict(type='LoadAnnotations', reduce_zero_label=True),
+    check,
+    dict(type='PackSegInputs'),
+]
+ratios = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='Resize', scale=(int(r * 2560), int(r * 640)), keep_ratio=True) for r in ratios],
+            flips,
+            [dict(type='LoadAnnotations', reduce_zero_label=True)],
+            [check],
+            [dict(type='PackSegInputs')],
+        ],
+    ),
+]
+# as mmengine would stamp another scope on a pipeline that is taken from `_base_ = 'swinv2_mm::...'`
+train_pipeline = [dict(t, _scope_='mmseg') for t in train_pipeline]
+test_pipeline = [dict(t, _scope_='mmseg') for t in test_pipeline]
+tta_pipeline = [dict(t, _scope_='mmseg') for t in tta_pipeline]
+train_dataloader = dict(persistent_workers=False, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))

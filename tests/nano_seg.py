@@ -1,0 +1,46 @@
+"""Segmentation configs at a nano size, and a tiny data set in the layout of ADE20K."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from mmengine.config import Config
+from nano import ARCH, CHANNELS, shrink_sizes
+
+FACTOR = 8  # 512 pixels become 64
+
+
+def shrink(cfg: Config) -> Config:
+    """The config as one step of training of a nano model on small images."""
+    cfg.model.backbone.update(arch=ARCH, init_cfg=None)
+    cfg.model.decode_head.update(in_channels=CHANNELS, channels=16)
+    cfg.model.auxiliary_head.update(in_channels=CHANNELS[2], channels=16)
+    return shrink_data(cfg)
+
+
+def shrink_data(cfg: Config) -> Config:
+    """The config with small images, and one step of training."""
+    cfg.model.data_preprocessor = shrink_sizes(cfg.model.data_preprocessor, FACTOR)
+    for split in ('train', 'val', 'test'):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.pipeline = shrink_sizes(loader.dataset.pipeline, FACTOR)
+    cfg.train_dataloader.batch_size = 2
+    cfg.tta_pipeline = shrink_sizes(cfg.tta_pipeline, FACTOR)
+    cfg.train_cfg.update(max_iters=1, val_interval=1)
+    cfg.default_hooks.logger.interval = 1
+    return cfg
+
+
+def write_ade20k(folder: Path) -> Path:
+    """Two images for training and two for validation, with labels of 0 to 150 in blocks."""
+    generator = np.random.default_rng(0)
+    for split in ('training', 'validation'):
+        for kind in ('images', 'annotations'):
+            (folder / kind / split).mkdir(parents=True)
+        for i in range(2):
+            labels = generator.integers(0, 151, (6, 8), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+            image = np.stack([labels, 255 - labels, labels // 2], -1)
+            cv2.imwrite(str(folder / f'images/{split}/{i}.jpg'), image)
+            cv2.imwrite(str(folder / f'annotations/{split}/{i}.png'), labels)
+    return folder

@@ -1,0 +1,154 @@
+"""Segmentation configs: they build, hold the paper's numbers, and train."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
+from nano_seg import shrink, write_ade20k
+
+from swinv2_mm.checkpoints import releases
+from swinv2_mm.engine import launch
+
+pytest.importorskip('mmseg')
+
+CONFIGS = Path(__file__).parents[2] / 'configs' / 'seg'
+LEAVES = sorted(p.stem for p in CONFIGS.glob('*.py'))
+PAPER = sorted(set(LEAVES) - {'upernet_swinv2_demo'})
+
+
+@pytest.fixture(autouse=True)
+def _mmseg_scope():
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        yield
+
+
+def read(name: str) -> Config:
+    return Config.fromfile(CONFIGS / f'{name}.py')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_ade20k(tmp_path_factory.mktemp('ade'))
+
+
+def load(name: str, data: Path, work_dir: Path) -> Config:
+    """The config at a nano size, as the tools would have it on this machine."""
+    cfg = launch.load_config(str(CONFIGS / f'{name}.py'), dict(data_root=str(data)))
+    launch.adapt_to_cpu(cfg)
+    cfg.work_dir = str(work_dir)
+    return shrink(cfg)
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_builds(name):
+    with torch.device('meta'):
+        model = MODELS.build(read(name).model)
+    assert type(model.backbone).__name__ == 'SwinTransformerV2'
+    assert list(model.decode_head.in_channels) == model.backbone.num_features
+    assert model.auxiliary_head.in_channels == model.backbone.num_features[2]
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_trains_a_step_and_tests_an_image(name, data, tmp_path):
+    """The recipe's own data, transforms, losses, optimizer, schedule and metric; sizes alone are smaller."""
+    cfg = load(name, data, tmp_path)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    trainable = [p for p in runner.model.parameters() if p.requires_grad]
+    stepped = runner.optim_wrapper.optimizer.state
+    assert all(p in stepped for p in trainable), 'some parameters got no gradient'
+    assert all(p.isfinite().all() for p in trainable)
+    assert 'val/mIoU' in runner.message_hub.log_scalars
+
+
+@pytest.mark.parametrize('name', ['upernet_swinv2_t', 'upernet_swinv2_g_w56'])
+def test_scales_and_flips_of_one_image_are_merged(name, data, tmp_path):
+    cfg = load(name, data, tmp_path)
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    cfg.model = dict(**cfg.tta_model, module=cfg.model)
+    runner = Runner.from_cfg(cfg)
+    views = runner.build_dataloader(cfg.test_dataloader).dataset[0]['inputs']
+    short = min(views[4].shape[1:])  # at ratio 1
+    assert [min(view.shape[1:]) for view in views] == [
+        round(short * r) for r in (0.5, 0.75, 1, 1.25, 1.5, 1.75) for _ in '12'
+    ]
+    assert runner.test()['mIoU'] >= 0
+
+
+# facts of the paper (A1, A2.1, A2.2): lr, images a step, steps, warm-up, crop, window, drop path, layer-wise decay
+RECIPES = {
+    't': (4e-5, 16, 160_000, 1500, 512, 16, 0.3, 0.95),
+    's': (4e-5, 16, 160_000, 1500, 512, 16, 0.3, 0.95),
+    'b': (4e-5, 16, 160_000, 1500, 512, 16, 0.3, 0.95),
+    'l': (6e-5, 64, 40_000, 375, 640, 40, 0.3, None),
+    'g': (4e-5, 32, 80_000, 750, 640, 40, 0.4, None),
+}
+
+
+@pytest.mark.parametrize('size', RECIPES)
+def test_holds_the_numbers_of_the_paper(size):
+    lr, images, steps, warmup, crop, window, drop_path, decay = RECIPES[size]
+    cfg = read(f'upernet_swinv2_{size}')
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', lr, 0.05)
+    assert cfg.optim_wrapper.get('paramwise_cfg', {}).get('layer_decay_rate') == decay
+    assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == images
+    assert cfg.train_cfg.max_iters == steps
+    assert [(s.type, s.begin, s.end) for s in cfg.param_scheduler] == [
+        ('LinearLR', 0, warmup),
+        ('PolyLR', warmup, steps),
+    ]
+    assert (cfg.param_scheduler[1].power, cfg.param_scheduler[1].eta_min) == (1.0, 0.0)
+    backbone = cfg.model.backbone
+    assert (backbone.window_size, backbone.drop_path_rate) == (window, drop_path)
+    pipeline = {t.type: t for t in cfg.train_dataloader.dataset.pipeline}
+    assert cfg.model.data_preprocessor.size == pipeline['RandomCrop'].crop_size == (crop, crop)
+    assert (pipeline['RandomResize'].scale, pipeline['RandomResize'].ratio_range) == ((4 * crop, crop), (0.5, 2.0))
+    assert {'RandomFlip', 'PhotoMetricDistortion'} <= set(pipeline)
+    assert cfg.test_dataloader.dataset.pipeline[1].scale == (4 * crop, crop)
+
+
+@pytest.mark.parametrize('size', ['l', 'g'])
+def test_a_test_at_896_changes_window_and_size_alone(size):
+    """So that a checkpoint of window 40 fits."""
+    cfg, trained = read(f'upernet_swinv2_{size}_w56'), read(f'upernet_swinv2_{size}')
+    assert (cfg.model.backbone.window_size, cfg.test_dataloader.dataset.pipeline[1].scale) == (56, (3584, 896))
+    trained.model.backbone.window_size = 56
+    for split in ('val', 'test'):
+        trained[f'{split}_dataloader'].dataset.pipeline[1].scale = (3584, 896)
+    for key in ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'test_evaluator', 'optim_wrapper'):
+        assert cfg[key] == trained[key], key
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_starts_from_weights_of_its_size_and_windows(name):
+    backbone = read(name).model.backbone
+    if backbone.arch == 'giant':  # never released
+        assert backbone.init_cfg is None
+        return
+    told = backbone.pretrained_window_sizes
+    assert backbone.arch in backbone.init_cfg.checkpoint
+    assert releases.find(backbone.init_cfg.checkpoint).windows == (told if isinstance(told, tuple) else (told,) * 4)
+
+
+def test_every_config_of_the_metafile_exists_and_none_is_left_out():
+    import yaml
+
+    metafile = yaml.safe_load((CONFIGS / 'metafile.yml').read_text())
+    assert sorted(Path(m['Config']).stem for m in metafile['Models']) == PAPER
+
+
+def test_losses_and_gradients_are_finite_in_bfloat16(data, tmp_path):
+    """The whole segmentor under autocast."""
+    runner = Runner.from_cfg(load('upernet_swinv2_t', data, tmp_path))
+    batch = next(iter(runner.build_dataloader(runner.cfg.train_dataloader)))
+    batch = runner.model.data_preprocessor(batch, True)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        losses = runner.model(**batch, mode='loss')
+    total, _ = runner.model.parse_losses(losses)
+    total.backward()
+    assert total.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in runner.model.parameters())

@@ -4,14 +4,12 @@ import json
 import os
 import re
 import shlex
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from tool_runs import check_training, metrics, run
 
 from swinv2_mm.engine import launch
 
@@ -70,21 +68,6 @@ def write_semantic_maps(root: Path, annotations: dict) -> None:
         cv2.imwrite(str(folder / image['file_name'].replace('.jpg', '.png')), labels)
 
 
-def run(script: str, *arguments: object, cwd: Path) -> str:
-    program = 'bash' if script.endswith('.sh') else sys.executable
-    command = [program, str(REPOSITORY / 'tools' / script), *map(str, arguments)]
-    with socket.socket() as probe:
-        probe.bind(('', 0))
-        env = os.environ | dict(PYTHON=sys.executable, PORT=str(probe.getsockname()[1]))
-    result = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, check=False)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout + result.stderr
-
-
-def metrics(folder: Path) -> dict:
-    return json.loads(max(folder.glob('20*/*.json')).read_text().splitlines()[-1])
-
-
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
     """The sample as `coco`, with semantic maps, and as `objects365`, without masks and with the classes of that."""
@@ -114,13 +97,6 @@ def nano_options() -> list[str]:
     """The options for a smaller backbone that the README recommends for a trial."""
     readme = (REPOSITORY / 'configs/det/README.md').read_text()
     return shlex.split(re.search(r'A smaller backbone for a trial: `(.*?)`', readme, re.DOTALL)[1])
-
-
-def check_training(folder: Path) -> None:
-    losses = [json.loads(line) for line in max(folder.glob('20*/vis_data/scalars.json')).open()]
-    losses = [line['loss'] for line in losses if 'loss' in line]
-    assert losses
-    assert np.isfinite(losses).all()
 
 
 def check_one_and_two_processes(config: Path, checkpoint: Path, folder: Path, *options: str) -> None:

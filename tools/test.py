@@ -87,6 +87,8 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
     hook.show = args.show
     hook.wait_time = args.wait_time
     hook['enable' if cfg.get('default_scope') == 'mmaction' else 'draw'] = True
+    if cfg.get('default_scope') == 'mmseg':
+        hook.interval = 1  # its default draws every 50th image
     if args.show_dir and cfg.get('default_scope') == 'mmseg':
         cfg.visualizer.save_dir = args.show_dir
     elif args.show_dir:

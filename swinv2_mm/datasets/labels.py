@@ -52,7 +52,7 @@ class CheckLabels(BaseTransform):
             shift = ', and counts from 1 in the file' if results.get('reduce_zero_label') else ''
             raise ValueError(
                 f'label map {path} holds {wrong.tolist()}: labels are 0 to {self.num_classes - 1}, or '
-                f'{self.ignore_index} where it does not count{shift}. Mend the map, or num_classes here and of the heads'
+                f'{self.ignore_index} where it does not count{shift}. Mend the map or num_classes'
             )
         return results
 

@@ -141,6 +141,19 @@ def test_every_config_of_the_metafile_exists_and_none_is_left_out():
     assert sorted(Path(m['Config']).stem for m in metafile['Models']) == PAPER
 
 
+def test_a_crop_smaller_than_the_window_is_one_window(data, tmp_path):
+    """Window 40 on a crop whose maps have 20, 10, 5 and 3 tokens on a side: the window is the map."""
+    models = []
+    for window in (40, (20, 10, 5, 3)):
+        cfg = load('upernet_swinv2_l', data, tmp_path)
+        cfg.model.backbone.window_size = window
+        models.append(MODELS.build(cfg.model).eval())
+    models[1].load_state_dict(models[0].state_dict())
+    image = torch.randn(1, 3, 80, 80)
+    logits = [model.encode_decode(image, [dict(img_shape=(80, 80))]) for model in models]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
 def test_losses_and_gradients_are_finite_in_bfloat16(data, tmp_path):
     """The whole segmentor under autocast."""
     runner = Runner.from_cfg(load('upernet_swinv2_t', data, tmp_path))

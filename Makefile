@@ -1,13 +1,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: setup demo test lint
+.PHONY: setup demo demo-seg test lint
 
 setup:  ## make $(VENV) with torch, the OpenMMLab stack and this package
 	PYTHON=$(PYTHON) VENV=$(VENV) tools/misc/setup_env.sh
 
 demo:  ## train and evaluate a small detector on generated images, on this machine
 	$(VENV)/bin/python tools/demo.py
+
+demo-seg:  ## the same for a small segmentor
+	$(VENV)/bin/python tools/demo.py --task seg
 
 test:  ## everything that needs no GPU
 	$(VENV)/bin/python -m pytest -m 'not gpu' --durations=10

@@ -1,10 +1,11 @@
-"""Trains HTC++ on a nano Swin Transformer V2 from scratch, without a GPU, and shows what it has learnt.
+"""Trains HTC++ or UperNet on a nano Swin Transformer V2 from scratch, without a GPU, and shows what it has learnt.
 
     python tools/demo.py
+    python tools/demo.py --task seg
 
 Runs the tools that a real training uses, one after the other: makes a small data set, trains
-configs/det/htc_swinv2_demo.py, evaluates it, and draws predictions beside the ground truth. Fails if a step fails or if
-the result is too poor.
+configs/det/htc_swinv2_demo.py or configs/seg/upernet_swinv2_demo.py, evaluates it, and draws predictions beside the
+ground truth. Fails if a step fails or if the result is too poor.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -20,20 +22,63 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = 'configs/det/htc_swinv2_demo.py'
-DATA = 'data/shapes_coco'  # where the config looks
-LEAST_AP = 0.40
-METRICS = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
-PICTURES = 'pictures'  # folder of mmdet's drawings, ground truth and prediction side by side
-NUM_PICTURES = 8  # of them on the contact sheet
-# What the names of the parts of the loss contain; those of the cascade's stages begin with s0., s1. and s2.
-LOSS_PARTS = {
-    'proposals': 'loss_rpn',
-    'semantic segmentation': 'loss_semantic',
-    'classes': '.loss_cls',
-    'boxes': '.loss_bbox',
-    'masks': '.loss_mask',
-}
+DATA = 'data/shapes_coco'  # where the configs look
+NUM_PICTURES = 8  # of those that the toolbox draws, ground truth and prediction side by side, on the contact sheet
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs between the demos.
+
+    Attributes:
+        title: What is trained.
+        config: Its config.
+        metrics: Title of each figure in what mmengine logs after a test.
+        full_score: The best value of these.
+        least: Smallest share of it that is a success.
+        drawings: Where the toolbox puts its pictures, below the folder of --show-dir.
+        loss_parts: What the names of the parts of the loss contain; a cascade's stages have several of each.
+        seconds: What training and testing take on two idle cores.
+    """
+
+    title: str
+    config: str
+    metrics: dict[str, str]
+    full_score: float
+    least: float
+    drawings: str
+    loss_parts: dict[str, str]
+    seconds: tuple[int, int]
+
+
+TASKS = dict(
+    det=Task(
+        title='HTC++',
+        config='configs/det/htc_swinv2_demo.py',
+        metrics={'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'},
+        full_score=1,
+        least=0.4,
+        drawings='.',
+        loss_parts={
+            'proposals': 'loss_rpn',
+            'semantic segmentation': 'loss_semantic',
+            'classes': '.loss_cls',
+            'boxes': '.loss_bbox',
+            'masks': '.loss_mask',
+        },
+        seconds=(210, 30),
+    ),
+    seg=Task(
+        title='UperNet',
+        config='configs/seg/upernet_swinv2_demo.py',
+        metrics={'mIoU': 'mIoU', 'aAcc': 'aAcc'},
+        full_score=100,
+        least=0.6,
+        drawings='vis_data/vis_image',
+        loss_parts={'decode head': 'decode.loss', 'auxiliary head': 'aux.loss'},
+        seconds=(200, 20),
+    ),
+)
 
 
 class DemoError(RuntimeError):
@@ -43,15 +88,16 @@ class DemoError(RuntimeError):
 class Steps:
     """Announces each step with the time that has passed and what is left on two idle cores."""
 
-    def __init__(self, seconds: dict[str, int]):
+    def __init__(self, title: str, seconds: dict[str, int]):
+        self.title = title
         self.seconds = seconds
         self.start = time.monotonic()
 
     def announce(self) -> None:
         """Says what will happen."""
         print(
-            f'Demo: HTC++ with a nano Swin Transformer V2, from scratch. About {minutes(sum(self.seconds.values()))} '
-            'on two idle cores:'
+            f'Demo: {self.title} with a nano Swin Transformer V2, from scratch. '
+            f'About {minutes(sum(self.seconds.values()))} on two idle cores:'
         )
         for number, (title, seconds) in enumerate(self.seconds.items(), 1):
             print(f'  {number}. {title} ({minutes(seconds)})')
@@ -107,16 +153,16 @@ def read_scalars(path: Path) -> list[dict]:
     return [record for record in records if 'loss' in record]
 
 
-def plot_loss(records: list[dict], path: Path) -> None:
-    """Plots the loss and its parts, each summed over the stages of the cascade."""
+def plot_loss(records: list[dict], task: Task, path: Path) -> None:
+    """Plots the loss and its parts, each summed over the stages of a cascade."""
     steps = [record['step'] for record in records]
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.subplots()
     axes.plot(steps, [record['loss'] for record in records], color='black', linewidth=2, label='total')
-    for label, part in LOSS_PARTS.items():
+    for label, part in task.loss_parts.items():
         names = [name for name in records[0] if part in name]
         axes.plot(steps, [sum(record[name] for name in names) for record in records], label=label)
-    axes.set(xlabel='step', ylabel='loss', ylim=(0, None), title='HTC++ with a nano Swin Transformer V2')
+    axes.set(xlabel='step', ylabel='loss', ylim=(0, None), title=f'{task.title} with a nano Swin Transformer V2')
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -138,10 +184,10 @@ def contact_sheet(pictures: list[Path], path: Path, columns: int = 2) -> None:
     cv2.imwrite(str(path), np.vstack([heading, sheet]))
 
 
-def show_result(work_dir: Path, train_dir: Path, test_dir: Path) -> bool:
+def show_result(task: Task, work_dir: Path, train_dir: Path, test_dir: Path) -> bool:
     """Draws the summaries, prints the metrics and where everything is. Returns whether the result is good enough."""
     metrics_file = newest(test_dir, '*/[0-9]*.json')
-    pictures = metrics_file.parent / PICTURES
+    pictures = test_dir / 'pictures' / task.drawings
     files = {
         'predictions': work_dir / 'predictions.png',
         'loss curve': work_dir / 'loss.png',
@@ -149,17 +195,17 @@ def show_result(work_dir: Path, train_dir: Path, test_dir: Path) -> bool:
         'checkpoint': checkpoint_of(train_dir),
     }
     contact_sheet(sorted(pictures.iterdir())[:NUM_PICTURES], files['predictions'])
-    plot_loss(read_scalars(newest(train_dir, '*/vis_data/scalars.json')), files['loss curve'])
+    plot_loss(read_scalars(newest(train_dir, '*/vis_data/scalars.json')), task, files['loss curve'])
     metrics = json.loads(metrics_file.read_text())
     print()
-    for title, key in METRICS.items():
-        print(f'{title:<8} {metrics[key]:.3f}')
+    for title, key in task.metrics.items():
+        print(f'{title:<8} {metrics[key] / task.full_score:.3f}')
     for title, path in files.items():
         print(f'{title}: {path}')
-    return all(metrics[key] >= LEAST_AP for key in METRICS.values())
+    return all(metrics[key] / task.full_score >= task.least for key in task.metrics.values())
 
 
-def demo(work_dir: Path, processes: int) -> bool:
+def demo(task: Task, work_dir: Path, processes: int) -> bool:
     """Runs all steps. Returns whether the result is good enough."""
     train_dir, test_dir = work_dir / 'train', work_dir / 'test'
 
@@ -167,27 +213,28 @@ def demo(work_dir: Path, processes: int) -> bool:
         run(sys.executable, 'tools/misc/make_shapes_coco.py', DATA)
 
     def train() -> None:
-        run('tools/dist_train.sh', CONFIG, processes, '--work-dir', train_dir)
+        run('tools/dist_train.sh', task.config, processes, '--work-dir', train_dir)
 
     def test() -> None:
         run(
             'tools/dist_test.sh',
-            CONFIG,
+            task.config,
             checkpoint_of(train_dir),
             processes,
             '--work-dir',
             test_dir,
             '--show-dir',
-            PICTURES,
+            test_dir / 'pictures',
         )
 
-    steps = {'make the data set': (15, make_data), 'train': (210, train), 'evaluate and draw': (30, test)}
-    timing = Steps({title: seconds for title, (seconds, _) in steps.items()})
+    training, testing = task.seconds
+    steps = {'make the data set': (15, make_data), 'train': (training, train), 'evaluate and draw': (testing, test)}
+    timing = Steps(task.title, {title: seconds for title, (seconds, _) in steps.items()})
     timing.announce()
     for title, (_, action) in steps.items():
         timing.begin(title)
         action()
-    good = show_result(work_dir, train_dir, test_dir)
+    good = show_result(task, work_dir, train_dir, test_dir)
     print(f'Done in {minutes(time.monotonic() - timing.start)}.')
     return good
 
@@ -195,7 +242,8 @@ def demo(work_dir: Path, processes: int) -> bool:
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'demo', help='default: %(default)s')
+    parser.add_argument('--task', choices=TASKS, default='det', help='default: %(default)s')
+    parser.add_argument('--work-dir', type=Path, help='default: work_dirs/demo, work_dirs/demo_seg')
     parser.add_argument('--processes', type=int, default=2, help='default: %(default)s, one for each core')
     args = parser.parse_args()
     if args.processes < 1:
@@ -206,13 +254,15 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     """Returns the exit status."""
     args = parse_args()
+    task = TASKS[args.task]
+    work_dir = args.work_dir or ROOT / 'work_dirs' / ('demo' if args.task == 'det' else f'demo_{args.task}')
     try:
-        good = demo(args.work_dir.resolve(), args.processes)
+        good = demo(task, work_dir.resolve(), args.processes)
     except DemoError as error:
         print(f'\nThe demo stopped: {error}', file=sys.stderr)
         return 1
     if not good:
-        print(f'The result is too poor: at least {LEAST_AP} was expected of each.', file=sys.stderr)
+        print(f'The result is too poor: at least {task.least} was expected of each.', file=sys.stderr)
         return 1
     return 0
 

@@ -1,10 +1,13 @@
 """Segmentation configs: they build, hold the paper's numbers, and train."""
 
+import argparse
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from nano_seg import shrink, write_ade20k
@@ -49,6 +52,19 @@ def test_builds(name):
     assert type(model.backbone).__name__ == 'SwinTransformerV2'
     assert list(model.decode_head.in_channels) == model.backbone.num_features
     assert model.auxiliary_head.in_channels == model.backbone.num_features[2]
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_the_smaller_backbone_of_the_readme_fits(name):
+    readme = (CONFIGS / 'README.md').read_text()
+    line = re.search(r'A smaller backbone for a trial: `--cfg-options (.*?)`', readme, re.DOTALL)[1]
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--options', nargs='+', action=DictAction)
+    cfg = launch.load_config(str(CONFIGS / f'{name}.py'), parser.parse_args(['--options', *shlex.split(line)]).options)
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    assert model.backbone.num_features == list(model.decode_head.in_channels) == [32, 64, 128, 256]
+    assert cfg.model.backbone.init_cfg is None
 
 
 @pytest.mark.parametrize('name', PAPER)

@@ -86,6 +86,10 @@ def test_masks_boxes_areas_and_stuff_are_exactly_what_was_drawn(tool, data, spli
             assert tool.THINGS[annotation['category_id'] - 1] == shape.kind
             assert np.all(stuff[mask] == annotation['category_id'] - 1)
         assert set(np.unique(stuff[drawn == 0])) <= set(tool.STUFF.values())
+        names = [*tool.THINGS, *tool.STUFF]
+        for label, value in enumerate([0, 1, 2, 123, 153, 154, 156]):
+            labels = read(data, f'labels/{split}2017', info, '.png')
+            assert np.array_equal(labels == label, stuff == value), names[label]
 
 
 def test_a_mask_is_the_part_of_the_image_with_the_objects_colour(tool, data):
@@ -141,7 +145,7 @@ def test_same_arguments_give_same_bytes_and_another_seed_other_images(tool, data
     assert hashes(tmp_path / 'again') == hashes(data)
     tool.main([str(tmp_path / 'again'), '--train', '3', '--val', '2', '--size', str(SIZE), '--seed', '4'])
     replaced = hashes(tmp_path / 'again')
-    assert len(replaced) == 2 * (3 + 2) + 2
+    assert len(replaced) == 3 * (3 + 2) + 2
     assert not set(replaced.values()) & set(hashes(data).values())
 
 

@@ -3,7 +3,8 @@
     python tools/misc/make_shapes_coco.py data/shapes_coco --train 800 --val 100
 
 Images, instance annotations and stuff maps lie where COCO and COCO-Stuff keep them, so that any COCO config of mmdet
-can read the result, HTC with its semantic branch included. The same arguments give the same bytes.
+can read the result, HTC with its semantic branch included. For mmsegmentation, `labels` has the same maps with things
+and stuff counted from 0, in the order above. The same arguments give the same bytes.
 """
 
 import argparse
@@ -21,6 +22,7 @@ DESCRIPTION = 'Shapes before stuff, made by make_shapes_coco.py'
 THINGS = ('disc', 'square', 'triangle')
 # COCO-Stuff's own label values (its category ids minus one), so that a head for COCO-Stuff's classes needs no change.
 STUFF = {'grass': 123, 'sand': 153, 'sea': 154, 'sky-other': 156}
+LABELS = (*range(len(THINGS)), *STUFF.values())  # of stuff maps; their places here are the labels for mmsegmentation
 MIN_SIZE = 32  # mmdet's COCO configs leave out training images that are smaller
 OBJECTS_PER_IMAGE = (2, 4)
 RADIUS = (0.10, 0.22)  # of the image side
@@ -171,8 +173,8 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
 
 def write_split(root: Path, split: str, first_id: int, count: int, size: int, seeds: tuple[int, int]) -> None:
-    """Writes the images, stuff maps and annotations of one split. Each image has random numbers of its own."""
-    folders = {name: root / name / f'{split}2017' for name in ('.', 'stuffthingmaps')}
+    """Writes the images, maps and annotations of one split. Each image has random numbers of its own."""
+    folders = {name: root / name / f'{split}2017' for name in ('.', 'stuffthingmaps', 'labels')}
     for folder in folders.values():
         folder.mkdir(parents=True)
     images, annotations = [], []
@@ -181,6 +183,8 @@ def write_split(root: Path, split: str, first_id: int, count: int, size: int, se
         image_id = first_id + index
         write_image(folders['.'] / f'{image_id:012d}.jpg', scene.image)
         write_image(folders['stuffthingmaps'] / f'{image_id:012d}.png', scene.semantic)
+        labels = np.searchsorted(LABELS, scene.semantic).astype(np.uint8)
+        write_image(folders['labels'] / f'{image_id:012d}.png', labels)
         images.append({'id': image_id, 'file_name': f'{image_id:012d}.jpg', 'width': size, 'height': size})
         for annotation in annotate(scene):
             # Ids start above 0, which COCO's evaluation takes for "not matched", and differ between the splits.

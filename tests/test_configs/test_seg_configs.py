@@ -139,6 +139,19 @@ def test_a_test_at_896_changes_window_and_size_alone(size):
         assert cfg[key] == trained[key], key
 
 
+@pytest.mark.parametrize('size', ['l', 'g'])
+def test_a_checkpoint_of_window_40_fits_at_56(size, data, tmp_path):
+    trained, tested = (
+        MODELS.build(load(name, data, tmp_path).model).eval()
+        for name in (f'upernet_swinv2_{size}', f'upernet_swinv2_{size}_w56')
+    )
+    tested.load_state_dict(trained.state_dict(), strict=True)
+    images = torch.randn(1, 3, 80, 112)
+    with torch.no_grad():  # both windows are larger than all maps
+        for ours, theirs in zip(tested.backbone(images), trained.backbone(images), strict=True):
+            assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize('name', PAPER)
 def test_starts_from_weights_of_its_size_and_windows(name):
     backbone = read(name).model.backbone

@@ -48,7 +48,8 @@ def test_stored_predictions_have_the_known_figures():
 def test_a_segmentor_trains_and_evaluates_real_images_on_two_processes(tmp_path):
     """SwinV2-T as in the recipe, apart from sizes; three images, of which two processes see one twice, and all five."""
     cfg = shrink_data(launch.load_config(CONFIG, dict(data_root=str(DATA))))
-    cfg.model.decode_head.channels = 64  # most of the time is spent there
+    cfg.model.decode_head.channels = 64  # most of the time is spent there, and on the logits of many views
+    cfg.tta_pipeline[-1].transforms[0] = cfg.tta_pipeline[-1].transforms[0][:2]
     cfg.dump(tmp_path / 'config.py')
     options = ['--cfg-options', 'model.backbone.init_cfg=None']
     run('dist_train.sh', 'config.py', 2, '--no-validate', '--work-dir', 'out', *options, cwd=tmp_path)

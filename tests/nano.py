@@ -1,5 +1,8 @@
 """Configs at a size that a CPU trains in a second: what they have in common."""
 
+from mmengine.config import Config
+from mmengine.runner import Runner
+
 ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 CHANNELS = [16, 32, 64, 128]
 
@@ -11,3 +14,26 @@ def shrink_sizes(value, factor: int, key: str = ''):
     if isinstance(value, (list, tuple)):
         return type(value)(shrink_sizes(item, factor, key) for item in value)
     return value // factor if key in ('scale', 'scales', 'crop_size', 'size') else value
+
+
+def shrink_inputs(cfg: Config, factor: int) -> None:
+    """Divide the sizes of images, and load them in the process itself; log every step."""
+    cfg.model.data_preprocessor = shrink_sizes(cfg.model.data_preprocessor, factor)
+    for split in ('train', 'val', 'test'):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.pipeline = shrink_sizes(loader.dataset.pipeline, factor)
+    if 'tta_pipeline' in cfg:
+        cfg.tta_pipeline = shrink_sizes(cfg.tta_pipeline, factor)
+    cfg.default_hooks.logger.interval = 1
+
+
+def train_a_step(cfg: Config) -> Runner:
+    """Train one step and validate; every parameter must have been updated, and be finite."""
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    trainable = [p for p in runner.model.parameters() if p.requires_grad]
+    stepped = runner.optim_wrapper.optimizer.state
+    assert all(p in stepped for p in trainable), 'some parameters got no gradient'
+    assert all(p.isfinite().all() for p in trainable)
+    return runner

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmdet.datasets import CocoDataset, Objects365V2Dataset
 from mmengine.config import Config
-from nano import ARCH, CHANNELS, shrink_sizes
+from nano import ARCH, CHANNELS, shrink_inputs
 
 FACTOR = 12  # 1536 pixels become 128
 SHAPES = Path(__file__).parents[1] / 'tools/misc/make_shapes_coco.py'
@@ -46,18 +46,12 @@ def shrink(cfg: Config) -> Config:
 
 def shrink_data(cfg: Config) -> Config:
     """The config with small images, and with as many as one process takes for one step."""
-    cfg.model.data_preprocessor = shrink_sizes(cfg.model.data_preprocessor, FACTOR)
-    for split in ('train', 'val', 'test'):
-        loader = cfg[f'{split}_dataloader']
-        loader.update(num_workers=0, persistent_workers=False)
-        loader.dataset.pipeline = shrink_sizes(loader.dataset.pipeline, FACTOR)
-    if 'tta_pipeline' in cfg:
-        cfg.tta_pipeline = shrink_sizes(cfg.tta_pipeline, FACTOR)
+    shrink_inputs(cfg, FACTOR)
+    if 'tta_model' in cfg:
         cfg.tta_model.tta_cfg.max_per_img = 5
     cfg.train_dataloader.dataset.indices = cfg.train_dataloader.batch_size
     cfg.train_cfg.update({'max_iters' if 'max_iters' in cfg.train_cfg else 'max_epochs': 1, 'val_interval': 1})
     cfg.optim_wrapper.accumulative_counts = 1
-    cfg.default_hooks.logger.interval = 1
     return cfg
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from mmengine.config import Config
-from nano import ARCH, CHANNELS, shrink_sizes
+from nano import ARCH, CHANNELS, shrink_inputs
 
 FACTOR = 8  # 512 pixels become 64
 
@@ -20,15 +20,9 @@ def shrink(cfg: Config) -> Config:
 
 def shrink_data(cfg: Config) -> Config:
     """The config with small images, and one step of training."""
-    cfg.model.data_preprocessor = shrink_sizes(cfg.model.data_preprocessor, FACTOR)
-    for split in ('train', 'val', 'test'):
-        loader = cfg[f'{split}_dataloader']
-        loader.update(num_workers=0, persistent_workers=False)
-        loader.dataset.pipeline = shrink_sizes(loader.dataset.pipeline, FACTOR)
+    shrink_inputs(cfg, FACTOR)
     cfg.train_dataloader.batch_size = 2
-    cfg.tta_pipeline = shrink_sizes(cfg.tta_pipeline, FACTOR)
     cfg.train_cfg.update(max_iters=1, val_interval=1)
-    cfg.default_hooks.logger.interval = 1
     return cfg
 
 

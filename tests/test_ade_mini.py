@@ -52,18 +52,18 @@ def test_a_segmentor_trains_and_evaluates_real_images_on_two_processes(tmp_path)
     cfg.tta_pipeline[-1].transforms[0] = cfg.tta_pipeline[-1].transforms[0][:2]
     cfg.dump(tmp_path / 'config.py')
     options = ['--cfg-options', 'model.backbone.init_cfg=None']
-    run('dist_train.sh', 'config.py', 2, '--no-validate', '--work-dir', 'out', *options, cwd=tmp_path)
+    run(tmp_path, 'dist_train.sh', 'config.py', 2, '--no-validate', '--work-dir', 'out', *options)
     check_training(tmp_path / 'out')
     checkpoint = tmp_path / 'out/iter_1.pth'
     three = ['--tta', *options, 'test_dataloader.dataset.indices=3']
-    run('dist_test.sh', 'config.py', checkpoint, 2, '--work-dir', 'two', *three, cwd=tmp_path)
-    run('test.py', 'config.py', checkpoint, '--work-dir', 'one', *three, cwd=tmp_path)
+    run(tmp_path, 'dist_test.sh', 'config.py', checkpoint, 2, '--work-dir', 'two', *three)
+    run(tmp_path, 'test.py', 'config.py', checkpoint, '--work-dir', 'one', *three)
     one, two = metrics(tmp_path / 'one'), metrics(tmp_path / 'two')
     for key in ('aAcc', 'mIoU', 'mAcc'):
         assert one[key] == two[key]
 
     slide = [*options, 'model.test_cfg.mode=slide', 'model.test_cfg.crop_size=(64,64)', 'model.test_cfg.stride=(48,48)']
-    run('test.py', 'config.py', checkpoint, '--out', 'labels', '--show-dir', 'drawn', *slide, cwd=tmp_path)
+    run(tmp_path, 'test.py', 'config.py', checkpoint, '--out', 'labels', '--show-dir', 'drawn', *slide)
     names = {path.stem for path in (DATA / 'images/validation').iterdir()}
     assert {path.stem for path in (tmp_path / 'labels').glob('*.png')} == names
     for path in (tmp_path / 'labels').glob('*.png'):

@@ -9,14 +9,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from tool_runs import check_training, metrics, run
+from tool_runs import REPOSITORY, check_training, metrics, run
 
 from swinv2_mm.engine import launch
 
 pytest.importorskip('mmdet')
 from nano_det import shrink_data, shrink_heads, write_objects365
 
-REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get('SWINV2_MM_DATA', REPOSITORY.parent / 'shared' / 'data'))
 needs = {
     name: pytest.mark.skipif(not (DATA / name).is_dir(), reason=f'{DATA / name} does not exist')
@@ -101,8 +100,8 @@ def nano_options() -> list[str]:
 
 def check_one_and_two_processes(config: Path, checkpoint: Path, folder: Path, *options: str) -> None:
     """Five images on two processes: one of them is seen twice, and must count once."""
-    run('dist_test.sh', config, checkpoint, 2, '--work-dir', 'two', *options, cwd=folder)
-    run('test.py', config, checkpoint, '--work-dir', 'one', *options, cwd=folder)
+    run(folder, 'dist_test.sh', config, checkpoint, 2, '--work-dir', 'two', *options)
+    run(folder, 'test.py', config, checkpoint, '--work-dir', 'one', *options)
     one, two = metrics(folder / 'one'), metrics(folder / 'two')
     figures = [key for key in one if key.startswith('coco/')]
     assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(figures)
@@ -115,7 +114,7 @@ def test_a_cascade_trains_and_evaluates_real_images_on_two_processes(data, tmp_p
     """SwinV2-T as in the recipe, apart from the sizes of images and the number of RoIs."""
     config = write_config('cascade_mask_rcnn_swinv2_t', data, tmp_path)
     options = ['--cfg-options', 'model.backbone.init_cfg=None', 'train_dataloader.batch_size=1']
-    run('dist_train.sh', config, 2, '--no-validate', '--work-dir', 'out', *options, cwd=tmp_path)
+    run(tmp_path, 'dist_train.sh', config, 2, '--no-validate', '--work-dir', 'out', *options)
     check_training(tmp_path / 'out')
     check_one_and_two_processes(config, tmp_path / 'out/epoch_1.pth', tmp_path)
 
@@ -128,10 +127,10 @@ def test_objects365_then_coco_then_the_test_systems(data, tmp_path):
         write_config(name, data, tmp_path)
         for name in ('htc_swinv2_g_objects365', 'htc_swinv2_g', 'htc_swinv2_g_w48_tta')
     )
-    run('dist_train.sh', first, 2, '--work-dir', 'first', *nano_options(), cwd=tmp_path)
+    run(tmp_path, 'dist_train.sh', first, 2, '--work-dir', 'first', *nano_options())
     check_training(tmp_path / 'first')
     options = [*nano_options(), 'load_from=first/iter_1.pth']
-    log = run('dist_train.sh', second, 2, '--work-dir', 'second', *options, cwd=tmp_path)
+    log = run(tmp_path, 'dist_train.sh', second, 2, '--work-dir', 'second', *options)
     check_training(tmp_path / 'second')
     assert 'size mismatch for roi_head.bbox_head.2.fc_cls.weight' in log
     assert 'size mismatch for backbone' not in log
@@ -187,23 +186,15 @@ param_scheduler = [
 default_hooks = dict(checkpoint=dict(interval=max_epochs))
 """
     )
-    run('dist_train.sh', config, 2, '--work-dir', 'out', cwd=tmp_path)
+    run(tmp_path, 'dist_train.sh', config, 2, '--work-dir', 'out')
     last = [json.loads(line) for line in max(tmp_path.glob('out/20*/vis_data/scalars.json')).open()][-1]
     assert last['coco/bbox_mAP'] >= 0.6
     assert last['coco/segm_mAP'] >= 0.5
 
     # at three of the scales that the model was trained with, and flipped
     config.write_text(config.read_text() + TTA)
-    run(
-        'dist_test.sh',
-        config,
-        (tmp_path / 'out/last_checkpoint').read_text(),
-        2,
-        '--tta',
-        '--work-dir',
-        'tta',
-        cwd=tmp_path,
-    )
+    checkpoint = (tmp_path / 'out/last_checkpoint').read_text()
+    run(tmp_path, 'dist_test.sh', config, checkpoint, 2, '--tta', '--work-dir', 'tta')
     augmented = metrics(tmp_path / 'tta')
     for kind in ('bbox', 'segm'):
         assert augmented[f'coco/{kind}_mAP'] >= last[f'coco/{kind}_mAP'] - 0.02

@@ -89,8 +89,8 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
     hook['enable' if cfg.get('default_scope') == 'mmaction' else 'draw'] = True
     if cfg.get('default_scope') == 'mmseg':
         hook.interval = 1  # its default draws every 50th image
-    if args.show_dir and cfg.get('default_scope') == 'mmseg':
-        cfg.visualizer.save_dir = args.show_dir
+        if args.show_dir:
+            cfg.visualizer.save_dir = args.show_dir
     elif args.show_dir:
         hook['out_dir' if cfg.get('default_scope') == 'mmaction' else 'test_out_dir'] = args.show_dir
 

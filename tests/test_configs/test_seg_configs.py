@@ -10,6 +10,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
+from nano import train_a_step
 from nano_seg import shrink, write_ade20k
 
 from swinv2_mm.checkpoints import releases
@@ -70,13 +71,7 @@ def test_the_smaller_backbone_of_the_readme_fits(name):
 @pytest.mark.parametrize('name', PAPER)
 def test_trains_a_step_and_tests_an_image(name, data, tmp_path):
     """The recipe's own data, transforms, losses, optimizer, schedule and metric; sizes alone are smaller."""
-    cfg = load(name, data, tmp_path)
-    runner = Runner.from_cfg(cfg)
-    runner.train()
-    trainable = [p for p in runner.model.parameters() if p.requires_grad]
-    stepped = runner.optim_wrapper.optimizer.state
-    assert all(p in stepped for p in trainable), 'some parameters got no gradient'
-    assert all(p.isfinite().all() for p in trainable)
+    runner = train_a_step(load(name, data, tmp_path))
     assert 'val/mIoU' in runner.message_hub.log_scalars
 
 

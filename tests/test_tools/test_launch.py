@@ -1,6 +1,5 @@
 """The checks before a start, in this process: each mistake gives one line and exit code 2."""
 
-import importlib.util
 import os
 import socket
 import subprocess
@@ -10,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from tool_runs import TOOLS, load_tool
 
 from swinv2_mm.engine import checks, launch
 
-TOOLS = Path(__file__).parents[2] / 'tools'
 TINY = Path(__file__).parent / 'tiny'
 DET = Path(__file__).parents[2] / 'configs/det'
 SHAPES = ('annotations/instances_train2017.json', 'annotations/instances_val2017.json', 'train2017/', 'val2017/')
@@ -34,9 +33,7 @@ def complain(monkeypatch, capsys):
     """Run a tool's main() on arguments, and return the one line that it prints before it leaves with code 2."""
 
     def run(tool, *args):
-        spec = importlib.util.spec_from_file_location(tool, TOOLS / f'{tool}.py')
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load_tool(TOOLS / f'{tool}.py')
         monkeypatch.setattr(sys, 'argv', [f'{tool}.py', *map(str, args)])
         with pytest.raises(SystemExit) as error:
             module.main()

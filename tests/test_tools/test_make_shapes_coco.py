@@ -1,6 +1,4 @@
 import hashlib
-import importlib.util
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 from matplotlib.path import Path as Outline
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
+from tool_runs import load_tool
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'misc' / 'make_shapes_coco.py'
 TRAIN, VAL, SIZE = 90, 30, 64
@@ -17,11 +16,7 @@ TRAIN, VAL, SIZE = 90, 30, 64
 
 @pytest.fixture(scope='module')
 def tool():
-    spec = importlib.util.spec_from_file_location('make_shapes_coco', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by its name
-    spec.loader.exec_module(module)
-    return module
+    return load_tool(TOOL)
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,5 @@
 """The picture of the position bias: the maps behind it against timm's attention, then the tool as users run it."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import find_peers, randomize
+from tool_runs import load_tool
 from torch import nn
 
 from swinv2_mm.models import SwinTransformerV2
@@ -22,10 +22,7 @@ PRETRAINED = (12, 12, 12, 6)
 
 @pytest.fixture(scope='module')
 def tool():
-    spec = importlib.util.spec_from_file_location('plot_position_bias', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool(TOOL)
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,5 @@
 """The study of larger windows: its rivals of Log-CPB against independent formulas, then the command as users run it."""
 
-import importlib.util
 import itertools
 import json
 import math
@@ -12,6 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from tool_runs import load_tool
 
 from swinv2_mm.models.log_cpb import LogCPB
 
@@ -21,10 +21,7 @@ BIASES = ('table', 'linear', 'log')
 
 @pytest.fixture(scope='module')
 def tool():
-    spec = importlib.util.spec_from_file_location('study_window_transfer', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool(TOOL)
 
 
 @pytest.fixture(scope='module')

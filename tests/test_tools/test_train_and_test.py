@@ -14,42 +14,16 @@ import psutil
 import pytest
 import torch
 from tiny_data import write_frames, write_segments
+from tool_runs import TOOLS, command, environment, free_port, run
 
 import swinv2_mm  # noqa: F401  lets torch.load read checkpoints of mmengine
 
-TOOLS = Path(__file__).parents[2] / 'tools'
 TINY = Path(__file__).parent / 'tiny'
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason='tests what happens without a GPU'),
 ]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(('', 0))
-        return probe.getsockname()[1]
-
-
-def command(script, *args):
-    return [str(TOOLS / script)] if script.endswith('.sh') else [sys.executable, str(TOOLS / script)], list(
-        map(str, args)
-    )
-
-
-def environment(**more):
-    return {**os.environ, 'PYTHON': sys.executable, 'PORT': str(free_port()), **more}
-
-
-def run(folder, script, *args, **env):
-    """Run a tool in a folder that is not the repository's."""
-    program, args = command(script, *args)
-    result = subprocess.run(
-        [*program, *args], cwd=folder, env=environment(**env), capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout + result.stderr
 
 
 @pytest.fixture(scope='module')

@@ -27,6 +27,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
+from swinv2_mm.engine import SwinV2OptimWrapperConstructor
 from swinv2_mm.models.attention import WindowAttention
 from swinv2_mm.models.block import SwinBlock
 from swinv2_mm.models.log_cpb import LogCPB
@@ -263,15 +264,9 @@ def batches(images: np.ndarray, labels: np.ndarray, size: int, steps: int, seed:
 
 
 def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """AdamW without weight decay for position bias, scale, norms and biases, as in the official code."""
-    groups = [], []
-    for name, parameter in model.named_parameters():
-        plain = parameter.dim() < 2 or 'cpb_mlp' in name or 'logit_scale' in name
-        groups[plain].append(parameter)
-    decayed, plain = groups
-    return torch.optim.AdamW(
-        [dict(params=decayed), dict(params=plain, weight_decay=0.0)], lr, weight_decay=WEIGHT_DECAY
-    )
+    """AdamW, with the exemptions from weight decay that the configs have."""
+    adamw = dict(type='AdamW', lr=lr, weight_decay=WEIGHT_DECAY)
+    return SwinV2OptimWrapperConstructor(dict(optimizer=adamw))(model).optimizer
 
 
 def train(model: nn.Module, data: dict, args: argparse.Namespace, seed: int) -> float:

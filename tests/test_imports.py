@@ -15,6 +15,7 @@ ALLOWED = {
 TOOLBOXES = {'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}
 EXTENSIONS = {
     'datasets/transforms.py': {'mmdet'},
+    'datasets/video.py': {'mmaction'},
     'models/det_tta.py': {'mmdet'},
     'models/detection.py': {'mmdet'},
 }

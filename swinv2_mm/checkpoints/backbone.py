@@ -10,6 +10,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from .errors import CheckpointError
+from .inflation import PATCH, inflate, is_for_images
 from .layouts import BUFFERS, OTHER_HEADS, Weights, describe, find_backbone, required_names, to_ours
 from .windows import ENTRY, Windows, log_transfer, settle_windows, stored_windows, window_entries, windows_per_stage
 
@@ -93,6 +94,9 @@ def fit_backbone(
             pre-training windows are not known.
     """
     weights = extract_backbone(dict(unwrap(state_dict)), own=own)
+    patch = shapes[PATCH]
+    if len(patch) == 5 and is_for_images(weights):
+        weights = inflate(weights, patch[2], told, windows)
     stored = windows_per_stage(weights, windows)
     weights = {name: value for name, value in weights.items() if not name.endswith(ENTRY)}
     others = [name for name in weights if OUTPUT_NORM.match(name) and name not in shapes and name not in own]

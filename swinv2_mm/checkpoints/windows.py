@@ -95,13 +95,18 @@ def set_windows(weights: Weights, sizes: Sequence[int]) -> Weights:
     return weights | window_entries(settle_windows(windows_per_stage(weights, told), told, told), weights)
 
 
+def stored_entries(weights: Weights) -> dict[int, tuple[int, ...]]:
+    """Pre-training window of each stage whose blocks have an entry for it."""
+    return {int(name.split('.')[1]): tuple(v.tolist()) for name, v in weights.items() if name.endswith(ENTRY)}
+
+
 def windows_per_stage(weights: Weights, windows: Windows) -> Windows:
     """Pre-training windows that converted weights carry, for a model with these windows; 0 where they say nothing.
 
     Raises:
         CheckpointError: They have another number of axes than the model.
     """
-    entries = {int(name.split('.')[1]): tuple(v.tolist()) for name, v in weights.items() if name.endswith(ENTRY)}
+    entries = stored_entries(weights)
     stored = [entries.get(stage, (0,) * len(window)) for stage, window in enumerate(windows)]
     for stage, (entry, window) in enumerate(zip(stored, windows, strict=True)):
         if len(entry) != len(window):

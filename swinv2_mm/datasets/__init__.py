@@ -1,1 +1,1 @@
-"""Transforms that the toolboxes lack. They extend mmdet, so a config names their file: nothing is imported here."""
+"""Transforms that the toolboxes lack. Some extend mmdet, so a config names their file: nothing is imported here."""

@@ -1,6 +1,6 @@
 """Backbones and necks, registered in `swinv2_mm.registry.MODELS`; needs no toolbox and no compiled op."""
 
 from .global_attention import GlobalAttention
-from .swin_v2 import SwinTransformerV2
+from .swin_v2 import SwinTransformer3DV2, SwinTransformerV2
 
-__all__ = ['GlobalAttention', 'SwinTransformerV2']
+__all__ = ['GlobalAttention', 'SwinTransformer3DV2', 'SwinTransformerV2']

@@ -38,11 +38,12 @@ class SwinV2(BaseModule):
     Args:
         arch: 'tiny', 'small', 'base', 'large', 'huge', 'giant_simmim' or 'giant', or a dict with `embed_dims`,
             `depths`, `num_heads` and, if wanted, `extra_norm_every_n_blocks`.
-        window_size: Tokens of a window: one number, or one entry per stage, each a number or one number per axis.
-        pretrained_window_sizes: Windows that the position bias was pre-trained with, in the same forms: for example
-            (12, 12, 12, 6) for the models pre-trained on ImageNet-22K. Needed for checkpoints that do not say so
-            themselves; official files and those of this package do. If None, or 0 for a stage, the checkpoint tells,
-            or, without one, it is the window itself.
+        window_size: Tokens of a window: one number; or one number per axis, such as (8, 7, 7) for video; or one entry
+            per stage, each of these forms.
+        pretrained_window_sizes: Windows that the position bias was pre-trained with, in the same forms, where a number
+            speaks of height and width alone: for example (12, 12, 12, 6) for the models pre-trained on ImageNet-22K.
+            Needed for checkpoints that do not say so themselves; official files and those of this package do. If None,
+            or 0 for an axis, the checkpoint tells, or, without one, it is the window itself.
         patch_size: Pixels of a patch, one number or one per axis.
         in_channels: Channels of the input.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
@@ -88,6 +89,7 @@ class SwinV2(BaseModule):
             0 if pretrained_window_sizes is None else pretrained_window_sizes,
             len(depths),
             self.num_axes,
+            time=0,  # the public models, whose windows a single number describes, know images alone
         )
         _check_stages('out_indices', out_indices, len(depths))
         _check_stages('sequential_stages', sequential_stages, len(depths))
@@ -257,6 +259,37 @@ class SwinTransformerV2(SwinV2):
     num_axes = 2
 
 
+@MODELS.register_module()
+class SwinTransformer3DV2(SwinV2):
+    """Swin Transformer V2 for video: (N, C, T, H, W) -> (N, C_i, T', H_i, W_i), for mmaction2's Recognizer3D.
+
+    Takes clips of any length and size; only height and width are merged from stage to stage. The arguments are those of
+    `SwinV2`, with other defaults for `patch_size`, whose first number is the frames of a patch, and for `out_indices`.
+    With several of these the result is a tuple, as that of mmaction2's SwinTransformer3D. Checkpoints of images are
+    inflated when they are loaded, see `swinv2_mm.checkpoints.inflation`:
+
+        backbone=dict(
+            type='swinv2_mm.SwinTransformer3DV2', arch='tiny', window_size=(8, 7, 7),
+            init_cfg=dict(type='Pretrained', checkpoint='swinv2://tiny_window8_256'))
+    """
+
+    num_axes = 3
+
+    def __init__(
+        self,
+        *args,
+        patch_size: int | Sequence[int] = (2, 4, 4),
+        out_indices: Sequence[int] = (3,),
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, patch_size=patch_size, out_indices=out_indices, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """(N, C, T, H, W) -> (N, C_i, T', H_i, W_i), or a tuple of them for several `out_indices`."""
+        outs = super().forward(x)
+        return outs[0] if len(outs) == 1 else outs
+
+
 def _resolve_arch(arch: str | dict) -> dict:
     if isinstance(arch, str):
         if arch not in ARCHS:
@@ -277,20 +310,33 @@ def _resolve_arch(arch: str | dict) -> dict:
     return dict(arch, depths=depths, num_heads=heads)
 
 
-def _per_axis(name: str, value: int | Sequence[int], num_axes: int, minimum: int = 0) -> tuple[int, ...]:
-    axes = (value,) * num_axes if isinstance(value, int) else tuple(value)
+def _per_axis(
+    name: str, value: int | Sequence[int], num_axes: int, minimum: int = 0, time: int | None = None
+) -> tuple[int, ...]:
+    """One number per axis; a single number is that of all axes, or of height and width if `time` is given."""
+    if isinstance(value, int):
+        axes = (value if time is None else time,) * (num_axes - 2) + (value,) * 2
+    else:
+        axes = tuple(value)
     if len(axes) != num_axes or not all(isinstance(a, int) and a >= minimum for a in axes):
         raise ValueError(f'{name} must be a number of at least {minimum}, or {num_axes} of them, got {value!r}')
     return axes
 
 
 def _per_stage(
-    name: str, value: int | Sequence, num_stages: int, num_axes: int, minimum: int = 0
+    name: str, value: int | Sequence, num_stages: int, num_axes: int, minimum: int = 0, time: int | None = None
 ) -> list[tuple[int, ...]]:
     stages = [value] * num_stages if isinstance(value, int) else list(value)
+    if len(stages) == num_axes and all(isinstance(entry, int) for entry in stages):
+        if num_axes == num_stages:
+            raise ValueError(f'{name}={value!r} may mean axes or stages: write {num_axes} numbers for each stage')
+        stages = [tuple(stages)] * num_stages
     if len(stages) != num_stages:
-        raise ValueError(f'{name} must be one number, or one entry for each of the {num_stages} stages, got {value!r}')
-    return [_per_axis(f'{name} of stage {i}', stage, num_axes, minimum) for i, stage in enumerate(stages)]
+        raise ValueError(
+            f'{name} must be one number, {num_axes} for the axes, or one entry for each of the {num_stages} stages, '
+            f'got {value!r}'
+        )
+    return [_per_axis(f'{name} of stage {i}', stage, num_axes, minimum, time) for i, stage in enumerate(stages)]
 
 
 def _check_stages(name: str, indices: Sequence[int], num_stages: int) -> None:

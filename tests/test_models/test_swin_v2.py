@@ -283,7 +283,10 @@ def test_the_extra_norm_comes_after_the_second_residual():
         (dict(arch=dict(embed_dims=16, depths=(2, 2))), 'must have the keys'),
         (dict(arch=dict(embed_dims=16, depths=(2, 2), num_heads=(1, 2, 4))), 'one entry per stage'),
         (dict(arch=ARCH | dict(num_heads=(1, 3, 4, 8))), '3 does not divide the 32 of stage 1'),
-        (dict(window_size=(8, 8, 8)), 'window_size must be one number, or one entry for each of the 4 stages'),
+        (
+            dict(window_size=(8, 8, 8)),
+            'window_size must be one number, 2 for the axes, or one entry for each of the 4 stages',
+        ),
         (dict(window_size=(8, 8, 0, 8)), 'window_size of stage 2 must be a number of at least 1'),
         (dict(window_size=((8, 8, 8),) * 4), 'window_size of stage 0 must be a number of at least 1, or 2 of them'),
         (dict(pretrained_window_sizes=(12, 12, 6)), 'pretrained_window_sizes must be one number'),

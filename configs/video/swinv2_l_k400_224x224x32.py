@@ -1,5 +1,6 @@
-# SwinV2-L on Kinetics-400, as swinv2_t_k400_224x224x32.py, from ImageNet-22K at 192x192 with window 12. Video Swin's
-# weight decay, and its learning rate for weights of ImageNet-22K; its paper states no drop path for L, this is mmaction's.
+# SwinV2-L on Kinetics-400, as swinv2_t_k400_224x224x32.py, from ImageNet-22K at 192x192 with window 12, with Video
+# Swin's weight decay for L and its learning rate for weights of ImageNet-22K. Its paper states no drop path for L; this
+# is mmaction's.
 _base_ = './swinv2_t_k400_224x224x32.py'
 
 model = dict(

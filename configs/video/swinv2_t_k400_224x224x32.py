@@ -16,4 +16,7 @@ model = dict(
         init_cfg=dict(type='Pretrained', checkpoint='swinv2://tiny_window8_256'),
     ),
 )
-optim_wrapper = dict(optimizer=dict(weight_decay=0.02))
+optim_wrapper = dict(
+    paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}),
+    optimizer=dict(weight_decay=0.02),
+)

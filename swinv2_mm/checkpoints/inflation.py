@@ -4,6 +4,7 @@ The paper does not say how. This is the rule of Video Swin (arXiv 2106.13230, `i
 of Log-CPB: the patch embedding is divided among the frames of a patch, and the position bias does not depend on time.
 """
 
+import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 
@@ -15,7 +16,7 @@ PATCH = 'patch_embed.proj.weight'
 
 def is_for_images(weights: Weights) -> bool:
     """Whether weights under our names embed patches of two axes."""
-    return PATCH in weights and weights[PATCH].dim() == 4 and weights[PATCH].is_floating_point()
+    return PATCH in weights and weights[PATCH].dim() == 4
 
 
 def inflate(weights: Weights, patch_frames: int, told: Windows, windows: Windows) -> Weights:
@@ -31,9 +32,12 @@ def inflate(weights: Weights, patch_frames: int, told: Windows, windows: Windows
         windows: Windows of the video model.
     """
     inflated = dict(weights)
-    inflated[PATCH] = weights[PATCH].unsqueeze(2).repeat(1, 1, patch_frames, 1, 1) / patch_frames
     for name, value in weights.items():
-        if name.endswith('cpb_mlp.0.weight') and value.dim() == 2:  # any other is an error of those that follow
+        if value.layout is not torch.strided:
+            continue  # refused, with what else does not fit, by those that follow
+        if name == PATCH:
+            inflated[name] = (value.unsqueeze(2).repeat(1, 1, patch_frames, 1, 1) / patch_frames).to(value.dtype)
+        elif name.endswith('cpb_mlp.0.weight') and value.dim() == 2:
             inflated[name] = F.pad(value, (1, 0))
     spatial = stored_entries(weights)
     settled = [
@@ -41,8 +45,8 @@ def inflate(weights: Weights, patch_frames: int, told: Windows, windows: Windows
         for stage, (of_config, window) in enumerate(zip(told, windows, strict=True))
     ]
     print_log(
-        f'SwinV2: inflated from images to video with {patch_frames} frames a patch; the position bias does not depend on '
-        f'time yet, whose coordinates are scaled by windows of {", ".join(str(time) for time, *_ in settled)}',
+        f'SwinV2: inflated from images to video with {patch_frames} frames a patch; the position bias does not depend '
+        f'on time yet, whose coordinates are scaled by windows of {", ".join(str(time) for time, *_ in settled)}',
         logger='current',
     )
     return inflated | window_entries(settled, inflated)

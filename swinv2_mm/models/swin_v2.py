@@ -327,7 +327,7 @@ def _per_stage(
     name: str, value: int | Sequence, num_stages: int, num_axes: int, minimum: int = 0, time: int | None = None
 ) -> list[tuple[int, ...]]:
     stages = [value] * num_stages if isinstance(value, int) else list(value)
-    if len(stages) == num_axes and all(isinstance(entry, int) for entry in stages):
+    if not isinstance(value, int) and len(stages) == num_axes and all(isinstance(entry, int) for entry in stages):
         if num_axes == num_stages:
             raise ValueError(f'{name}={value!r} may mean axes or stages: write {num_axes} numbers for each stage')
         stages = [tuple(stages)] * num_stages

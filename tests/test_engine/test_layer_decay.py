@@ -16,9 +16,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import swinv2_mm  # noqa: F401
-from swinv2_mm.models import SwinTransformerV2
+from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
 from swinv2_mm.models.block import SwinStage
-from swinv2_mm.models.swin_v2 import SwinV2
 
 TINY = Path(__file__).parents[1] / 'test_tools/tiny'
 ARCH = dict(embed_dims=16, depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8), extra_norm_every_n_blocks=2)
@@ -40,12 +39,6 @@ LAYERS = [
     ['layers.3.blocks.1'],
     ['norm0', 'norm1', 'norm2', 'norm3'],
 ]
-
-
-class Video(SwinV2):
-    """The trunk for three axes."""
-
-    num_axes = 3
 
 
 class Model(nn.Module):
@@ -98,7 +91,7 @@ def rate_by_hand(name):
     return rate
 
 
-@pytest.mark.parametrize('backbone_class', [SwinTransformerV2, Video])
+@pytest.mark.parametrize('backbone_class', [SwinTransformerV2, SwinTransformer3DV2])
 def test_every_parameter_lies_in_the_layer_of_a_table_written_by_hand(backbone_class):
     with torch.device('meta'):
         model = backbone_class(ARCH)
@@ -194,7 +187,9 @@ def test_custom_keys_and_bias_rates_multiply_the_rate_of_the_layer():
 
 VIDEO = dict(
     type='Recognizer3D',
-    backbone=dict(type=Video, arch=dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8)), out_indices=(3,)),
+    backbone=dict(
+        type='swinv2_mm.SwinTransformer3DV2', arch=dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+    ),
     cls_head=dict(type='I3DHead', in_channels=128, num_classes=2),
 )
 

@@ -1,6 +1,6 @@
-# AdamW, 30 epochs with a linear warm-up of 2.5 and cosine decay, and a tenth of the learning rate for the backbone: the
-# recipe of Video Swin. A leaf gives learning rate and weight decay.
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=30, val_begin=1, val_interval=3)
+# AdamW, 30 epochs with a linear warm-up of 2.5 and cosine decay, as Video Swin. A leaf gives learning rate and weight
+# decay.
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=30, val_interval=3)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 param_scheduler = [
@@ -20,7 +20,6 @@ optim_wrapper = dict(
     dtype='bfloat16',
     loss_scale=1.0,  # bf16 has the exponents of fp32
     constructor='swinv2_mm.SwinV2OptimWrapperConstructor',
-    paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}),
     optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
 )
 auto_scale_lr = dict(enable=False, base_batch_size=64)

@@ -16,8 +16,10 @@ TOOLBOXES = {'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}
 EXTENSIONS = {
     'datasets/transforms.py': {'mmdet'},
     'datasets/video.py': {'mmaction'},
+    'engine/video_visualization.py': {'mmaction'},
     'models/det_tta.py': {'mmdet'},
     'models/detection.py': {'mmdet'},
+    'models/recognition.py': {'mmaction'},
 }
 
 

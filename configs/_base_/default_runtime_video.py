@@ -1,5 +1,9 @@
-# mmaction's, with checkpoints that survive a kill and a resumed run that ends like an uninterrupted one.
+# mmaction's, with checkpoints that survive a kill, a resumed run that ends like an uninterrupted one, and pictures of
+# predictions for --show-dir.
 _base_ = 'mmaction::_base_/default_runtime.py'
 
-default_hooks = dict(checkpoint=dict(type='swinv2_mm.AtomicCheckpointHook', max_keep_ckpts=2))
+default_hooks = dict(
+    checkpoint=dict(type='swinv2_mm.AtomicCheckpointHook', max_keep_ckpts=2),
+    visualization=dict(type='swinv2_mm.engine.video_visualization.VideoVisualizationHook'),
+)
 custom_hooks = [dict(type='swinv2_mm.ReproducibleResumeHook')]

@@ -1,1 +1,1 @@
-"""Transforms that the toolboxes lack. Some extend mmdet, so a config names their file: nothing is imported here."""
+"""Transforms and data sets that the toolboxes lack. Most extend a toolbox, so a config names their file."""

@@ -9,5 +9,5 @@ model = dict(
         patch_size=(2, 4, 4),
         window_size=(8, 7, 7),
     ),
-    cls_head=dict(in_channels=768, num_classes=400),
+    cls_head=dict(type='swinv2_mm.models.recognition.Float32I3DHead', in_channels=768, num_classes=400),
 )

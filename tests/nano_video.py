@@ -1,0 +1,61 @@
+"""Video configs at a nano size, and a tiny data set in the layout of Kinetics-400."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from mmengine.config import Config
+from nano import ARCH, CHANNELS, shrink_inputs
+
+FACTOR = 8  # 224 pixels become 28, of which a patch has 4
+LABELS = dict(train=(6, 129), val=(6, 129, 399))  # three do not go into two processes
+
+
+def shrink(cfg: Config) -> Config:
+    """The config as one step of training of a nano model on small clips; frames, patches and windows stay."""
+    cfg.model.backbone.update(arch=ARCH, init_cfg=None)
+    cfg.model.cls_head.in_channels = CHANNELS[-1]
+    return shrink_data(cfg)
+
+
+def shrink_data(cfg: Config) -> Config:
+    """The config with small clips, and one step of training."""
+    shrink_inputs(cfg, FACTOR)
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].batch_size = 2 if split == 'train' else 1
+    cfg.train_cfg.update(max_epochs=1, val_interval=1)
+    return cfg
+
+
+def write_video(path: Path, frames: int = 12, size: tuple[int, int] = (64, 48), seed: int = 0) -> Path:
+    """A film in which a bright square moves over a background of its own, in .avi or .mp4.
+
+    decord reads none that is narrower than 64 pixels.
+    """
+    generator = np.random.default_rng(seed)
+    width, height = size
+    background = cv2.resize(generator.integers(0, 200, (4, 6, 3), dtype=np.uint8), size)
+    codec = {'.avi': 'MJPG', '.mp4': 'mp4v'}[path.suffix]
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 10, size)
+    for number in range(frames):
+        frame = background.copy()
+        x, y = (number * 3) % (width - 8), height // 2
+        frame[y : y + 8, x : x + 8] = 255
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+def write_kinetics400(folder: Path, frames: int = 12) -> Path:
+    """Two films for training and three for validation, and the lists that name them with their classes.
+
+    Clips of 32 frames, every second one, start at different frames if there are more than 64.
+    """
+    for split, labels in LABELS.items():
+        (folder / f'videos_{split}').mkdir(parents=True)
+        lines = []
+        for i, label in enumerate(labels):
+            write_video(folder / f'videos_{split}' / f'{i}.avi', frames, seed=10 * i + len(labels))
+            lines.append(f'{i}.avi {label}\n')
+        (folder / f'kinetics400_{split}_list_videos.txt').write_text(''.join(lines))
+    return folder

@@ -1,0 +1,239 @@
+"""Video configs: they build, hold the numbers of the paper and of Video Swin, and train."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
+from nano import train_a_step
+from nano_video import shrink, write_kinetics400
+
+from swinv2_mm.checkpoints import releases
+from swinv2_mm.engine import launch
+
+pytest.importorskip('mmaction')
+
+CONFIGS = Path(__file__).parents[2] / 'configs' / 'video'
+LEAVES = sorted(p.stem for p in CONFIGS.glob('*.py'))
+PAPER = sorted(set(LEAVES) - {'swinv2_demo'})
+GIANT = [name for name in PAPER if name.startswith('swinv2_g_')]
+
+
+@pytest.fixture(autouse=True)
+def _mmaction_scope():
+    with DefaultScope.overwrite_default_scope('mmaction'):
+        yield
+
+
+def read(name: str) -> Config:
+    return Config.fromfile(CONFIGS / f'{name}.py')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_kinetics400(tmp_path_factory.mktemp('kinetics'))
+
+
+def load(name: str, data: Path, work_dir: Path) -> Config:
+    """The config at a nano size, as the tools would have it on this machine."""
+    cfg = launch.load_config(str(CONFIGS / f'{name}.py'), dict(data_root=str(data)))
+    launch.adapt_to_cpu(cfg)
+    cfg.work_dir = str(work_dir)
+    return shrink(cfg)
+
+
+def steps(cfg: Config, split: str) -> dict[str, dict]:
+    """Transforms of a split by their names; of two Resizes the last."""
+    return {t.type.split('.')[-1]: t for t in cfg[f'{split}_dataloader'].dataset.pipeline}
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_builds(name):
+    with torch.device('meta'):
+        model = MODELS.build(read(name).model)
+    assert type(model.backbone).__name__ == 'SwinTransformer3DV2'
+    assert model.cls_head.in_channels == model.backbone.num_features[-1]
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_the_smaller_backbone_of_the_readme_fits(name):
+    readme = (CONFIGS / 'README.md').read_text()
+    line = re.search(r'A smaller backbone for a trial: `--cfg-options (.*?)`', readme, re.DOTALL)[1]
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--options', nargs='+', action=DictAction)
+    cfg = launch.load_config(str(CONFIGS / f'{name}.py'), parser.parse_args(['--options', *shlex.split(line)]).options)
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    assert model.backbone.num_features[-1] == model.cls_head.in_channels == 256
+    assert cfg.model.backbone.init_cfg is None
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_trains_a_step_and_tests_a_video(name, data, tmp_path):
+    """The recipe's own data, transforms, loss, optimizer, schedule and metric; sizes alone are smaller."""
+    cfg = load(name, data, tmp_path)
+    cfg.val_dataloader.dataset.indices = cfg.test_dataloader.dataset.indices = 1  # which has up to 20 views
+    runner = train_a_step(cfg)
+    assert 'val/acc/top1' in runner.message_hub.log_scalars
+    assert 0 <= runner.test()['acc/top1'] <= 1
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_clips_have_the_frames_and_views_that_the_name_says(name, data, tmp_path):
+    cfg = load(name, data, tmp_path)
+    tokens = 8 if '_g_' in name else 16
+    frames = tokens * cfg.model.backbone.patch_size[0]
+    side = int(re.search(r'k400_(\d+)x\1x', name)[1])
+    tested = 384 if 'w24' in name else side
+    views = 12 if '_g_' not in name else 20 if name.endswith('_4x5') else 1
+    for split, number, pixels in (('train', 1, side), ('val', 1, tested), ('test', views, tested)):
+        inputs = Runner.build_dataloader(cfg[f'{split}_dataloader']).dataset[0]['inputs']
+        assert inputs.shape == (number, 3, frames, pixels // 8, pixels // 8), split
+
+
+# ---------------------------------------------------------------- T, S, B, L: the recipe of Video Swin
+
+
+# facts of Video Swin's paper and code: learning rate, weight decay, drop path
+RECIPES = {
+    'tiny': ('t', 1e-3, 0.02, 0.1),
+    'small': ('s', 1e-3, 0.02, 0.1),
+    'base': ('b', 1e-3, 0.05, 0.3),
+    'large': ('l', 3e-4, 0.05, 0.4),
+}
+
+
+@pytest.mark.parametrize('size', RECIPES)
+def test_the_recipe_is_that_of_mmactions_video_swin(size):
+    """Its config has the same data, schedule and head; what else it says is compared with the facts above."""
+    name, lr, weight_decay, drop_path = RECIPES[size]
+    cfg = read(f'swinv2_{name}_k400_224x224x32')
+    data = 'in22k' if size == 'large' else 'in1k'
+    stem = f'swin-{size}-p244-w877_{data}-pre_8xb8-amp-32x2x1-30e_kinetics400-rgb'
+    stock = Config.fromfile(mmaction_configs() / f'{stem}.py')
+    for split in ('train', 'val', 'test'):
+        ours, theirs = cfg[f'{split}_dataloader'], stock[f'{split}_dataloader']
+        pipeline = [{k: v for k, v in t.items() if k != '_scope_'} for t in ours.dataset.pipeline]
+        assert pipeline == [{k: v for k, v in t.items() if k != 'io_backend'} for t in theirs.dataset.pipeline]
+        assert (ours.batch_size, ours.sampler) == (theirs.batch_size, theirs.sampler)
+    assert [{k: v for k, v in s.items() if k != '_scope_'} for s in cfg.param_scheduler] == stock.param_scheduler
+    assert cfg.train_cfg.max_epochs == stock.train_cfg.max_epochs
+    assert (cfg.test_evaluator, cfg.auto_scale_lr) == (stock.test_evaluator, stock.auto_scale_lr)
+    assert cfg.model.cls_head.pop('type').endswith(stock.model.cls_head.pop('type'))
+    assert (cfg.model.cls_head, cfg.model.data_preprocessor) == (stock.model.cls_head, stock.model.data_preprocessor)
+    backbone, optimizer = cfg.model.backbone, cfg.optim_wrapper.optimizer
+    assert (backbone.patch_size, backbone.window_size) == (stock.model.backbone.patch_size, (8, 7, 7))
+    assert (backbone.arch, backbone.drop_path_rate) == (size, drop_path)
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', lr, weight_decay)
+    assert weight_decay == stock.optim_wrapper.optimizer.weight_decay
+    assert cfg.optim_wrapper.paramwise_cfg.custom_keys.backbone.lr_mult == 0.1
+
+
+def mmaction_configs() -> Path:
+    import mmaction
+
+    return Path(mmaction.__file__).parent / '.mim/configs/recognition/swin'
+
+
+@pytest.mark.parametrize('name', [name for name in PAPER if name not in GIANT])
+def test_starts_from_weights_of_its_size_whose_windows_are_known(name):
+    backbone = read(name).model.backbone
+    assert backbone.arch in backbone.init_cfg.checkpoint
+    assert releases.find(backbone.init_cfg.checkpoint).windows == ((12, 12, 12, 6) if '_l_' in name else (8,) * 4)
+
+
+# ---------------------------------------------------------------- G: both stages of A2.2, and Table 5
+
+
+# learning rate, clips a step, epochs, warm-up, side, window
+STAGES = {'256x256x8': (3.6e-4, 80, 20, 2.5, 256, 16), '320x320x8': (5e-5, 64, 5, 1, 320, 20)}
+
+
+@pytest.mark.parametrize('reading', ['', '_p244'])
+@pytest.mark.parametrize('stage', STAGES)
+def test_giant_holds_the_numbers_of_the_paper(stage, reading):
+    lr, clips, epochs, warmup, side, window = STAGES[stage]
+    cfg = read(f'swinv2_g_k400_{stage}{reading}')
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', lr, 0.1)
+    assert 'paramwise_cfg' not in cfg.optim_wrapper
+    assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == clips
+    assert cfg.train_cfg.max_epochs == epochs
+    assert [(s.type, s.begin, s.end) for s in cfg.param_scheduler] == [
+        ('LinearLR', 0, warmup),
+        ('CosineAnnealingLR', 0, epochs),
+    ]
+    assert (cfg.param_scheduler[1].T_max, cfg.param_scheduler[1].eta_min) == (epochs, 0)
+    assert cfg.model.backbone.window_size == (8, window, window)
+    assert steps(cfg, 'train')['Resize'].scale == (side, side)
+    assert steps(cfg, 'test')['CenterCrop'].crop_size == side
+    assert steps(cfg, 'test')['SampleFrames'].num_clips == 1
+
+
+@pytest.mark.parametrize('name', GIANT)
+def test_a_clip_of_giant_is_eight_tokens_long_and_reaches_over_64_frames(name):
+    cfg = read(name)
+    patch = cfg.model.backbone.patch_size
+    assert patch == ((2, 4, 4) if 'p244' in name else (1, 4, 4))
+    for split in ('train', 'val', 'test'):
+        sample = steps(cfg, split)['SampleFrames']
+        assert (sample.clip_len // patch[0], sample.clip_len * sample.frame_interval) == (8, 64)
+
+
+@pytest.mark.parametrize('name', [name for name in GIANT if 'w24' in name])
+def test_a_test_at_384_changes_window_size_and_views_alone(name):
+    cfg, trained = read(name), read(name.split('_w24')[0])
+    assert cfg.model.backbone.window_size == (8, 24, 24)
+    crop, several = ('FiveCrop', True) if '4x5' in name else ('CenterCrop', False)
+    assert steps(cfg, 'test')[crop].crop_size == 384
+    assert steps(cfg, 'test')['SampleFrames'].num_clips == (4 if several else 1)
+    cfg.model.backbone.window_size = trained.model.backbone.window_size
+    cfg.model.pop('test_cfg', None)
+    for key in ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'test_evaluator'):
+        assert cfg[key] == trained[key], key
+
+
+@pytest.mark.parametrize('reading', ['', '_p244'])
+def test_a_checkpoint_of_window_20_fits_at_24(reading, data, tmp_path):
+    trained, tested = (
+        MODELS.build(load(f'swinv2_g_k400_320x320x8{reading}{window}', data, tmp_path).model).eval()
+        for window in ('', '_w24')
+    )
+    tested.load_state_dict(trained.state_dict(), strict=True)
+    clip = torch.randn(1, 3, 8, 56, 72)
+    with torch.no_grad():  # both windows are larger than all maps
+        assert torch.equal(tested.backbone(clip), trained.backbone(clip))
+
+
+@pytest.mark.parametrize('size', [20, 24])
+def test_shorter_sides_are_to_crops_as_in_video_swin(size):
+    cfg = read('swinv2_g_k400_320x320x8_w24' if size == 24 else 'swinv2_g_k400_320x320x8')
+    assert steps(cfg, 'test')['Resize'].scale == (-1, round(size * 16 * 256 / 224))
+
+
+# ---------------------------------------------------------------- all
+
+
+def test_every_config_of_the_metafile_exists_and_none_is_left_out():
+    import yaml
+
+    metafile = yaml.safe_load((CONFIGS / 'metafile.yml').read_text())
+    assert sorted(Path(m['Config']).stem for m in metafile['Models']) == PAPER
+
+
+def test_losses_and_gradients_are_finite_in_bfloat16(data, tmp_path):
+    """The whole recognizer under autocast."""
+    runner = Runner.from_cfg(load('swinv2_t_k400_224x224x32', data, tmp_path))
+    batch = next(iter(runner.build_dataloader(runner.cfg.train_dataloader)))
+    batch = runner.model.data_preprocessor(batch, True)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        losses = runner.model(**batch, mode='loss')
+    total, _ = runner.model.parse_losses(losses)
+    total.backward()
+    assert total.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in runner.model.parameters())

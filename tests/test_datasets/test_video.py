@@ -1,0 +1,135 @@
+"""Five crops against torchvision's, and what becomes of files that are no videos."""
+
+import layouts
+import numpy as np
+import oracles
+import pytest
+import torch
+from nano_video import write_video
+
+pytest.importorskip('mmaction')
+from mmengine.registry import DefaultScope
+
+import swinv2_mm  # noqa: F401
+from swinv2_mm.datasets.video import FiveCrop, VideoDataset
+
+
+def frames(number, height, width):
+    generator = np.random.default_rng(0)
+    return list(generator.integers(0, 256, (number, height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(('size', 'crop'), [((24, 32), 20), ((24, 32), (20, 16)), ((24, 33), 24), ((20, 20), 20)])
+def test_crops_are_those_of_torchvision(size, crop):
+    """The same four corners and centre; all frames of a crop, and then those of the next, as mmaction counts views."""
+    oracles.find_peers()
+    from torchvision.transforms.functional import five_crop
+
+    clip = frames(3, *size)
+    results = FiveCrop(crop)(dict(imgs=clip, img_shape=size))
+    w, h = (crop, crop) if isinstance(crop, int) else crop
+    expected = [
+        [view.permute(1, 2, 0).numpy() for view in five_crop(torch.from_numpy(frame).permute(2, 0, 1), (h, w))]
+        for frame in clip
+    ]
+    assert len(results['imgs']) == 15
+    for number, image in enumerate(results['imgs']):
+        view, time = divmod(number, 3)
+        if view < 4:
+            assert np.array_equal(image, expected[time][view])
+        x, y, right, bottom = results['crop_bbox'][number]
+        assert np.array_equal(image, clip[time][y:bottom, x:right])
+    # torchvision rounds half a pixel up or down to the even one, mmaction's CenterCrop down
+    from mmaction.datasets import CenterCrop
+
+    centre = CenterCrop(crop)(dict(imgs=list(clip), img_shape=size))['imgs']
+    for ours, theirs in zip(results['imgs'][12:], centre, strict=True):
+        assert np.array_equal(ours, theirs)
+    assert results['img_shape'] == (h, w)
+
+
+def test_views_arrive_as_clips():
+    """Through mmaction's own FormatShape: 5 crops of 2 clips of 3 frames."""
+    from mmaction.datasets.transforms import FormatShape
+
+    clip = frames(6, 24, 32)
+    results = FiveCrop(16)(dict(imgs=clip, img_shape=(24, 32), num_clips=2, clip_len=3))
+    views = FormatShape('NCTHW')(results)['imgs']
+    assert views.shape == (10, 3, 3, 16, 16)
+    for crop, (x, y) in enumerate([(0, 0), (16, 0), (0, 8), (16, 8), (8, 4)]):
+        for part in range(2):
+            for time in range(3):
+                image = clip[3 * part + time][y : y + 16, x : x + 16]
+                assert np.array_equal(views[2 * crop + part, :, time].transpose(1, 2, 0), image)
+
+
+@pytest.mark.parametrize(('size', 'crop'), [((20, 32), 24), ((32, 20), 24), ((20, 32), (33, 20))])
+def test_frames_smaller_than_the_crop_are_named(size, crop):
+    with pytest.raises(ValueError, match=f'frames of {size[1]}x{size[0]} are smaller than the crop of'):
+        FiveCrop(crop)(dict(imgs=frames(1, *size), img_shape=size))
+
+
+# Files that are no videos
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Five names in a list, of which only the last is that of a video, as training or test data."""
+    (tmp_path / 'empty.avi').write_bytes(b'')
+    (tmp_path / 'text.avi').write_text('no video at all')
+    good = write_video(tmp_path / 'good.avi').read_bytes()
+    (tmp_path / 'cut.avi').write_bytes(good[:200])
+    names = ['missing.avi', 'empty.avi', 'text.avi', 'cut.avi', 'good.avi']
+    (tmp_path / 'list.txt').write_text(''.join(f'{name} {label}\n' for label, name in enumerate(names)))
+
+    def build(**options):
+        pipeline = [
+            dict(type='DecordInit'),
+            dict(type='SampleFrames', clip_len=4, frame_interval=1, num_clips=1),
+            dict(type='DecordDecode'),
+            dict(type='FormatShape', input_format='NCTHW'),
+            dict(type='PackActionInputs'),
+        ]
+        with DefaultScope.overwrite_default_scope('mmaction'):
+            return VideoDataset(
+                ann_file='list.txt',
+                data_root=str(tmp_path),
+                data_prefix=dict(video=''),
+                pipeline=pipeline,
+                **options,
+            )
+
+    return build
+
+
+BROKEN = list(enumerate(['missing', 'empty', 'text', 'cut']))
+
+
+@pytest.mark.parametrize(('number', 'name'), BROKEN)
+def test_a_file_that_is_no_video_is_named(dataset, number, name):
+    with pytest.raises(RuntimeError, match=rf'/{name}\.avi cannot be read as a video .*list\.txt names it') as error:
+        dataset()[number]
+    assert 'train_dataloader.dataset.skip_unreadable=True' in str(error.value)
+
+
+@pytest.mark.parametrize(('number', 'name'), BROKEN)
+def test_a_training_goes_on_without_it_when_told_to(dataset, number, name):
+    with layouts.recorded_log() as log:
+        item = dataset(skip_unreadable=True)[number]
+    assert item['data_samples'].gt_label.tolist() == [4]
+    assert item['inputs'].shape == (1, 3, 4, 48, 64)
+    assert any(line.startswith('Skipped: ') and f'{name}.avi' in line for line in log)
+
+
+@pytest.mark.parametrize(('number', 'name'), BROKEN)
+def test_a_test_never_skips(dataset, number, name):
+    with pytest.raises(RuntimeError, match=rf'/{name}\.avi cannot be read') as error:
+        dataset(skip_unreadable=True, test_mode=True)[number]
+    assert 'skip_unreadable' not in str(error.value)
+
+
+def test_mistakes_in_a_pipeline_are_not_taken_for_broken_files(dataset):
+    data = dataset(skip_unreadable=True)
+    data.pipeline.transforms[1].clip_len = 'four'
+    with pytest.raises(TypeError):
+        data[4]

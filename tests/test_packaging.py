@@ -58,22 +58,30 @@ def run(arguments: list, folder: Path, env: dict[str, str]) -> str:
     return result.stdout
 
 
-def test_every_way_to_name_a_base_config_works(environment, tmp_path):
+@pytest.mark.parametrize(
+    ('config', 'model'),
+    [
+        ('det/htc_swinv2_t.py', 'HybridTaskCascade'),
+        ('seg/upernet_swinv2_t.py', 'EncoderDecoder'),
+        ('video/swinv2_t_k400_224x224x32.py', 'Recognizer3D'),
+    ],
+)
+def test_every_way_to_name_a_base_config_works(environment, config, model, tmp_path):
     package = run(
         [sys.executable, '-c', 'import swinv2_mm; print(swinv2_mm.__path__[0])'], tmp_path, environment
     ).strip()
     assert ('site' in package) == ('PYTHONPATH' in environment)
     bases = dict(
-        relative=repr(os.path.relpath(f'{package}/.mim/configs/det/htc_swinv2_t.py', tmp_path)),
-        by_function="[__import__('swinv2_mm').config_path('det/htc_swinv2_t.py')]",
-        by_scope="'swinv2_mm::det/htc_swinv2_t.py'",
+        relative=repr(os.path.relpath(f'{package}/.mim/configs/{config}', tmp_path)),
+        by_function=f"[__import__('swinv2_mm').config_path('{config}')]",
+        by_scope=f"'swinv2_mm::{config}'",
     )
     paths = []
     for name, base in bases.items():
         paths.append(tmp_path / f'{name}.py')
         paths[-1].write_text(USER_CONFIG.format(base=base))
     lines = run([sys.executable, '-c', CHECK, *paths], tmp_path, environment).splitlines()
-    assert lines[-3:] == [f'{path} HybridTaskCascade 0.125' for path in paths]
+    assert lines[-3:] == [f'{path} {model} 0.125' for path in paths]
 
 
 def test_get_config_and_get_model_find_configs_by_name(environment, tmp_path):

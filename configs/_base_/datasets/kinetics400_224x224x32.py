@@ -31,7 +31,7 @@ test_pipeline = [
     dict(type='FormatShape', input_format='NCTHW'),
     dict(type='PackActionInputs'),
 ]
-# as mmengine would stamp another scope on a pipeline that is taken from `_base_ = 'swinv2_mm::...'`
+# as mmengine would stamp another scope on pipelines and metrics that are taken from `_base_ = 'swinv2_mm::...'`
 train_pipeline = [dict(t, _scope_='mmaction') for t in train_pipeline]
 val_pipeline = [dict(t, _scope_='mmaction') for t in val_pipeline]
 test_pipeline = [dict(t, _scope_='mmaction') for t in test_pipeline]
@@ -64,5 +64,5 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = dict(val_dataloader, batch_size=1, dataset=dict(val_dataloader['dataset'], pipeline=test_pipeline))
-val_evaluator = dict(type='AccMetric')
+val_evaluator = dict(_scope_='mmaction', type='AccMetric')
 test_evaluator = val_evaluator

@@ -49,4 +49,5 @@ def inflate(weights: Weights, patch_frames: int, told: Windows, windows: Windows
         f'on time yet, whose coordinates are scaled by windows of {", ".join(str(time) for time, *_ in settled)}',
         logger='current',
     )
-    return inflated | window_entries(settled, inflated)
+    stages = tuple(f'layers.{stage}.' for stage in range(len(windows)))  # those of a deeper model are refused later
+    return inflated | window_entries(settled, [name for name in inflated if name.startswith(stages)])

@@ -81,7 +81,7 @@ def _agreed(stage: int, found: Mapping[str, tuple[int, ...]], num_axes: int) -> 
 
 
 def set_windows(weights: Weights, sizes: Sequence[int]) -> Weights:
-    """Add pre-training windows, one number per stage, to converted weights that do not carry them.
+    """Add pre-training windows, one number per stage for height and width, to weights that do not carry them.
 
     Raises:
         CheckpointError: There are more or fewer stages, or the weights carry other windows.
@@ -91,7 +91,7 @@ def set_windows(weights: Weights, sizes: Sequence[int]) -> Weights:
             f'pre-training windows must be {num_stages(weights)} positive numbers, got {tuple(sizes)}'
         )
     axes = weights['patch_embed.proj.weight'].dim() - 2
-    told = [(size,) * axes for size in sizes]
+    told = [(0,) * (axes - 2) + (size, size) for size in sizes]
     return weights | window_entries(settle_windows(windows_per_stage(weights, told), told, told), weights)
 
 

@@ -15,6 +15,7 @@ from mmengine.runner.checkpoint import save_checkpoint
 from test_layouts import ARCH, PRETRAINED, WITHOUT_TABLES, WRITERS, arch_of, in_file, pretrained_of, save, source
 
 from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict
+from swinv2_mm.checkpoints.windows import set_windows
 from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
 from swinv2_mm.models.log_cpb import LogCPB
 
@@ -180,6 +181,17 @@ def test_a_video_checkpoint_moves_to_larger_windows_on_every_axis(tmp_path):
         torch.testing.assert_close(before().unflatten(1, (7, 15, 15)), middle, rtol=1e-6, atol=1e-6)
 
 
+def test_what_a_user_says_of_a_video_checkpoint_is_about_height_and_width(tmp_path):
+    """As the converter and the drawing of the bias take it: one number per stage."""
+    backbone = build(pretrained=with_time(3))
+    assert windows_of(backbone) == with_time(3)
+    torch.save(backbone.state_dict(), tmp_path / 'file.pth')
+    weights = load_swinv2_state_dict(str(tmp_path / 'file.pth'))
+    assert all(torch.equal(value, weights[name]) for name, value in set_windows(weights, PRETRAINED).items())
+    with pytest.raises(CheckpointError, match='learnt with windows of 3x6x6 in stage 0, but the config says 0x8x8'):
+        set_windows(weights, (8, 8, 8, 8))
+
+
 def test_a_video_checkpoint_does_not_fit_an_image_model():
     with pytest.raises(CheckpointError, match='windows of 4x8x8, which have another number of axes than .*, 8x8'):
         SwinTransformerV2(ARCH, 8).load_state_dict(build().state_dict())
@@ -304,6 +316,14 @@ def test_what_does_not_fit_is_named_before_any_weight_is_touched(name, value, me
     with pytest.raises(CheckpointError, match=re.escape(f'{name} {message}')):
         backbone.load_state_dict(model)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize('stages', [2, 3])
+def test_a_model_of_fewer_stages_is_told_what_differs(stages):
+    _, model = source('official')
+    arch = {key: value[:stages] if isinstance(value, tuple) else value for key, value in ARCH.items()}
+    with pytest.raises(CheckpointError, match=r'unexpected: .*depths=\(2, 2, 2, 2\).*; the model has'):
+        build(arch, window=[WINDOW] * stages, out_indices=(0, 1)).load_state_dict(model)
 
 
 def test_a_new_bias_of_two_axes_is_that_of_three_at_one_time():

@@ -17,11 +17,15 @@ STOCK = {
         'recognition/tsn/tsn_imagenet-pretrained-r50_8xb32-1x1x3-100e_kinetics400-rgb.py',
         'cls_head=dict(in_channels=768)',
     ),
+    'mmaction-3d': (
+        'recognition/swin/swin-tiny-p244-w877_in1k-pre_8xb8-amp-32x2x1-30e_kinetics400-rgb.py',
+        'cls_head=dict(num_classes=7)',
+    ),
 }
 CONFIG = """
 _base_ = '{toolbox}::{base}'
 model = dict(
-    backbone=dict(_delete_=True, type='swinv2_mm.SwinTransformerV2', arch='tiny', window_size=8),
+    backbone=dict(_delete_=True, type='swinv2_mm.{backbone}', arch='tiny', window_size=8),
     {rest})
 """
 # nothing of this package is imported but through the registry; mmaction2's wheel needs the mends that come with it
@@ -41,27 +45,30 @@ RUN = {
     'mmdet': 'shape = [tuple(f.shape) for f in model.extract_feat(torch.rand(1, 3, 64, 96))][0]',
     'mmseg': 'shape = tuple(model.encode_decode(torch.rand(2, 3, 64, 96), [dict(img_shape=(64, 96))] * 2).shape)',
     'mmaction': 'shape = tuple(model.backbone(torch.rand(1, 3, 64, 96))[3].shape)',
+    'mmaction-3d': "shape = tuple(model(torch.rand(2, 1, 3, 4, 64, 96), stage='head').shape)",
 }
 EXPECTED = {
     'mmdet': 'mmdet MaskRCNN swinv2_mm.models.swin_v2 (1, 256, 16, 24)',
     'mmseg': 'mmseg EncoderDecoder swinv2_mm.models.swin_v2 (2, 150, 64, 96)',
     'mmaction': 'mmaction Recognizer2D swinv2_mm.models.swin_v2 (1, 768, 2, 3)',
+    'mmaction-3d': 'mmaction Recognizer3D swinv2_mm.models.swin_v2 (2, 7)',
 }
 
 
-@pytest.mark.parametrize('toolbox', STOCK)
-def test_a_stock_config_takes_the_backbone_without_custom_imports(toolbox, tmp_path):
+@pytest.mark.parametrize('kind', STOCK)
+def test_a_stock_config_takes_the_backbone_without_custom_imports(kind, tmp_path):
+    toolbox, backbone = kind.split('-')[0], 'SwinTransformer3DV2' if '3d' in kind else 'SwinTransformerV2'
     if importlib.util.find_spec(toolbox) is None:
         pytest.skip(f'{toolbox} is not installed')
-    base, rest = STOCK[toolbox]
+    base, rest = STOCK[kind]
     config = tmp_path / 'config.py'
-    config.write_text(CONFIG.format(toolbox=toolbox, base=base, rest=rest))
-    code = CHECK.format(mend='import swinv2_mm' if toolbox == 'mmaction' else '', run=RUN[toolbox])
+    config.write_text(CONFIG.format(toolbox=toolbox, base=base, rest=rest, backbone=backbone))
+    code = CHECK.format(mend='import swinv2_mm' if toolbox == 'mmaction' else '', run=RUN[kind])
     result = subprocess.run(
         [sys.executable, '-c', code, str(config)], cwd=tmp_path, text=True, capture_output=True, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.splitlines()[-1] == EXPECTED[toolbox]
+    assert result.stdout.splitlines()[-1] == EXPECTED[kind]
 
 
 def test_importing_the_package_or_its_backbone_imports_no_toolbox():

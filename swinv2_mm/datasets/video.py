@@ -31,6 +31,20 @@ class VideoDataset(MMActionVideoDataset):
         self.skip_unreadable = skip_unreadable
         super().__init__(*args, **kwargs)
 
+    def load_data_list(self) -> list[dict]:
+        """Read the list of videos.
+
+        Raises:
+            ValueError: A line has another form.
+        """
+        try:
+            return super().load_data_list()
+        except ValueError as error:
+            raise ValueError(
+                f'{self.ann_file}: a line must be a path and the number of a class, with {self.delimiter!r} between '
+                f'them ({error}); for paths with blanks choose another `delimiter`'
+            ) from error
+
     def prepare_data(self, idx: int) -> dict | None:
         """Return the clip of a video, or None, for which mmengine takes another one.
 

@@ -128,6 +128,15 @@ def test_a_test_never_skips(dataset, number, name):
     assert 'skip_unreadable' not in str(error.value)
 
 
+@pytest.mark.parametrize('line', ['a film.avi 1', 'film.avi archery', 'film.avi,1,2 x'])
+def test_a_list_of_another_form_is_named(dataset, line, tmp_path):
+    (tmp_path / 'list.txt').write_text(f'{line}\n')
+    with pytest.raises(
+        ValueError, match=r"list\.txt: a line must be a path and the number of a class, with ' ' between"
+    ):
+        dataset()
+
+
 def test_mistakes_in_a_pipeline_are_not_taken_for_broken_files(dataset):
     data = dataset(skip_unreadable=True)
     data.pipeline.transforms[1].clip_len = 'four'

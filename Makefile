@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: setup demo demo-seg test lint
+.PHONY: setup demo demo-seg demo-video test lint
 
 setup:  ## make $(VENV) with torch, the OpenMMLab stack and this package
 	PYTHON=$(PYTHON) VENV=$(VENV) tools/misc/setup_env.sh
@@ -11,6 +11,9 @@ demo:  ## train and evaluate a small detector on generated images, on this machi
 
 demo-seg:  ## the same for a small segmentor
 	$(VENV)/bin/python tools/demo.py --task seg
+
+demo-video:  ## the same for a small recognizer of motion
+	$(VENV)/bin/python tools/demo.py --task video
 
 test:  ## everything that needs no GPU
 	$(VENV)/bin/python -m pytest -m 'not gpu' --durations=10

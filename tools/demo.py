@@ -1,20 +1,25 @@
-"""Trains HTC++ or UperNet on a nano Swin Transformer V2 from scratch, without a GPU, and shows what it has learnt.
+"""Trains a nano Swin Transformer V2 from scratch, without a GPU, and shows what it has learnt.
 
-    python tools/demo.py
-    python tools/demo.py --task seg
+    python tools/demo.py               # HTC++ for detection
+    python tools/demo.py --task seg    # UperNet for segmentation
+    python tools/demo.py --task video  # a recognizer of motion
 
 Runs the tools that a real training uses, one after the other: makes a small data set, trains
-configs/det/htc_swinv2_demo.py or configs/seg/upernet_swinv2_demo.py, evaluates it, and draws predictions beside the
-ground truth. Fails if a step fails or if the result is too poor.
+configs/det/htc_swinv2_demo.py, configs/seg/upernet_swinv2_demo.py or configs/video/swinv2_demo.py, evaluates it, and
+draws predictions beside the ground truth. The recognizer is also tested on the same clips without their motion: with
+their frames in a random order, and with one frame all the time. Fails if a step fails, if the result is too poor, or if
+it is better than chance where nothing can be seen.
 """
 
 import argparse
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -22,8 +27,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = 'data/shapes_coco'  # where the configs look
-NUM_PICTURES = 8  # of those that the toolbox draws, ground truth and prediction side by side, on the contact sheet
+NUM_PICTURES = 8  # on the contact sheet
+WHITE = (255, 255, 255)
 
 
 @dataclass(frozen=True)
@@ -32,27 +37,40 @@ class Task:
 
     Attributes:
         title: What is trained.
+        maker: The tool that makes its data.
+        data: Where these lie, and where the config looks for them.
         config: Its config.
         metrics: Title of each figure in what mmengine logs after a test.
         full_score: The best value of these.
         least: Smallest share of it that is a success.
-        drawings: Where the toolbox puts its pictures, below the folder of --show-dir.
         loss_parts: What the names of the parts of the loss contain; a cascade's stages have several of each.
-        seconds: What training and testing take on two idle cores.
+        seconds: What training and each test take on two idle cores.
+        drawings: Where the toolbox puts its pictures, below the folder of --show-dir.
+        classes: Names of the classes of clips, which are drawn here and not by the toolbox.
+        controls: Further validation lists that the same checkpoint is tested on, where nothing can do better than
+            chance, by what they are.
+        most: Largest share of the best value that is still chance there.
     """
 
     title: str
+    maker: str
+    data: str
     config: str
     metrics: dict[str, str]
     full_score: float
     least: float
-    drawings: str
     loss_parts: dict[str, str]
     seconds: tuple[int, int]
+    drawings: str = ''
+    classes: tuple[str, ...] = ()
+    controls: dict[str, str] = field(default_factory=dict)
+    most: float = 1
 
 
+SHAPES = dict(maker='tools/misc/make_shapes_coco.py', data='data/shapes_coco')
 TASKS = dict(
     det=Task(
+        **SHAPES,
         title='HTC++',
         config='configs/det/htc_swinv2_demo.py',
         metrics={'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'},
@@ -69,6 +87,7 @@ TASKS = dict(
         seconds=(210, 30),
     ),
     seg=Task(
+        **SHAPES,
         title='UperNet',
         config='configs/seg/upernet_swinv2_demo.py',
         metrics={'mIoU': 'mIoU', 'aAcc': 'aAcc'},
@@ -77,6 +96,21 @@ TASKS = dict(
         drawings='vis_data/vis_image',
         loss_parts={'decode head': 'decode.loss', 'auxiliary head': 'aux.loss'},
         seconds=(200, 20),
+    ),
+    video=Task(
+        maker='tools/misc/make_motion_clips.py',
+        data='data/motion_clips',
+        title='Recognizer of motion',
+        config='configs/video/swinv2_demo.py',
+        metrics={'top-1': 'acc/top1'},
+        full_score=1,
+        least=0.9,
+        loss_parts={},
+        seconds=(100, 15),
+        classes=('1/8 right', '3/8 right', '3/8 left', '1/8 left'),  # 5/8 and 7/8 right come out as these
+        controls={'frames shuffled': 'val_shuffled', 'one frame repeated': 'val_frozen'},
+        # One in four, and 4.6 standard deviations of it on 400 clips.
+        most=0.35,
     ),
 )
 
@@ -168,82 +202,143 @@ def plot_loss(records: list[dict], task: Task, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def contact_sheet(pictures: list[Path], path: Path, columns: int = 2) -> None:
-    """Puts pictures of equal size, each ground truth and prediction side by side, on one sheet with a heading."""
-    images = [cv2.imread(str(picture)) for picture in pictures]
+def join(pictures: list[np.ndarray], path: Path, heading: tuple[str, str] | None = None, columns: int = 2) -> None:
+    """Puts pictures of equal size on one sheet, with a heading over both halves of each column if asked for."""
     gap = 8
-    padded = [cv2.copyMakeBorder(image, 0, gap, 0, gap, cv2.BORDER_CONSTANT, value=(255, 255, 255)) for image in images]
+    padded = [cv2.copyMakeBorder(picture, 0, gap, 0, gap, cv2.BORDER_CONSTANT, value=WHITE) for picture in pictures]
     padded += [np.full_like(padded[0], 255)] * (-len(padded) % columns)
-    sheet = np.vstack([np.hstack(padded[i : i + columns]) for i in range(0, len(padded), columns)])
-    heading = np.full((32, sheet.shape[1], 3), 255, np.uint8)
-    width = padded[0].shape[1]
-    for column in range(columns):
-        for half, text in enumerate(('ground truth', 'prediction')):
-            position = (column * width + half * (width - gap) // 2 + 4, 22)
-            cv2.putText(heading, text, position, cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
-    cv2.imwrite(str(path), np.vstack([heading, sheet]))
+    rows = [np.hstack(padded[i : i + columns]) for i in range(0, len(padded), columns)]
+    if heading:
+        rows.insert(0, np.full((32, rows[0].shape[1], 3), 255, np.uint8))
+        width = padded[0].shape[1]
+        for column in range(columns):
+            for half, text in enumerate(heading):
+                write(rows[0], text, (column * width + half * (width - gap) // 2 + 4, 22))
+    cv2.imwrite(str(path), np.vstack(rows))
 
 
-def show_result(task: Task, work_dir: Path, train_dir: Path, test_dir: Path) -> bool:
-    """Draws the summaries, prints the metrics and where everything is. Returns whether the result is good enough."""
-    metrics_file = newest(test_dir, '*/[0-9]*.json')
+def write(image: np.ndarray, text: str, position: tuple[int, int], colour: tuple[int, int, int] = (0, 0, 0)) -> None:
+    """Writes a line of text on an image."""
+    cv2.putText(image, text, position, cv2.FONT_HERSHEY_SIMPLEX, 0.6, colour, 1, cv2.LINE_AA)
+
+
+def film_strip(path: Path, truth: str, prediction: str) -> np.ndarray:
+    """The frames of a clip from left to right below its class and its prediction, which is red if it is wrong."""
+    frames = []
+    video = cv2.VideoCapture(str(path))
+    while (frame := video.read()[1]) is not None:
+        frames.append(cv2.copyMakeBorder(frame, 0, 0, 0, 2, cv2.BORDER_CONSTANT, value=WHITE))
+    if not frames:
+        raise DemoError(f'{path} cannot be read as a video')
+    strip = np.hstack(frames)
+    heading = np.full((28, strip.shape[1], 3), 255, np.uint8)
+    write(heading, f'true: {truth}', (4, 20))
+    write(heading, f'predicted: {prediction}', (strip.shape[1] // 2, 20), (0, 0, 0 if truth == prediction else 220))
+    return np.vstack([heading, strip])
+
+
+def film_strips(task: Task, predictions: list[dict]) -> list[np.ndarray]:
+    """Strips of the first validation clips. The predictions are those of mmaction, in the order of the list."""
+    folder = ROOT / task.data / 'val'
+    strips = []
+    lines = folder.with_suffix('.txt').read_text().splitlines()
+    for line, prediction in list(zip(lines, predictions, strict=True))[:NUM_PICTURES]:
+        name, label = line.split()
+        if int(label) != int(prediction['gt_label']):
+            raise DemoError('the predictions are in another order than the clips')
+        strips.append(film_strip(folder / name, task.classes[int(label)], task.classes[int(prediction['pred_label'])]))
+    return strips
+
+
+def draw_predictions(task: Task, test_dir: Path, path: Path) -> dict[str, Path]:
+    """Draws the contact sheet. Returns what else there is to look at, by what it is."""
+    if task.classes:
+        dump = test_dir / 'predictions.pkl'
+        join(film_strips(task, pickle.loads(dump.read_bytes())), path)
+        return {'all predictions': dump}
     pictures = test_dir / 'pictures' / task.drawings
-    files = {
-        'predictions': work_dir / 'predictions.png',
-        'loss curve': work_dir / 'loss.png',
-        'more pictures': pictures,
-        'checkpoint': checkpoint_of(train_dir),
-    }
-    contact_sheet(sorted(pictures.iterdir())[:NUM_PICTURES], files['predictions'])
+    # The toolbox puts ground truth and prediction side by side.
+    join([cv2.imread(str(p)) for p in sorted(pictures.iterdir())[:NUM_PICTURES]], path, ('ground truth', 'prediction'))
+    return {'more pictures': pictures}
+
+
+def read_metrics(task: Task, test_dir: Path) -> dict[str, float]:
+    """The metrics of a test as shares of the best value, by their titles."""
+    logged = json.loads(newest(test_dir, '*/[0-9]*.json').read_text())
+    return {title: logged[key] / task.full_score for title, key in task.metrics.items()}
+
+
+def draw_summaries(task: Task, work_dir: Path, train_dir: Path, test_dir: Path) -> dict[str, Path]:
+    """Draws predictions and loss curve. Returns all that there is to look at, by what it is."""
+    files = {'predictions': work_dir / 'predictions.png', 'loss curve': work_dir / 'loss.png'}
+    files |= draw_predictions(task, test_dir, files['predictions'])
     plot_loss(read_scalars(newest(train_dir, '*/vis_data/scalars.json')), task, files['loss curve'])
-    metrics = json.loads(metrics_file.read_text())
-    print()
-    for title, key in task.metrics.items():
-        print(f'{title:<8} {metrics[key] / task.full_score:.3f}')
-    for title, path in files.items():
-        print(f'{title}: {path}')
-    return all(metrics[key] / task.full_score >= task.least for key in task.metrics.values())
+    return files | {'checkpoint': checkpoint_of(train_dir)}
 
 
-def demo(task: Task, work_dir: Path, processes: int) -> bool:
-    """Runs all steps. Returns whether the result is good enough."""
+def judge(task: Task, test_dir: Path, control_dirs: dict[str, Path]) -> list[str]:
+    """Prints the metrics of the test and of the controls. Returns what is wrong with them."""
+    wrong = []
+    metrics = read_metrics(task, test_dir)
+    for title, value in metrics.items():
+        print(f'{title:<8} {value:.3f}')
+    if any(value < task.least for value in metrics.values()):
+        wrong.append(f'The result is too poor: at least {task.least} was expected of each.')
+    for name, folder in control_dirs.items():
+        for title, value in read_metrics(task, folder).items():
+            print(f'{title:<8} {value:.3f} with {name}: chance is {1 / len(task.classes)}, at most {task.most} passes')
+            if value > task.most:
+                wrong.append(f'With {name} the result is better than chance: at most {task.most} was expected.')
+    return wrong
+
+
+def demo(task: Task, work_dir: Path, processes: int) -> list[str]:
+    """Runs all steps. Returns what is wrong with the result."""
     train_dir, test_dir = work_dir / 'train', work_dir / 'test'
+    control_dirs = {name: work_dir / f'test_{split}' for name, split in task.controls.items()}
 
     def make_data() -> None:
-        run(sys.executable, 'tools/misc/make_shapes_coco.py', DATA)
+        run(sys.executable, task.maker, task.data)
 
     def train() -> None:
         run('tools/dist_train.sh', task.config, processes, '--work-dir', train_dir)
 
-    def test() -> None:
-        run(
-            'tools/dist_test.sh',
-            task.config,
-            checkpoint_of(train_dir),
-            processes,
-            '--work-dir',
-            test_dir,
-            '--show-dir',
-            test_dir / 'pictures',
-        )
+    def test(folder: Path, *arguments: str | Path) -> None:
+        run('tools/dist_test.sh', task.config, checkpoint_of(train_dir), processes, '--work-dir', folder, *arguments)
+
+    def evaluate() -> None:
+        if task.classes:
+            test(test_dir, '--dump', test_dir / 'predictions.pkl')
+        else:
+            test(test_dir, '--show-dir', test_dir / 'pictures')
+
+    def control(name: str) -> None:
+        dataset, split = 'test_dataloader.dataset', task.controls[name]
+        options = f'{dataset}.ann_file={split}.txt', f'{dataset}.data_prefix.video={split}'
+        test(control_dirs[name], '--cfg-options', *options)
 
     training, testing = task.seconds
-    steps = {'make the data set': (15, make_data), 'train': (training, train), 'evaluate and draw': (testing, test)}
+    steps = {'make the data set': (15, make_data), 'train': (training, train), 'evaluate and draw': (testing, evaluate)}
+    steps |= {f'evaluate with {name}': (testing, partial(control, name)) for name in task.controls}
     timing = Steps(task.title, {title: seconds for title, (seconds, _) in steps.items()})
     timing.announce()
     for title, (_, action) in steps.items():
         timing.begin(title)
         action()
-    good = show_result(task, work_dir, train_dir, test_dir)
+    files = draw_summaries(task, work_dir, train_dir, test_dir)
+    print()
+    wrong = judge(task, test_dir, control_dirs)
+    for title, path in files.items():
+        print(f'{title}: {path}')
     print(f'Done in {minutes(time.monotonic() - timing.start)}.')
-    return good
+    return wrong
 
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--task', choices=TASKS, default='det', help='default: %(default)s')
-    parser.add_argument('--work-dir', type=Path, help='default: work_dirs/demo, work_dirs/demo_seg')
+    parser.add_argument('--work-dir', type=Path, help='default: work_dirs/demo, demo_seg or demo_video')
     parser.add_argument('--processes', type=int, default=2, help='default: %(default)s, one for each core')
     args = parser.parse_args()
     if args.processes < 1:
@@ -257,14 +352,13 @@ def main() -> int:
     task = TASKS[args.task]
     work_dir = args.work_dir or ROOT / 'work_dirs' / ('demo' if args.task == 'det' else f'demo_{args.task}')
     try:
-        good = demo(task, work_dir.resolve(), args.processes)
+        wrong = demo(task, work_dir.resolve(), args.processes)
     except DemoError as error:
         print(f'\nThe demo stopped: {error}', file=sys.stderr)
         return 1
-    if not good:
-        print(f'The result is too poor: at least {task.least} was expected of each.', file=sys.stderr)
-        return 1
-    return 0
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == '__main__':

@@ -23,6 +23,7 @@ def shrink_data(cfg: Config) -> Config:
     shrink_inputs(cfg, FACTOR)
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].batch_size = 2 if split == 'train' else 1
+    cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline  # which mmaction's inference_recognizer takes
     cfg.train_cfg.update(max_epochs=1, val_interval=1)
     return cfg
 

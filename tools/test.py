@@ -11,6 +11,8 @@ from mmengine.config import Config, ConfigDict
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
 from swinv2_mm.engine import checks, launch
 
+VIDEO_HOOK = 'swinv2_mm.engine.video_visualization.VideoVisualizationHook'
+
 
 def parse_args() -> argparse.Namespace:
     """Read the command line: the flags of the three toolboxes' own scripts."""
@@ -81,18 +83,21 @@ def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
     Raises:
         ValueError: The config has no such hook.
     """
+    scope = cfg.get('default_scope')
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise ValueError('--show and --show-dir need default_hooks.visualization in the config')
+    if scope == 'mmaction' and hook.type == 'VisualizationHook':
+        hook.type = VIDEO_HOOK  # mmaction's own fails on any video
     hook.show = args.show
     hook.wait_time = args.wait_time
-    hook['enable' if cfg.get('default_scope') == 'mmaction' else 'draw'] = True
-    if cfg.get('default_scope') == 'mmseg':
-        hook.interval = 1  # its default draws every 50th image
-        if args.show_dir:
-            cfg.visualizer.save_dir = args.show_dir
+    hook['enable' if scope == 'mmaction' else 'draw'] = True
+    if scope in ('mmaction', 'mmseg'):
+        hook.interval = 1  # their defaults draw every 5000th video, every 50th image
+    if scope == 'mmseg' and args.show_dir:
+        cfg.visualizer.save_dir = args.show_dir
     elif args.show_dir:
-        hook['out_dir' if cfg.get('default_scope') == 'mmaction' else 'test_out_dir'] = args.show_dir
+        hook['out_dir' if scope == 'mmaction' else 'test_out_dir'] = args.show_dir
 
 
 def use_tta(cfg: Config) -> None:

@@ -22,7 +22,7 @@ model = dict(
 
 # Data: whole clips as they are. A flip would turn a class into another one.
 data_root = 'data/motion_clips/'
-pipeline = [
+train_pipeline = val_pipeline = test_pipeline = [
     dict(_scope_='mmaction', type='DecordInit'),
     dict(_scope_='mmaction', type='SampleFrames', clip_len=8, frame_interval=1, num_clips=1, test_mode=True),
     dict(_scope_='mmaction', type='DecordDecode'),
@@ -31,12 +31,12 @@ pipeline = [
 ]
 train_dataloader = dict(
     num_workers=0,  # the cores are busy with the training itself
-    dataset=dict(data_root=data_root, ann_file='train.txt', data_prefix=dict(video='train'), pipeline=pipeline),
+    dataset=dict(data_root=data_root, ann_file='train.txt', data_prefix=dict(video='train'), pipeline=test_pipeline),
 )
 val_dataloader = dict(
     batch_size=8,
     num_workers=0,
-    dataset=dict(data_root=data_root, ann_file='val.txt', data_prefix=dict(video='val'), pipeline=pipeline),
+    dataset=dict(data_root=data_root, ann_file='val.txt', data_prefix=dict(video='val'), pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(metric_options=dict(top_k_accuracy=dict(topk=(1,))))

@@ -57,7 +57,8 @@ class VideoDataset(MMActionVideoDataset):
             reason = next(iter(str(error).strip().splitlines()[-1:]), type(error).__name__)
             message = f'{self.get_data_info(idx)["filename"]} cannot be read as a video ({reason})'
             if self.skip_unreadable and not self.test_mode:
-                print_log(f'Skipped: {message}', logger='current', level=logging.WARNING)
+                # an error, because mmengine keeps warnings of all processes but the first to itself
+                print_log(f'Skipped: {message}', logger='current', level=logging.ERROR)
                 return None
             way_out = 'replace it, or take it off the list'
             if not self.test_mode:

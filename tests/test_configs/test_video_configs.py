@@ -60,6 +60,12 @@ def test_builds(name):
     assert model.cls_head.in_channels == model.backbone.num_features[-1]
 
 
+@pytest.mark.parametrize('name', LEAVES)
+def test_the_pipeline_that_mmactions_apis_take_is_that_of_the_test(name):
+    cfg = read(name)
+    assert cfg.test_pipeline == cfg.test_dataloader.dataset.pipeline
+
+
 @pytest.mark.parametrize('name', PAPER)
 def test_the_smaller_backbone_of_the_readme_fits(name):
     readme = (CONFIGS / 'README.md').read_text()

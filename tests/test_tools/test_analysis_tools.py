@@ -11,15 +11,22 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
+from nano_video import shrink, write_kinetics400
 from tiny_data import write_frames, write_segments
+
+from swinv2_mm.engine import launch
 
 REPOSITORY = Path(__file__).parents[2]
 TOOLS = REPOSITORY / 'tools' / 'analysis_tools'
 TINY = Path(__file__).parent / 'tiny'
 NANO = dict(embed_dims=16, depths=(2, 1, 3, 1), num_heads=(1, 2, 4, 8))
 TINY_ARCH = dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
+SMALL_ARCH = dict(TINY_ARCH, depths=(2, 2, 18, 2))
 BASE_ARCH = dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
+LARGE_ARCH = dict(embed_dims=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48))
+VIDEO = REPOSITORY / 'configs/video/swinv2_t_k400_224x224x32.py'
 
 
 @pytest.fixture(scope='module')
@@ -47,37 +54,42 @@ def assert_one_error(result, text):
 # ---------------------------------------------------------------- FLOPs
 
 
-def multiply_adds(arch, window, height, width, norm=5, bias=True):
+def multiply_adds(arch, window, size, patch=(4, 4), norm=5, bias=True):
     """Swin V2 without its output norms: multiply-adds by the sizes of all products.
 
-    `norm` is what an element counts that is normed, `bias` whether the MLP of the position bias counts.
+    `window`, `size` and `patch` have a number per axis; `norm` is what an element counts that is normed, `bias` whether
+    the MLP of the position bias counts.
     """
     count = 0
     dim = arch['embed_dims']
-    h, w = math.ceil(height / 4), math.ceil(width / 4)
-    count += h * w * dim * (3 * 4 * 4 + norm)  # patch embedding and its norm
+    grid = [math.ceil(s / p) for s, p in zip(size, patch, strict=True)]
+    count += math.prod(grid) * dim * (3 * math.prod(patch) + norm)  # patch embedding and its norm
     stages = list(zip(arch['depths'], arch['num_heads'], strict=True))
     for i, (depth, heads) in enumerate(stages):
-        wh, ww = min(h, window), min(w, window)
-        padded = math.ceil(h / wh) * wh * math.ceil(w / ww) * ww  # tokens that attention sees
-        offsets = (2 * window - 1) ** 2
-        block = h * w * 3 * dim * dim  # queries, keys, values
-        block += 2 * padded * wh * ww * dim  # their products with each other, and the weights with the values
-        block += bias * math.ceil(offsets / 64) * 64 * 512 * (2 + heads)  # rows come in blocks of 64
-        block += h * w * dim * dim  # projection
-        block += 2 * h * w * dim * 4 * dim  # MLP
-        block += 2 * h * w * dim * norm  # after attention and MLP
+        clipped = [min(g, w) for g, w in zip(grid, window, strict=True)]
+        # tokens that attention sees
+        padded = math.prod(math.ceil(g / w) * w for g, w in zip(grid, clipped, strict=True))
+        tokens = math.prod(grid)
+        offsets = math.prod(2 * w - 1 for w in window)
+        block = tokens * 3 * dim * dim  # queries, keys, values
+        block += (
+            2 * padded * math.prod(clipped) * dim
+        )  # their products with each other, and the weights with the values
+        block += bias * math.ceil(offsets / 64) * 64 * 512 * (len(grid) + heads)  # rows come in blocks of 64
+        block += tokens * dim * dim  # projection
+        block += 2 * tokens * dim * 4 * dim  # MLP
+        block += 2 * tokens * dim * norm  # after attention and MLP
         count += depth * block
         if i < len(stages) - 1:
-            h, w = math.ceil(h / 2), math.ceil(w / 2)
-            count += h * w * (4 * dim * 2 * dim + 2 * dim * norm)  # merging and its norm
+            grid = [*grid[:-2], math.ceil(grid[-2] / 2), math.ceil(grid[-1] / 2)]
+            count += math.prod(grid) * (4 * dim * 2 * dim + 2 * dim * norm)  # merging and its norm
             dim *= 2
     return count
 
 
-def output_norm(arch, height, width):
-    """The norm of the last stage, for sizes that 32 divides."""
-    return height // 32 * (width // 32) * arch['embed_dims'] * 8 * 5
+def output_norm(arch, tokens):
+    """The norm of the last stage."""
+    return tokens * arch['embed_dims'] * 8 * 5
 
 
 def backbone_config(arch, window, **others):
@@ -90,8 +102,8 @@ def backbone_config(arch, window, **others):
     return cfg
 
 
-def count_backbone(get_flops, cfg, size):
-    result = get_flops.complexity(cfg, (3, *size))
+def count_backbone(get_flops, cfg, shape):
+    result = get_flops.complexity(cfg, shape)
     return next(flops for name, flops, _ in result.parts if name == 'backbone')
 
 
@@ -106,7 +118,8 @@ def count_backbone(get_flops, cfg, size):
 )
 def test_the_flops_of_the_backbone_are_those_of_its_products(tool, window, size, others):
     cfg = backbone_config(NANO, window, **others)
-    assert count_backbone(tool('get_flops'), cfg, size) == multiply_adds(NANO, window, *size) + output_norm(NANO, *size)
+    expected = multiply_adds(NANO, (window, window), size) + output_norm(NANO, 2 * 3)
+    assert count_backbone(tool('get_flops'), cfg, (3, *size)) == expected
 
 
 @pytest.mark.parametrize(
@@ -115,10 +128,59 @@ def test_the_flops_of_the_backbone_are_those_of_its_products(tool, window, size,
 )
 def test_the_flops_at_256_pixels_are_those_that_microsoft_publishes(tool, arch, window, published):
     """Microsoft's figures leave the position bias out and count 1 for a normed element; they are less by up to 2%."""
-    assert round(multiply_adds(arch, window, 256, 256, norm=1, bias=False) / 1e9, 1) == published
-    flops = count_backbone(tool('get_flops'), backbone_config(arch, window), (256, 256))
-    assert flops == multiply_adds(arch, window, 256, 256) + output_norm(arch, 256, 256)
+    windows, size = (window, window), (256, 256)
+    assert round(multiply_adds(arch, windows, size, norm=1, bias=False) / 1e9, 1) == published
+    flops = count_backbone(tool('get_flops'), backbone_config(arch, window), (3, *size))
+    assert flops == multiply_adds(arch, windows, size) + output_norm(arch, 8 * 8)
     assert flops / 1e9 == pytest.approx(published, rel=0.02)
+
+
+def video_config(arch, window, **others):
+    """SwinV2-T's recognizer with another backbone."""
+    cfg = Config.fromfile(VIDEO)
+    cfg.model.backbone.update(arch=arch, window_size=window, init_cfg=None, **others)
+    cfg.model.cls_head.in_channels = arch['embed_dims'] * 8
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ('window', 'size', 'patch', 'others'),
+    [
+        ((2, 4, 4), (8, 64, 96), (2, 4, 4), {}),
+        ((8, 7, 7), (8, 64, 96), (2, 4, 4), {}),  # windows longer than the clip, padding, and both in the last stages
+        ((3, 4, 4), (7, 64, 96), (2, 4, 4), {}),  # half a patch at the end, and half a window
+        ((4, 4, 4), (4, 64, 96), (1, 4, 4), dict(sequential_stages=(0, 1), with_cp=True)),
+    ],
+)
+def test_the_flops_of_the_backbone_for_video_are_those_of_its_products(tool, window, size, patch, others):
+    cfg = video_config(NANO, window, patch_size=patch, **others)
+    tokens = math.ceil(size[0] / patch[0]) * 2 * 3  # only height and width are merged
+    expected = multiply_adds(NANO, window, size, patch) + output_norm(NANO, tokens)
+    assert count_backbone(tool('get_flops'), cfg, (1, 3, *size)) == expected
+
+
+def test_all_views_of_a_video_share_one_position_bias(tool):
+    window, size, patch = (2, 4, 4), (4, 32, 32), (2, 4, 4)
+    one, two = (count_backbone(tool('get_flops'), video_config(NANO, window), (views, 3, *size)) for views in (1, 2))
+    assert two - one == multiply_adds(NANO, window, size, patch, bias=False) + output_norm(NANO, 2)
+
+
+@pytest.mark.parametrize(
+    ('arch', 'published'),
+    [(TINY_ARCH, 88), (SMALL_ARCH, 166), (BASE_ARCH, 282), (LARGE_ARCH, 604)],
+)
+def test_the_formula_gives_the_flops_that_video_swin_publishes(arch, published):
+    """In mmaction's metafile too, for 32x224x224; Swin V1 has no MLP for its position bias."""
+    assert round(multiply_adds(arch, (8, 7, 7), (32, 224, 224), (2, 4, 4), bias=False) / 1e9) == published
+
+
+@pytest.mark.slow
+def test_get_flops_counts_a_view_of_a_video():
+    output = run('get_flops.py', VIDEO, '--shape', 8, 64, 64, '--cfg-options', 'model.backbone.init_cfg=None').stdout
+    assert 'Input shape: 1 3 8 64 64' in output
+    flops = multiply_adds(TINY_ARCH, (8, 7, 7), (8, 64, 64), (2, 4, 4)) + output_norm(TINY_ARCH, 4 * 2 * 2)
+    assert f'{flops / 1e9:.3f} G' in output
+    assert '307.200 K' in output  # 768 channels for each of 400 classes
 
 
 def two_stage_config(proposals, masks):
@@ -212,6 +274,7 @@ def test_a_head_that_cannot_be_traced_is_left_out_and_named(tool):
         ('NCHW', [64], (1, 3, 64, 64)),
         ('NCHW', [8, 64, 96], (8, 3, 64, 96)),
         ('NCTHW', [8, 64, 96], (1, 3, 8, 64, 96)),
+        ('NCTHW', None, (1, 3, 32, 224, 224)),
         ('NCTHW', [2, 3, 8, 64, 96], (2, 3, 8, 64, 96)),
     ],
 )
@@ -271,12 +334,17 @@ def test_warm_up_is_not_timed_and_data_are_not_either(tool):
     def data():
         while True:
             time.sleep(0.05)
-            yield dict(inputs=[0, 0])
+            yield dict(inputs=[torch.zeros(3, 8, 8)] * 2)
 
     figures = tool('benchmark').measure(step, data(), iterations=4, warmup=2, log_interval=100)
     assert len(seen) == 6
     assert figures.images == [2] * 4
     assert all(0.01 <= seconds < 0.04 for seconds in figures.seconds)
+
+
+def test_each_view_of_a_video_counts_as_a_clip(tool):
+    assert tool('benchmark').count([torch.zeros(12, 3, 4, 8, 8), torch.zeros(3, 3, 4, 8, 8)]) == 15
+    assert tool('benchmark').count([torch.zeros(8, 3, 8, 8)]) == 1  # frames of one clip
 
 
 @pytest.mark.slow
@@ -296,6 +364,16 @@ def test_inference_and_training_on_the_data_of_the_config_are_timed(shapes):
     for task in ('inference', 'train'):
         options = ['--task', task, '--max-iter', 6, '--cfg-options', f'data_root={shapes}']  # more than there are
         assert ' img/s' in run('benchmark.py', TINY / 'det.py', *options).stdout
+
+
+@pytest.mark.slow
+def test_inference_and_training_of_a_recognizer_are_timed_by_the_clip(clips):
+    """On a random clip, for which no data are needed, and on the data of the config, whose test has 12 views."""
+    for task, data in (('train', ['--shape', 32, 28, 28]), ('inference', [])):
+        output = run(
+            'benchmark.py', clips / 'config.py', '--task', task, '--max-iter', 2, '--num-warmup', 1, *data
+        ).stdout
+        assert 'median ms/clip' in output
 
 
 @pytest.mark.slow
@@ -324,6 +402,16 @@ def segments(tmp_path):
 @pytest.fixture
 def frames(tmp_path):
     return write_frames(tmp_path / 'video')
+
+
+@pytest.fixture(scope='module')
+def clips(tmp_path_factory):
+    """A nano recognizer's config.py, and its data."""
+    folder = tmp_path_factory.mktemp('clips')
+    data = write_kinetics400(folder / 'kinetics400')
+    cfg = shrink(launch.load_config(str(VIDEO), dict(data_root=str(data))))
+    cfg.dump(folder / 'config.py')
+    return folder
 
 
 def assert_not_blank(path):
@@ -371,6 +459,17 @@ def test_clips_are_drawn_with_the_arguments_of_mmaction_and_with_ours(frames, tm
     for path in drawn:
         if path.suffix == '.png':  # not films, which moviepy writes where it is installed
             assert_not_blank(path)
+
+
+@pytest.mark.slow
+def test_training_clips_of_a_recognizer_are_drawn(clips, tmp_path):
+    """Through the script of mmaction: as many frames as a clip has, of both videos."""
+    run('browse_dataset.py', clips / 'config.py', '--not-show', '--output-dir', tmp_path)
+    pictures = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*.png'))
+    if importlib.util.find_spec('moviepy') is None:  # else they are films
+        assert pictures == sorted(f'video_{video}/frames_0/{frame}.png' for video in range(2) for frame in range(32))
+    for path in tmp_path.rglob('*.png'):
+        assert_not_blank(path)
 
 
 # ---------------------------------------------------------------- logs

@@ -10,15 +10,22 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import psutil
 import pytest
 import torch
+from decord import VideoReader
+from mmengine.registry import DefaultScope
+from nano_video import shrink, write_kinetics400
 from tiny_data import write_frames, write_segments
-from tool_runs import TOOLS, command, environment, free_port, run
+from tool_runs import REPOSITORY, TOOLS, check_training, command, environment, free_port, run
 
 import swinv2_mm  # noqa: F401  lets torch.load read checkpoints of mmengine
+from swinv2_mm.engine import launch
 
 TINY = Path(__file__).parent / 'tiny'
+VIDEO = REPOSITORY / 'configs/video/swinv2_t_k400_224x224x32.py'
 
 pytestmark = [
     pytest.mark.slow,
@@ -220,10 +227,165 @@ def test_segmentation_trains_and_tests(tmp_path):
 
 
 def test_video_trains_and_tests(tmp_path):
-    """mmaction: with the mends that its wheel needs."""
+    """mmaction: with the mends that its wheel needs, and with pictures where the config names its hook, which fails."""
     write_frames(tmp_path / 'video')
     options = ['--work-dir', 'work', '--cfg-options', 'data_root=video']
     run(tmp_path, 'train.py', TINY / 'video.py', *options)
-    run(tmp_path, 'test.py', TINY / 'video.py', 'work/epoch_1.pth', '--dump', 'a.pkl', *options)
-    assert len(pickle.loads((tmp_path / 'a.pkl').read_bytes())) == 4
+    options += ['test_dataloader.dataset.indices=3']  # in batches of two
+    run(tmp_path, 'test.py', TINY / 'video.py', 'work/epoch_1.pth', '--dump', 'a.pkl', '--show-dir', 'drawn', *options)
+    assert len(predictions(tmp_path / 'a.pkl')) == 3
     assert 0 <= scores(tmp_path / 'work')['acc/top1'] <= 1
+    drawn = sorted(path.relative_to(tmp_path / 'drawn').as_posix() for path in tmp_path.glob('drawn/**/*.png'))
+    assert drawn == [f'{video}_0/frames_0/{frame}.png' for video in range(3) for frame in range(2)]
+
+
+# ---------------------------------------------------------------- clips
+
+
+@pytest.fixture(scope='module')
+def recognizer(tmp_path_factory):
+    """A nano recognizer after an epoch on two processes, and its predictions; a larger head makes these differ."""
+    folder = tmp_path_factory.mktemp('recognizer')
+    write_kinetics400(folder / 'kinetics400', frames=80)
+    cfg = shrink(launch.load_config(str(VIDEO), dict(data_root=str(folder / 'kinetics400'))))
+    cfg.dump(folder / 'config.py')
+    run(folder, 'dist_train.sh', 'config.py', 2, '--work-dir', 'work', '--seed', 0)
+    check_training(folder / 'work')
+    checkpoint = torch.load(folder / 'work/epoch_1.pth', weights_only=True)
+    head = checkpoint['state_dict']['cls_head.fc_cls.weight']
+    head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(0)))
+    torch.save(dict(state_dict=checkpoint['state_dict']), folder / 'model.pth')
+    run(folder, 'test.py', 'config.py', 'model.pth', '--dump', 'predictions.pkl')
+    return folder
+
+
+def predictions(path: Path) -> list[dict]:
+    """What a test has saved."""
+    return pickle.loads(path.read_bytes())
+
+
+def test_one_and_two_processes_recognize_the_same(recognizer, tmp_path):
+    """Three videos on two processes. The list has the first prediction's class, and the second best of the others."""
+    config, checkpoint, first = (
+        recognizer / 'config.py',
+        recognizer / 'model.pth',
+        predictions(recognizer / 'predictions.pkl'),
+    )
+    labels = [video['pred_score'].topk(2).indices[min(i, 1)].item() for i, video in enumerate(first)]
+    (tmp_path / 'list.txt').write_text(''.join(f'{i}.avi {label}\n' for i, label in enumerate(labels)))
+    options = ['--cfg-options', f'test_dataloader.dataset.ann_file={tmp_path}/list.txt']
+    run(
+        tmp_path,
+        'test.py',
+        config,
+        checkpoint,
+        '--work-dir',
+        'one',
+        '--out',
+        'one.pkl',
+        '--show-dir',
+        'drawn',
+        *options,
+    )
+    two = ['--work-dir', 'two', '--dump', 'two.pkl', '--show-dir', 'drawn_by_two', *options]
+    run(tmp_path, 'dist_test.sh', config, checkpoint, 2, *two)
+    one, two = predictions(tmp_path / 'one.pkl'), predictions(tmp_path / 'two.pkl')
+    for alone, left, right, label in zip(first, one, two, labels, strict=True):
+        assert left['gt_label'].item() == right['gt_label'].item() == label
+        assert_close(left['pred_score'], right['pred_score'])
+        assert_close(left['pred_score'], alone['pred_score'])
+    one, two = scores(tmp_path / 'one'), scores(tmp_path / 'two')
+    assert one == two
+    assert one['acc/top1'] == pytest.approx(1 / 3, abs=1e-4)
+    assert one['acc/top5'] == 1
+    check_pictures(tmp_path / 'drawn', [0, 1, 2])
+    check_pictures(tmp_path / 'drawn_by_two', [0, 2])  # by the first process
+
+
+def check_pictures(folder: Path, videos: list[int]) -> None:
+    """There are 32 frames of each video, in which something moves, and which is that video's."""
+    assert {path.name for path in folder.iterdir()} == {f'{video}_0' for video in videos}
+    for video in videos:
+        paths = [folder / f'{video}_0/frames_0/{frame}.png' for frame in range(32)]
+        assert sorted(paths) == sorted(folder.glob(f'{video}_0/*/*'))
+        frames = np.stack([cv2.imread(str(path)) for path in paths]).astype(int)
+        assert frames.shape[1:] == (28, 28, 3)
+        assert frames[:, 16:].std() > 10  # below the text
+        assert abs(frames[0, 16:] - frames[8, 16:]).max() > 50
+
+
+def test_the_views_of_a_video_are_averaged_as_the_head_says(recognizer):
+    """4 clips x 3 crops, each of them predicted alone and averaged by hand: as probabilities, and as logits."""
+    from mmaction.apis import init_recognizer
+    from mmaction.registry import DATASETS
+
+    cfg = launch.load_config(str(recognizer / 'config.py'))
+    model = init_recognizer(cfg, str(recognizer / 'model.pth'), device='cpu')
+    with DefaultScope.overwrite_default_scope('mmaction'):
+        videos = list(DATASETS.build(cfg.test_dataloader.dataset))
+    for video, saved in zip(videos, predictions(recognizer / 'predictions.pkl'), strict=True):
+        logits = predict_views_alone(model, video)
+        mean = logits.softmax(1).mean(0)
+        assert (mean - logits.mean(0).softmax(0)).abs().max() > 1e-3  # the order matters
+        assert_close(saved['pred_score'], mean)
+        model.test_cfg = dict(max_testing_views=5)  # as the configs with many views have it
+        assert_close(predict(model, video), mean)
+        model.test_cfg = None
+        model.cls_head.average_clips = 'score'
+        assert_close(predict(model, video), logits.mean(0))
+        model.cls_head.average_clips = 'prob'
+
+
+def predict_views_alone(model, video: dict) -> torch.Tensor:
+    """Logits (12, 400) of the views of a video, each of which is a video of its own for the model."""
+    assert video['inputs'].shape == (12, 3, 32, 28, 28)
+    logits = []
+    for view in video['inputs']:
+        data = model.data_preprocessor(dict(inputs=[view[None]], data_samples=[video['data_samples']]))
+        with torch.no_grad():
+            logits.append(model.extract_feat(data['inputs'], stage='head')[0])
+    return torch.cat(logits)
+
+
+def predict(model, video: dict) -> torch.Tensor:
+    """Scores (400,) of a video with all its views."""
+    with torch.no_grad():
+        return model.test_step(dict(inputs=[video['inputs']], data_samples=[video['data_samples']]))[0].pred_score
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Scores are equal apart from rounding."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_apis_of_mmaction_recognize_as_the_tools_do(recognizer):
+    """A video by its path: with all views, or with the one that mmaction's inferencers take."""
+    from mmaction.apis import inference_recognizer, init_recognizer
+    from mmaction.apis.inferencers import ActionRecogInferencer, MMAction2Inferencer
+
+    config, checkpoint = str(recognizer / 'config.py'), str(recognizer / 'model.pth')
+    video, saved = str(recognizer / 'kinetics400/videos_val/1.avi'), predictions(recognizer / 'predictions.pkl')[1]
+    model = init_recognizer(config, checkpoint, device='cpu')
+    assert_close(inference_recognizer(model, video).pred_score, saved['pred_score'])
+
+    answers = [
+        ActionRecogInferencer(config, checkpoint, device='cpu')(video)['predictions'][0]['pred_scores'],
+        MMAction2Inferencer(config, checkpoint, device='cpu')(video)['predictions'][0]['rec_scores'][0],
+    ]
+    clip = VideoReader(video).get_batch([8 + 2 * i for i in range(32)]).asnumpy()  # in the middle of 80 frames
+    frames = np.stack([cv2.resize(frame, (37, 28), interpolation=cv2.INTER_LINEAR)[:, 4:32] for frame in clip])
+    view = torch.from_numpy(frames).permute(3, 0, 1, 2)[None]
+    data = model.data_preprocessor(dict(inputs=[view], data_samples=None))
+    with torch.no_grad():
+        expected = model.extract_feat(data['inputs'], stage='head')[0].softmax(1)[0]
+    for answer in answers:
+        assert_close(torch.tensor(answer), expected)
+
+
+def test_curves_of_a_recognizer_are_plotted(recognizer, tmp_path):
+    """Without `--keys`, the curve is that of top-1."""
+    log = next(recognizer.glob('work/2*/vis_data/2*.json'))
+    tool = 'analysis_tools/analyze_logs.py'
+    run(tmp_path, tool, 'plot_curve', log, '--out', 'top1.png')
+    assert cv2.imread(str(tmp_path / 'top1.png')).std() > 1
+    assert 's/iter' in run(tmp_path, tool, 'cal_train_time', log, '--include-outliers')

@@ -2,10 +2,12 @@
 
 python tools/analysis_tools/benchmark.py configs/det/htc_swinv2_t.py --task inference --shape 800 1280
 python tools/analysis_tools/benchmark.py configs/det/htc_swinv2_t.py --checkpoint CKPT --task inference
+python tools/analysis_tools/benchmark.py configs/video/swinv2_t_k400_224x224x32.py --task train --shape 32 224 224
 
 Inference takes random inputs of a given shape, or the images of the test set one by one; training takes the batches of
-the training set. Loading data is not timed. The tasks `dataloader` and `dataset`, which time just that, are those of
-mmdet's script; they run that script with the same arguments.
+the training set, or for video a random clip of a given shape. A clip is one view of a video. Loading data is not timed.
+The tasks `dataloader` and `dataset`, which time just that, are those of mmdet's script; they run that script with the
+same arguments.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config, DictAction
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner, load_checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
 from swinv2_mm.engine import checks, launch
@@ -36,14 +38,14 @@ MMDET_SCRIPT, MMDET_TASKS = 'analysis_tools/benchmark.py', ('dataloader', 'datas
 
 @dataclass
 class Figures:
-    """Result of one run: seconds of each iteration, images in each, and the peak of memory in bytes."""
+    """Result of one run: seconds of each iteration, images or clips in each, and the peak of memory in bytes."""
 
     seconds: list[float]
     images: list[int]
     memory: int
 
     def rates(self) -> tuple[float, float, float]:
-        """Median and fastest milliseconds for an image, and images per second at the median."""
+        """Median and fastest milliseconds for an image or clip, and how many of them go into a second at the median."""
         each = [1000 * s / n for s, n in zip(self.seconds, self.images, strict=True)]
         median = statistics.median(each)
         return median, min(each), 1000 / median
@@ -76,6 +78,11 @@ def make_step(cfg: Config, model: nn.Module, task: str) -> Callable[[dict], obje
     return lambda data: model.train_step(data, optim_wrapper=optimizer)
 
 
+def count(inputs: list[Tensor]) -> int:
+    """Images of a batch, or its clips, of which a video (N, C, T, H, W) has as many as it has views."""
+    return sum(len(x) if x.dim() == 5 else 1 for x in inputs)
+
+
 def measure(step: Callable, data: Iterator[dict], iterations: int, warmup: int, log_interval: int) -> Figures:
     """Run `warmup` iterations, then time each of `iterations`."""
     if torch.cuda.is_available():
@@ -89,9 +96,9 @@ def measure(step: Callable, data: Iterator[dict], iterations: int, warmup: int, 
         if number < 1:
             continue
         figures.seconds.append(time.perf_counter() - start)
-        figures.images.append(len(batch['inputs']))
+        figures.images.append(count(batch['inputs']))
         if number % log_interval == 0:
-            print(f'Done batch [{number}/{iterations}], fps: {figures.rates()[2]:.2f} img/s', flush=True)
+            print(f'Done batch [{number}/{iterations}], fps: {figures.rates()[2]:.2f}', flush=True)
     figures.memory = peak_memory()
     return figures
 
@@ -112,15 +119,15 @@ def peak_memory() -> int:
 # ---------------------------------------------------------------- output
 
 
-def report(runs: list[Figures]) -> str:
-    """Table of the runs."""
+def report(runs: list[Figures], unit: str) -> str:
+    """Table of the runs, in which an image or clip is a `unit`."""
     kind = 'max_memory_allocated of the GPU' if torch.cuda.is_available() else 'peak RSS of the process, no GPU'
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
-    lines = [f'{"run":>5}{"iterations":>12}{"median ms/img":>15}{"fastest":>10}{"img/s":>10}{"memory MiB":>12}']
+    lines = [f'{"run":>5}{"iterations":>12}{f"median ms/{unit}":>16}{"fastest":>10}{f"{unit}/s":>10}{"memory MiB":>12}']
     for number, run in enumerate(runs, start=1):
         median, fastest, rate = run.rates()
         lines.append(
-            f'{number:>5}{len(run.seconds):>12}{median:>15.2f}{fastest:>10.2f}{rate:>10.2f}{run.memory / MIB:>12.0f}'
+            f'{number:>5}{len(run.seconds):>12}{median:>16.2f}{fastest:>10.2f}{rate:>10.2f}{run.memory / MIB:>12.0f}'
         )
     return '\n'.join([*lines, f'Device: {device}. Memory: {kind}.'])
 
@@ -167,7 +174,8 @@ def check(args: argparse.Namespace, cfg: Config) -> tuple[int, ...] | None:
     toolbox(cfg)
     checks.check_backbone(cfg)
     checks.check_checkpoint(args.checkpoint, '--checkpoint')
-    if args.shape and args.task != 'inference':
+    makes_labels = args.task == 'train' and cfg.default_scope == 'mmaction'
+    if args.shape and args.task != 'inference' and not makes_labels:
         raise ValueError(f'--shape makes inputs without labels, and --task {args.task} takes the data of the config')
     if args.shape:
         return input_shape(cfg, args.shape)
@@ -200,8 +208,9 @@ def main() -> None:
         model = fuse_conv_bn(model)
     step, data = make_step(cfg, model, args.task), batches(cfg, args.task, shape)
     settings = (args.max_iter, args.num_warmup, args.log_interval)
-    print(report([measure(step, data, *settings) for _ in range(args.repeat_num)]))
-    if not args.checkpoint:
+    unit = 'clip' if cfg.default_scope == 'mmaction' else 'img'
+    print(report([measure(step, data, *settings) for _ in range(args.repeat_num)], unit))
+    if not args.checkpoint and cfg.default_scope == 'mmdet':
         print('The weights are random: what follows from the number of detections is not that of a trained model.')
 
 

@@ -1,10 +1,11 @@
 """FLOPs and parameters of a detector, a segmentor or a video recognizer, part by part, for an input of a given shape.
 
 python tools/analysis_tools/get_flops.py configs/det/htc_swinv2_t.py --shape 800 1280
+python tools/analysis_tools/get_flops.py configs/video/swinv2_t_k400_224x224x32.py --shape 32 224 224
 
 One FLOP is one multiply-add, as in Microsoft's tables of Swin and in the toolboxes' own scripts; a norm counts 5 for
-each element. What is counted is one forward pass of backbone, neck and heads, traced by mmengine.analysis, without
-post-processing.
+each element. What is counted is one forward pass of backbone, neck and heads, for video on one view, traced by
+mmengine.analysis, without post-processing.
 """
 
 import argparse
@@ -31,6 +32,7 @@ DATA_SAMPLES = {
     'mmaction': 'mmaction.structures.ActionDataSample',
 }
 DEFAULT_SHAPES = {'mmdet': [800, 1280], 'mmseg': [1024, 2048], 'mmaction': [224, 224]}
+DEFAULT_CLIP = [32, 224, 224]  # for video models with an axis for time
 REST = 'in between'  # what is computed outside of the parts
 REGIONS = (10, 20)  # numbers of proposals that a two-stage detector is traced with
 
@@ -88,7 +90,8 @@ def input_shape(cfg: Config, shape: list[int] | None) -> tuple[int, ...]:
         ValueError: The numbers do not fit the toolbox or the model.
     """
     scope = toolbox(cfg)
-    given = shape or DEFAULT_SHAPES[scope]
+    three_axes = (cfg.model.get('data_preprocessor') or {}).get('format_shape', 'NCHW') == 'NCTHW'
+    given = shape or (DEFAULT_CLIP if scope == 'mmaction' and three_axes else DEFAULT_SHAPES[scope])
     if min(given) < 1:
         raise ValueError(f'--shape must be positive numbers, got {_join(given)}')
     size = given * 2 if len(given) == 1 else given
@@ -97,7 +100,6 @@ def input_shape(cfg: Config, shape: list[int] | None) -> tuple[int, ...]:
         if len(size) != 2:
             raise ValueError(f'--shape of an image takes one or two numbers (H W), got {_join(given)}')
         return (channels, *size)
-    three_axes = (cfg.model.get('data_preprocessor') or {}).get('format_shape', 'NCHW') == 'NCTHW'
     whole = 5 if three_axes else 4
     if len(size) == whole:
         return tuple(size)
@@ -109,10 +111,15 @@ def input_shape(cfg: Config, shape: list[int] | None) -> tuple[int, ...]:
 
 
 def random_data(cfg: Config, shape: tuple[int, ...]) -> dict[str, list]:
-    """One random sample as a data loader gives it: uint8 (C, H, W), or the shape of a video, and its data sample."""
+    """One random sample as a data loader gives it: uint8 (C, H, W), or the shape of a video, and its data sample.
+
+    A video is of the first class, so that a training can take it; objects and segments it would need are not made up.
+    """
     sample = get_object_from_string(DATA_SAMPLES[cfg.default_scope])()
     size = shape[-2:]
     sample.set_metainfo(dict(img_id=0, ori_shape=size, img_shape=size, pad_shape=size, scale_factor=(1.0, 1.0)))
+    if cfg.default_scope == 'mmaction':
+        sample.set_gt_label(0)
     return dict(inputs=[torch.randint(0, 256, shape, dtype=torch.uint8)], data_samples=[sample])
 
 
@@ -268,7 +275,7 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         metavar='N',
         help='input: one side of a square, H W, or for video T H W or all axes '
-        '(default: 800 1280 for mmdet, 1024 2048 for mmseg, 224 224 for mmaction)',
+        '(default: 800 1280 for mmdet, 1024 2048 for mmseg, 32 224 224 for clips, 224 224 for frames)',
     )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='change the config: key=value')
     return parser.parse_args()

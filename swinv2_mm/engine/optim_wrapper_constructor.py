@@ -65,6 +65,12 @@ class SwinV2OptimWrapperConstructor(DefaultOptimWrapperConstructor):
             for group in params:
                 (param,) = group['params']
                 self.finish_group(group, names[id(param)], module)
+            exempt = sum(group.get('weight_decay') == 0 for group in params)
+            print_log(  # what mmengine has logged by now is without these exemptions
+                f'paramwise_options -- no weight decay for {exempt} of {len(params)} parameters: norms, biases, '
+                f'{", ".join(NO_DECAY)}',
+                logger='current',
+            )
 
     def finish_group(self, group: dict, name: str, model: nn.Module) -> None:
         """Change what mmengine settled for the parameter `name` of `model`, the only one of its group."""

@@ -1,6 +1,11 @@
 """Configs at a size that a CPU trains in a second: what they have in common."""
 
-from mmengine.config import Config
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
 ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
@@ -37,3 +42,16 @@ def train_a_step(cfg: Config) -> Runner:
     assert all(p in stepped for p in trainable), 'some parameters got no gradient'
     assert all(p.isfinite().all() for p in trainable)
     return runner
+
+
+def trial_arguments(configs: Path) -> list[str]:
+    """What a folder's README says to put on the command line for a smaller backbone."""
+    readme = (configs / 'README.md').read_text()
+    return shlex.split(re.search(r'A smaller backbone for a trial: `(.*?)`', readme, re.DOTALL)[1])
+
+
+def smaller_backbone(configs: Path) -> dict:
+    """The same as options of a config."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    return parser.parse_args(trial_arguments(configs)).cfg_options

@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import shlex
 from pathlib import Path
 
 import cv2
@@ -14,9 +12,11 @@ from tool_runs import REPOSITORY, check_training, metrics, run
 from swinv2_mm.engine import launch
 
 pytest.importorskip('mmdet')
+from nano import trial_arguments
 from nano_det import shrink_data, shrink_heads, write_objects365
 
 DATA = Path(os.environ.get('SWINV2_MM_DATA', REPOSITORY.parent / 'shared' / 'data'))
+NANO = trial_arguments(REPOSITORY / 'configs/det')
 needs = {
     name: pytest.mark.skipif(not (DATA / name).is_dir(), reason=f'{DATA / name} does not exist')
     for name in ('coco_mini', 'coco_metric_check')
@@ -92,12 +92,6 @@ def write_config(name: str, data: Path, folder: Path) -> Path:
     return folder / f'{name}.py'
 
 
-def nano_options() -> list[str]:
-    """The options for a smaller backbone that the README recommends for a trial."""
-    readme = (REPOSITORY / 'configs/det/README.md').read_text()
-    return shlex.split(re.search(r'A smaller backbone for a trial: `(.*?)`', readme, re.DOTALL)[1])
-
-
 def check_one_and_two_processes(config: Path, checkpoint: Path, folder: Path, *options: str) -> None:
     """Five images on two processes: one of them is seen twice, and must count once."""
     run(folder, 'dist_test.sh', config, checkpoint, 2, '--work-dir', 'two', *options)
@@ -127,14 +121,14 @@ def test_objects365_then_coco_then_the_test_systems(data, tmp_path):
         write_config(name, data, tmp_path)
         for name in ('htc_swinv2_g_objects365', 'htc_swinv2_g', 'htc_swinv2_g_w48_tta')
     )
-    run(tmp_path, 'dist_train.sh', first, 2, '--work-dir', 'first', *nano_options())
+    run(tmp_path, 'dist_train.sh', first, 2, '--work-dir', 'first', *NANO)
     check_training(tmp_path / 'first')
-    options = [*nano_options(), 'load_from=first/iter_1.pth']
+    options = [*NANO, 'load_from=first/iter_1.pth']
     log = run(tmp_path, 'dist_train.sh', second, 2, '--work-dir', 'second', *options)
     check_training(tmp_path / 'second')
     assert 'size mismatch for roi_head.bbox_head.2.fc_cls.weight' in log
     assert 'size mismatch for backbone' not in log
-    check_one_and_two_processes(systems, tmp_path / 'second/iter_1.pth', tmp_path, '--tta', *nano_options())
+    check_one_and_two_processes(systems, tmp_path / 'second/iter_1.pth', tmp_path, '--tta', *NANO)
 
 
 def simple_images(annotations: dict, number: int) -> dict:

@@ -1,16 +1,13 @@
 """Segmentation configs: they build, hold the paper's numbers, and train."""
 
-import argparse
-import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
-from nano import train_a_step
+from nano import smaller_backbone, train_a_step
 from nano_seg import shrink, write_ade20k
 
 from swinv2_mm.checkpoints import releases
@@ -57,11 +54,7 @@ def test_builds(name):
 
 @pytest.mark.parametrize('name', PAPER)
 def test_the_smaller_backbone_of_the_readme_fits(name):
-    readme = (CONFIGS / 'README.md').read_text()
-    line = re.search(r'A smaller backbone for a trial: `--cfg-options (.*?)`', readme, re.DOTALL)[1]
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--options', nargs='+', action=DictAction)
-    cfg = launch.load_config(str(CONFIGS / f'{name}.py'), parser.parse_args(['--options', *shlex.split(line)]).options)
+    cfg = launch.load_config(str(CONFIGS / f'{name}.py'), smaller_backbone(CONFIGS))
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
     assert model.backbone.num_features == list(model.decode_head.in_channels) == [32, 64, 128, 256]

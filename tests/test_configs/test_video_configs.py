@@ -1,16 +1,14 @@
 """Video configs: they build, hold the numbers of the paper and of Video Swin, and train."""
 
-import argparse
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
-from nano import train_a_step
+from nano import smaller_backbone, train_a_step
 from nano_video import shrink, write_kinetics400
 
 from swinv2_mm.checkpoints import releases
@@ -68,11 +66,7 @@ def test_the_pipeline_that_mmactions_apis_take_is_that_of_the_test(name):
 
 @pytest.mark.parametrize('name', PAPER)
 def test_the_smaller_backbone_of_the_readme_fits(name):
-    readme = (CONFIGS / 'README.md').read_text()
-    line = re.search(r'A smaller backbone for a trial: `--cfg-options (.*?)`', readme, re.DOTALL)[1]
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--options', nargs='+', action=DictAction)
-    cfg = launch.load_config(str(CONFIGS / f'{name}.py'), parser.parse_args(['--options', *shlex.split(line)]).options)
+    cfg = launch.load_config(str(CONFIGS / f'{name}.py'), smaller_backbone(CONFIGS))
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
     assert model.backbone.num_features[-1] == model.cls_head.in_channels == 256

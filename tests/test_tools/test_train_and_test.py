@@ -266,27 +266,13 @@ def predictions(path: Path) -> list[dict]:
 
 def test_one_and_two_processes_recognize_the_same(recognizer, tmp_path):
     """Three videos on two processes. The list has the first prediction's class, and the second best of the others."""
-    config, checkpoint, first = (
-        recognizer / 'config.py',
-        recognizer / 'model.pth',
-        predictions(recognizer / 'predictions.pkl'),
-    )
+    config, checkpoint = recognizer / 'config.py', recognizer / 'model.pth'
+    first = predictions(recognizer / 'predictions.pkl')
     labels = [video['pred_score'].topk(2).indices[min(i, 1)].item() for i, video in enumerate(first)]
     (tmp_path / 'list.txt').write_text(''.join(f'{i}.avi {label}\n' for i, label in enumerate(labels)))
     options = ['--cfg-options', f'test_dataloader.dataset.ann_file={tmp_path}/list.txt']
-    run(
-        tmp_path,
-        'test.py',
-        config,
-        checkpoint,
-        '--work-dir',
-        'one',
-        '--out',
-        'one.pkl',
-        '--show-dir',
-        'drawn',
-        *options,
-    )
+    one = ['--work-dir', 'one', '--out', 'one.pkl', '--show-dir', 'drawn', *options]
+    run(tmp_path, 'test.py', config, checkpoint, *one)
     two = ['--work-dir', 'two', '--dump', 'two.pkl', '--show-dir', 'drawn_by_two', *options]
     run(tmp_path, 'dist_test.sh', config, checkpoint, 2, *two)
     one, two = predictions(tmp_path / 'one.pkl'), predictions(tmp_path / 'two.pkl')

@@ -13,14 +13,13 @@ files and classes of each folder, as mmaction's VideoDataset reads them. The sam
 """
 
 import argparse
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
-from make_shapes_coco import pixel_centres, random_shape
+from make_shapes_coco import pixel_centres, random_shape, whole_or_nothing
 
 FRAMES = 8  # and as many places in the row
 STEPS = (1, 3, 5, 7)  # of each class, in eighths of the width; without a divisor in common with 8: all places are seen
@@ -103,15 +102,11 @@ def may_replace(out: Path) -> bool:
 
 
 def make_dataset(out: Path, train: int, val: int, size: int, seed: int) -> None:
-    """Writes the data set beside its place first, so that an interruption leaves no half of it there."""
-    partial = out.with_name(out.name + '.partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    write_split(partial, 'train', train, size, (seed, 0), controls=False)
-    write_split(partial, 'val', val, size, (seed, 1), controls=True)
-    (partial / MARK).write_text(f'--train {train} --val {val} --size {size} --seed {seed}\n')
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    """Writes the data set."""
+    with whole_or_nothing(out) as root:
+        write_split(root, 'train', train, size, (seed, 0), controls=False)
+        write_split(root, 'val', val, size, (seed, 1), controls=True)
+        (root / MARK).write_text(f'--train {train} --val {val} --size {size} --seed {seed}\n')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

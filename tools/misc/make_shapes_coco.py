@@ -11,6 +11,8 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,15 +217,22 @@ def may_replace(out: Path) -> bool:
     return not any(out.iterdir())
 
 
-def make_dataset(out: Path, train: int, val: int, size: int, seed: int) -> None:
-    """Writes the data set beside its place first, so that an interruption leaves no half of it there."""
+@contextmanager
+def whole_or_nothing(out: Path) -> Iterator[Path]:
+    """Gives a folder beside OUT that takes its place at the end, so that an interruption leaves no half of it there."""
     partial = out.with_name(out.name + '.partial')
     shutil.rmtree(partial, ignore_errors=True)
-    write_split(partial, 'train', 1, train, size, (seed, 0))
-    write_split(partial, 'val', 1 + train, val, size, (seed, 1))
+    yield partial
     if out.exists():
         shutil.rmtree(out)
     partial.rename(out)
+
+
+def make_dataset(out: Path, train: int, val: int, size: int, seed: int) -> None:
+    """Writes the data set."""
+    with whole_or_nothing(out) as root:
+        write_split(root, 'train', 1, train, size, (seed, 0))
+        write_split(root, 'val', 1 + train, val, size, (seed, 1))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

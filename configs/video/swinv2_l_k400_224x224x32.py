@@ -7,6 +7,7 @@ model = dict(
     backbone=dict(
         arch='large',
         drop_path_rate=0.4,
+        with_cp=True,
         init_cfg=dict(checkpoint='swinv2://large_window12_192_22k'),
     ),
     cls_head=dict(in_channels=1536),

@@ -72,9 +72,7 @@ def multiply_adds(arch, window, size, patch=(4, 4), norm=5, bias=True):
         tokens = math.prod(grid)
         offsets = math.prod(2 * w - 1 for w in window)
         block = tokens * 3 * dim * dim  # queries, keys, values
-        block += (
-            2 * padded * math.prod(clipped) * dim
-        )  # their products with each other, and the weights with the values
+        block += 2 * padded * math.prod(clipped) * dim  # queries with keys, and weights with values
         block += bias * math.ceil(offsets / 64) * 64 * 512 * (len(grid) + heads)  # rows come in blocks of 64
         block += tokens * dim * dim  # projection
         block += 2 * tokens * dim * 4 * dim  # MLP

@@ -9,8 +9,15 @@ pytest.importorskip('mmaction')
 
 from mmaction.structures import ActionDataSample
 from mmaction.visualization import ActionVisualizer
+from mmengine.registry import DefaultScope
 
 from swinv2_mm.engine.video_visualization import VideoVisualizationHook, first_view
+
+
+@pytest.fixture(autouse=True)
+def _mmaction_scope():
+    with DefaultScope.overwrite_default_scope('mmaction'):
+        yield
 
 
 @pytest.fixture

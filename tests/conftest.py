@@ -7,8 +7,7 @@ import mmengine.config.config
 import pytest
 import torch
 
-for folder in ('.', 'test_ops'):  # helpers beside the tests
-    sys.path.insert(0, str(Path(__file__).parent / folder))
+sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
 torch.set_num_threads(min(torch.get_num_threads(), 2))
 
 

@@ -10,8 +10,8 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from .errors import CheckpointError
-from .inflation import PATCH, inflate, is_for_images
-from .layouts import BUFFERS, OTHER_HEADS, Weights, describe, find_backbone, required_names, to_ours
+from .inflation import inflate, is_for_images
+from .layouts import BUFFERS, OTHER_HEADS, PATCH, Weights, describe, find_backbone, required_names, to_ours
 from .windows import ENTRY, Windows, log_transfer, settle_windows, stored_windows, window_entries, windows_per_stage
 
 OUTPUT_NORM = re.compile(r'(norm\d+)\.')

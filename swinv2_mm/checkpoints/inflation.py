@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 
-from .layouts import Weights
+from .layouts import PATCH, Weights
 from .windows import Windows, stored_entries, window_entries
-
-PATCH = 'patch_embed.proj.weight'
 
 
 def is_for_images(weights: Weights) -> bool:

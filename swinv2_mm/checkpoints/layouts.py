@@ -143,6 +143,7 @@ MMPRETRAIN = Layout(
 )
 LAYOUTS = (OFFICIAL, TRANSFORMERS, TORCHVISION, MMPRETRAIN)
 
+PATCH = 'patch_embed.proj.weight'  # (C, channels, *patch): its axes are those of the model
 # buffers that follow from the input size; the tables of coordinates are read before they are dropped
 TABLE = 'attn.relative_coords_table'
 BUFFERS = re.compile(r'\.attn_mask$|\.attn\.(relative_coords_table|relative_position_index|k_bias)$')

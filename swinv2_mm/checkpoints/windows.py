@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.coordinates import invert_coords, largest_coord
 from .errors import CheckpointError
-from .layouts import TABLE, Weights, num_stages
+from .layouts import PATCH, TABLE, Weights, num_stages
 
 ENTRY = 'attn.cpb_mlp.pretrained_window_size'  # (axes,), in each block: what our own checkpoints store
 Windows = Sequence[tuple[int, ...]]  # one entry per stage, each with one number per axis; 0 for not known
@@ -37,7 +37,7 @@ def stored_windows(weights: Weights, release: Sequence[int] | None) -> Windows |
             continue
         per_stage[int(name.split('.')[1])][name] = window
     if release is not None:
-        axes = weights['patch_embed.proj.weight'].dim() - 2 if 'patch_embed.proj.weight' in weights else 2
+        axes = weights[PATCH].dim() - 2 if PATCH in weights else 2
         for stage, window in zip(per_stage, release, strict=False):
             stage['the name of the file'] = (window,) * axes
     if not any(per_stage):
@@ -90,7 +90,7 @@ def set_windows(weights: Weights, sizes: Sequence[int]) -> Weights:
         raise CheckpointError(
             f'pre-training windows must be {num_stages(weights)} positive numbers, got {tuple(sizes)}'
         )
-    axes = weights['patch_embed.proj.weight'].dim() - 2
+    axes = weights[PATCH].dim() - 2
     told = [(0,) * (axes - 2) + (size, size) for size in sizes]
     return weights | window_entries(settle_windows(windows_per_stage(weights, told), told, told), weights)
 

@@ -326,11 +326,14 @@ def _per_axis(
 def _per_stage(
     name: str, value: int | Sequence, num_stages: int, num_axes: int, minimum: int = 0, time: int | None = None
 ) -> list[tuple[int, ...]]:
-    stages = [value] * num_stages if isinstance(value, int) else list(value)
-    if not isinstance(value, int) and len(stages) == num_axes and all(isinstance(entry, int) for entry in stages):
+    if isinstance(value, int):
+        stages = [value] * num_stages
+    elif len(value) == num_axes and all(isinstance(entry, int) for entry in value):
         if num_axes == num_stages:
             raise ValueError(f'{name}={value!r} may mean axes or stages: write {num_axes} numbers for each stage')
-        stages = [tuple(stages)] * num_stages
+        stages = [value] * num_stages
+    else:
+        stages = list(value)
     if len(stages) != num_stages:
         raise ValueError(
             f'{name} must be one number, {num_axes} for the axes, or one entry for each of the {num_stages} stages, '

@@ -5,7 +5,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..ops.window_attention import check_backend, window_attention
 from ..ops.windows import pad_to_windows
@@ -24,8 +23,7 @@ class WindowAttention(nn.Module):
         mask_padding: Whether tokens added by padding are excluded. If not, they are attended as tokens of value zero,
             the convention of Swin's dense code; a map smaller than the window is then padded up to it.
         backend: Backend of `swinv2_mm.ops.window_attention`.
-        sequential: Whether heads are computed one after the other and recomputed for the backward pass, so that the
-            attention weights of one head at a time are in memory (sequential self-attention, Sec. 3.4).
+        sequential: Whether windows are attended a few at a time, see `swinv2_mm.ops.window_attention`.
     """
 
     def __init__(
@@ -69,12 +67,13 @@ class WindowAttention(nn.Module):
         # queries and values have a bias, keys have none
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
-        out = self._attend_by_head(qkv) if self.sequential else self._attend(qkv, self.logit_scale, self.cpb_mlp())
+        out = window_attention(
+            qkv,
+            self.logit_scale,
+            self.cpb_mlp(),
+            self.window_size,
+            self.shift_size,
+            backend=self.backend,
+            sequential=self.sequential,
+        )
         return self.proj(out[(slice(None), *(slice(s) for s in map_size))])
-
-    def _attend(self, qkv: Tensor, logit_scale: Tensor, bias_table: Tensor) -> Tensor:
-        return window_attention(qkv, logit_scale, bias_table, self.window_size, self.shift_size, self.backend)
-
-    def _attend_by_head(self, qkv: Tensor) -> Tensor:
-        heads = zip(qkv.split(1, -2), self.logit_scale.split(1), self.cpb_mlp().split(1), strict=True)
-        return torch.cat([checkpoint(self._attend, *head, use_reentrant=False) for head in heads], -1)

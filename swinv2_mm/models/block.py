@@ -1,5 +1,8 @@
 """The residual post-norm block and the stage made of it."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
@@ -103,6 +106,25 @@ class SwinStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, *S, C) -> (B, *S, C), before merging."""
         for block in self.blocks:
-            recompute = self.with_cp and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = recomputed(block, x) if self.with_cp and torch.is_grad_enabled() else block(x)
         return x
+
+
+def recomputed(module: nn.Module, x: Tensor) -> Tensor:
+    """Call a module such that its activations are computed again for the backward pass, with the same random numbers.
+
+    Autocast keeps the half-precision copies of all weights until the forward pass of the whole model ends, for weights
+    that are used again. These are not, and the copies would take half as much memory as the weights themselves.
+    """
+    with _no_autocast_cache():
+        return checkpoint(module, x, use_reentrant=False)
+
+
+@contextlib.contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)

@@ -50,11 +50,12 @@ class SwinV2(BaseModule):
         out_indices: Stages to return, each through a norm of its own.
         frozen_stages: 0 freezes the patch embedding, n > 0 also the first n stages; -1 freezes nothing.
         norm_eval: Whether norms stay in eval mode during training.
-        with_cp: Whether activations of each block are recomputed in the backward pass, to save memory.
+        with_cp: Whether activations of each block are recomputed in the backward pass, to save memory; or the stages
+            in which they are.
         mask_padding: Whether tokens that pad the map to whole windows are excluded from attention. False gives the
             convention of Swin's dense code, where they take part.
         attention_backend: Backend of `swinv2_mm.ops.window_attention`.
-        sequential_stages: Stages that compute attention one head after the other, to save memory (Sec. 3.4).
+        sequential_stages: Stages that attend in a few windows at a time, to save memory (Sec. 3.4).
         init_cfg: See `mmengine.model.BaseModule`.
 
     Raises:
@@ -74,7 +75,7 @@ class SwinV2(BaseModule):
         out_indices: Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
         norm_eval: bool = False,
-        with_cp: bool = False,
+        with_cp: bool | Sequence[int] = False,
         mask_padding: bool = True,
         attention_backend: str = 'auto',
         sequential_stages: Sequence[int] = (),
@@ -93,6 +94,9 @@ class SwinV2(BaseModule):
         )
         _check_stages('out_indices', out_indices, len(depths))
         _check_stages('sequential_stages', sequential_stages, len(depths))
+        if isinstance(with_cp, bool):
+            with_cp = range(len(depths)) if with_cp else ()
+        _check_stages('with_cp', with_cp, len(depths))
         check_backend(attention_backend)
         if not -1 <= frozen_stages <= len(depths):
             raise ValueError(f'frozen_stages must lie between -1 and {len(depths)}, got {frozen_stages}')
@@ -116,7 +120,7 @@ class SwinV2(BaseModule):
                 window_size=windows[i],
                 extra_norm_every_n_blocks=arch['extra_norm_every_n_blocks'],
                 downsample=i < len(depths) - 1,
-                with_cp=with_cp,
+                with_cp=i in with_cp,
                 num_heads=arch['num_heads'][i],
                 pretrained_window_size=tuple(p or w for p, w in zip(pretrained[i], windows[i], strict=True)),
                 mask_padding=mask_padding,

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .windows import (
     Size,
@@ -14,9 +15,12 @@ from .windows import (
     partition,
     relative_position_index,
     reverse,
+    token_regions,
 )
 
 MAX_LOGIT_SCALE = math.log(100)  # tau > 0.01 (Sec. 3.2)
+# logits of the windows that sequential attention takes at a time: 128 MiB in float32, enough to keep a GPU busy
+CHUNK = 2**25
 
 
 def unit_vectors(x: Tensor) -> Tensor:
@@ -30,7 +34,12 @@ def unit_vectors(x: Tensor) -> Tensor:
 
 
 def reference_window_attention(
-    qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, window_size: Size, shift_size: Size
+    qkv: Tensor,
+    logit_scale: Tensor,
+    bias_table: Tensor,
+    window_size: Size,
+    shift_size: Size,
+    sequential: bool = False,
 ) -> Tensor:
     """See `swinv2_mm.ops.window_attention`."""
     map_size = tuple(qkv.shape[1:-3])
@@ -41,20 +50,47 @@ def reference_window_attention(
     padded_size = tuple(qkv.shape[1:-3])
     if any(shift):
         qkv = qkv.roll([-d for d in shift], axes)
-    q, k, v = partition(qkv, window).permute(2, 0, 3, 1, 4)  # each (B * nW, heads, N, head_dim)
-
-    dtype = torch.promote_types(qkv.dtype, torch.float32)
-    with torch.autocast(qkv.device.type, enabled=False):  # half precision cannot hold logits of +-100
-        logits = unit_vectors(q.to(dtype)) @ unit_vectors(k.to(dtype)).transpose(-2, -1)
-        logits = logits * logit_scale.to(dtype).clamp(max=MAX_LOGIT_SCALE).exp()
-        table = crop_bias_table(bias_table.to(dtype), window_size, window)
-        logits = logits + table[:, relative_position_index(window, qkv.device)]
-        mask = attention_mask(map_size, padded_size, window, shift, qkv.device)
-        if mask is not None:
-            logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None].to(dtype)).flatten(0, 1)
-        out = logits.softmax(-1).to(v.dtype) @ v
-
-    out = reverse(out.transpose(1, 2).flatten(2), window, padded_size)
+    qkv = partition(qkv, window)  # (B * nW, N, 3, heads, head_dim)
+    # logits are computed in this type: half precision cannot hold +-100, nor sum up the gradient of the table
+    table = bias_table.to(torch.promote_types(qkv.dtype, torch.float32))
+    bias = crop_bias_table(table, window_size, window)[:, relative_position_index(window, qkv.device)]
+    regions = token_regions(map_size, padded_size, window, shift, qkv.device)
+    attend = _attend_in_chunks if sequential else _attend
+    out = reverse(attend(qkv, logit_scale, bias, regions), window, padded_size)
     if any(shift):
         out = out.roll(shift, axes)
     return out[(slice(None), *(slice(s) for s in map_size))]
+
+
+def _attend(qkv: Tensor, logit_scale: Tensor, bias: Tensor, regions: Tensor | None) -> Tensor:
+    """Attention within each of the windows (n, N, 3, heads, head_dim): (n, N, heads * head_dim).
+
+    `bias` is (heads, N, N); `regions` (m, N) belong to the windows in turn, where m divides n.
+    """
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (n, heads, N, head_dim)
+    with torch.autocast(qkv.device.type, enabled=False):
+        logits = unit_vectors(q.to(bias.dtype)) @ unit_vectors(k.to(bias.dtype)).transpose(-2, -1)
+        logits = logits * logit_scale.to(bias.dtype).clamp(max=MAX_LOGIT_SCALE).exp() + bias
+        if regions is not None:
+            mask = attention_mask(regions)[:, None].to(bias.dtype)
+            logits = (logits.unflatten(0, (-1, len(regions))) + mask).flatten(0, 1)
+        out = logits.softmax(-1).to(v.dtype) @ v
+    return out.transpose(1, 2).flatten(2)
+
+
+def _attend_in_chunks(qkv: Tensor, logit_scale: Tensor, bias: Tensor, regions: Tensor | None) -> Tensor:
+    """As `_attend`, for some of the windows at a time; each chunk is computed again in the backward pass.
+
+    Without that, autograd would keep the attention weights of all chunks, and nothing would be saved.
+    """
+    chunks = qkv.split(max(1, CHUNK // bias.numel()))
+    if regions is None:
+        parts = [None] * len(chunks)
+    else:
+        parts = regions.repeat(len(qkv) // len(regions), 1).split(len(chunks[0]))
+    return torch.cat(
+        [
+            checkpoint(_attend, chunk, logit_scale, bias, part, use_reentrant=False, preserve_rng_state=False)
+            for chunk, part in zip(chunks, parts, strict=True)
+        ]
+    )

@@ -25,6 +25,7 @@ def window_attention(
     window_size: Sequence[int],
     shift_size: Sequence[int],
     backend: str = 'auto',
+    sequential: bool = False,
 ) -> Tensor:
     """Scaled cosine attention within the shifted windows of a map (Sec. 3.2 and 3.3), for any number of axes.
 
@@ -38,6 +39,8 @@ def window_attention(
         window_size: Tokens of a window along each axis of `*S`.
         shift_size: How far the windows are shifted along each axis, from 0 to the window size less 1.
         backend: 'auto' or the name of a backend.
+        sequential: Whether to attend in a few windows at a time, and to compute them again in the backward pass, so
+            that the attention weights of those alone are in memory (sequential self-attention, Sec. 3.4).
 
     Returns:
         (B, *S, heads * head_dim), in image order.
@@ -48,7 +51,7 @@ def window_attention(
     check_backend(backend)
     _check_shapes(qkv, logit_scale, bias_table, window_size, shift_size)
     run = BACKENDS['reference' if backend == 'auto' else backend]
-    return run(qkv, logit_scale, bias_table, tuple(window_size), tuple(shift_size))
+    return run(qkv, logit_scale, bias_table, tuple(window_size), tuple(shift_size), sequential)
 
 
 def _check_shapes(

@@ -75,30 +75,33 @@ def crop_bias_table(bias_table: Tensor, window_size: Size, cropped_size: Size) -
     return grid.flatten(1)
 
 
-def attention_mask(
+PADDING = -1  # region of tokens that are no part of the map
+
+
+def token_regions(
     map_size: Size, padded_size: Size, window_size: Size, shift_size: Size, device: torch.device | None = None
 ) -> Tensor | None:
-    """What to add to the logits of each window of the padded and rolled map: (nW, N, N), or None for nothing.
+    """Number the parts of the padded and rolled map that lay together before: (nW, N) int64, or None if all did."""
+    if map_size == padded_size and not any(shift_size):
+        return None
+    region = torch.full((1, *padded_size), PADDING, dtype=torch.int64, device=device)
+    region[(0, *(slice(s) for s in map_size))] = 0
+    region = region.roll([-d for d in shift_size], tuple(range(1, len(map_size) + 1)))
+    cuts = [
+        (slice(0, -w), slice(-w, -d), slice(-d, None)) if d else (slice(None),)
+        for w, d in zip(window_size, shift_size, strict=True)
+    ]
+    for number, box in enumerate(itertools.product(*cuts)):
+        part = region[(0, *box)]
+        part[part != PADDING] = number
+    return partition(region, window_size)
+
+
+def attention_mask(regions: Tensor) -> Tensor:
+    """What to add to the logits of windows whose tokens lie in `regions` (nW, N): (nW, N, N) of 0, -100 and -inf.
 
     Tokens that the roll brought together from opposite ends of the map get -100, as in the official code, and keys
     that are padding get -inf. Every window holds at least one token of the map, so no row is -inf throughout.
     """
-    mask = None
-    if any(shift_size):
-        region = torch.zeros(1, *padded_size, dtype=torch.int64, device=device)
-        cuts = [
-            (slice(0, -w), slice(-w, -d), slice(-d, None)) if d else (slice(None),)
-            for w, d in zip(window_size, shift_size, strict=True)
-        ]
-        for number, box in enumerate(itertools.product(*cuts)):
-            region[(0, *box)] = number
-        region = partition(region, window_size)  # (nW, N)
-        mask = torch.where(region[:, None] == region[:, :, None], 0.0, -100.0)
-    if map_size != padded_size:
-        padding = torch.ones(1, *padded_size, dtype=torch.bool, device=device)
-        padding[(0, *(slice(s) for s in map_size))] = False
-        axes = tuple(range(1, len(map_size) + 1))
-        padding = partition(padding.roll([-d for d in shift_size], axes), window_size)[:, None]  # (nW, 1, N)
-        base = mask if mask is not None else torch.zeros(1, math.prod(window_size), 1, device=device)
-        mask = base.masked_fill(padding, -math.inf)
-    return mask
+    mask = torch.where(regions[:, None] == regions[:, :, None], 0.0, -100.0)
+    return mask.masked_fill(regions[:, None] == PADDING, -math.inf)

@@ -2,15 +2,19 @@
 
 import copy
 import math
+from collections import Counter
 
 import oracles
 import pytest
 import torch
 from mmcv.cnn.bricks import DropPath
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from swinv2_mm.models import SwinTransformerV2
 from swinv2_mm.models.block import SwinBlock
+from swinv2_mm.ops import reference
 
 ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
 
@@ -95,15 +99,41 @@ def test_bfloat16_weights_give_features_of_bfloat16():
 # --- savers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    'saver', [dict(with_cp=True), dict(sequential_stages=(0, 1, 2, 3)), dict(with_cp=True, sequential_stages=(1,))]
-)
-def test_memory_savers_leave_every_gradient_as_it_is(saver):
+@pytest.mark.parametrize('saver', [dict(sequential_stages=(0, 1, 2, 3)), dict(with_cp=True, sequential_stages=(1,))])
+def test_sequential_attention_leaves_every_gradient_as_it_is(monkeypatch, saver):
+    monkeypatch.setattr(reference, 'CHUNK', 1)  # one window at a time
     x = image(40, 56, batch=3)
     plain, saved = build(drop_path_rate=0.5), build(drop_path_rate=0.5, **saver)
     expected = grads(plain.train(), x)
     for name, grad in grads(saved.train(), x).items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+@pytest.mark.parametrize('with_cp', [True, (0, 2)])
+def test_activation_checkpointing_changes_no_bit_and_no_random_number(with_cp, autocast):
+    def run(**saver):
+        torch.manual_seed(1)
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            found = grads(build(drop_path_rate=0.5, **saver).train(), image(40, 56, batch=3))
+        return found, torch.get_rng_state()
+
+    expected, state = run()
+    found, state_after = run(with_cp=with_cp)
+    assert torch.equal(state, state_after)
+    for name, grad in found.items():
+        assert torch.equal(grad, expected[name]), name
+
+
+@pytest.mark.parametrize('stages', [(0,), (1, 3)])
+def test_activation_checkpointing_of_some_stages_recomputes_their_blocks_alone(stages):
+    backbone, calls = build(with_cp=stages).train(), Counter()
+    for i, stage in enumerate(backbone.layers):
+        for block in stage.blocks:
+            block.mlp.register_forward_pre_hook(lambda *_, i=i: calls.update([i]))
+    sum(out.sum() for out in backbone(image(32, 32))).backward()
+    for i, stage in enumerate(backbone.layers):
+        assert calls[i] == len(stage.blocks) * (2 if i in stages else 1)
 
 
 def saved_bytes(backbone: nn.Module, x: torch.Tensor) -> int:
@@ -116,11 +146,41 @@ def saved_bytes(backbone: nn.Module, x: torch.Tensor) -> int:
 
 
 def test_memory_savers_keep_less_for_the_backward_pass():
-    x = image(128, 128)
-    kwargs = dict(window_size=(32, 4, 4, 4), arch=ARCH | dict(num_heads=(8, 8, 8, 8)))
+    x = image(256, 256)
+    kwargs = dict(window_size=(16, 4, 4, 4), arch=ARCH | dict(num_heads=(8, 8, 8, 8)))
     plain = saved_bytes(build(**kwargs), x)
     assert saved_bytes(build(sequential_stages=(0, 1, 2, 3), **kwargs), x) < 0.3 * plain
     assert saved_bytes(build(with_cp=True, **kwargs), x) < 0.1 * plain
+
+
+class HalfTensors(TorchDispatchMode):
+    """Remembers every tensor in bfloat16 of a shape, without keeping it alive."""
+
+    def __init__(self, shapes: set[tuple[int, ...]]):
+        super().__init__()
+        self.shapes, self.found = shapes, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.bfloat16 and tuple(out.shape) in self.shapes:
+            self.found.append(StorageWeakRef(out.untyped_storage()))
+        return out
+
+    def alive(self) -> int:
+        return sum(not found.expired() for found in self.found)
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_activation_checkpointing_keeps_no_half_precision_copy_of_a_weight(with_cp):
+    # 24 channels: no activation has the shape of a weight
+    backbone, x = build(with_cp=with_cp, arch=ARCH | dict(embed_dims=24)).train(), image(32, 32)
+    weights = {tuple(block.mlp.fc1.weight.shape) for stage in backbone.layers for block in stage.blocks}
+    with torch.autocast('cpu', torch.bfloat16), HalfTensors(weights) as tensors:
+        outs = backbone(x)
+        assert tensors.found
+        assert (tensors.alive() == 0) == with_cp
+    assert torch.is_autocast_cache_enabled()
+    sum(out.sum() for out in outs).backward()
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------
@@ -293,6 +353,7 @@ def test_the_extra_norm_comes_after_the_second_residual():
         (dict(out_indices=(0, 4)), 'out_indices must be different stages between 0 and 3'),
         (dict(out_indices=()), 'at least one stage'),
         (dict(sequential_stages=(-1,)), 'sequential_stages must be different stages'),
+        (dict(with_cp=(1, 1)), 'with_cp must be different stages'),
         (dict(frozen_stages=5), 'frozen_stages must lie between -1 and 4'),
         (dict(drop_path_rate=1.0), r'drop_path_rate must lie in \[0, 1\)'),
         (dict(attention_backend='flash'), "'flash' is not known"),

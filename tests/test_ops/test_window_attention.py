@@ -6,7 +6,7 @@ import pytest
 import torch
 from brute_force import brute_force_attention
 
-from swinv2_mm.ops import window_attention
+from swinv2_mm.ops import reference, window_attention
 
 # map, window, shift: whole, padded, one more than a multiple, shrunk on some axes, non-square, 1 to 3 axes
 CASES = [
@@ -43,6 +43,29 @@ def test_equals_a_loop_over_token_pairs(size, window, shift):
     out = window_attention(qkv, scale, table, window, shift)
     expected = torch.stack([brute_force_attention(sample, scale, table, window, shift) for sample in qkv])
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('windows_at_a_time', [1, 3, 1000])
+@pytest.mark.parametrize(('size', 'window', 'shift'), CASES)
+def test_sequential_attention_changes_neither_output_nor_gradient(monkeypatch, size, window, shift, windows_at_a_time):
+    def run(sequential):
+        inputs = [t.requires_grad_() for t in draw(size, window, batch=2)]
+        out = window_attention(*inputs, window, shift, sequential=sequential)
+        out.square().sum().backward()
+        return [out, *(t.grad for t in inputs)]
+
+    fitted = reference.fit_window(size, window, shift)[0]
+    monkeypatch.setattr(reference, 'CHUNK', windows_at_a_time * 2 * math.prod(fitted) ** 2)
+    torch.testing.assert_close(run(True), run(False), rtol=1e-12, atol=1e-12)
+
+
+def test_sequential_attention_keeps_nothing_as_large_as_the_attention_weights(monkeypatch):
+    inputs = [t.requires_grad_() for t in draw((16, 16), (8, 8))]
+    monkeypatch.setattr(reference, 'CHUNK', 1)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        window_attention(*inputs, (8, 8), (4, 4), sequential=True)
+    assert max(sizes) <= 2 * 64**2  # the bias of one window; the attention weights of the map are four times as many
 
 
 @pytest.mark.parametrize(('size', 'window', 'shift'), [((5, 4), (3, 3), (1, 1)), ((2, 5, 3), (4, 3, 3), (2, 1, 1))])

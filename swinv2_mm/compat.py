@@ -103,7 +103,7 @@ def allow_data_classes() -> None:
     open-mmlab/mmengine #1655, fix #1650 not merged. The check stays on; names that a file may use are added to it,
     under the spelling of NumPy 1 as well as of NumPy 2. Delete when mmengine does this itself.
     """
-    if _torch_release() >= (2, 6):
+    if torch_release() >= (2, 6):
         torch.serialization.add_safe_globals(_data_classes())
 
 
@@ -129,7 +129,7 @@ def load_data(path: str, map_location, mmap: bool):
     Raises:
         UnpicklingError: The file asks for a class or function that is not on the list.
     """
-    if _torch_release() >= (2, 6):
+    if torch_release() >= (2, 6):
         return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     pickler = restricted_pickle()
     return torch.load(path, map_location=map_location, mmap=mmap, weights_only=False, pickle_module=pickler)
@@ -254,5 +254,6 @@ def restore_numpy_names() -> None:
             setattr(np, name, value())
 
 
-def _torch_release() -> tuple[int, ...]:
+def torch_release() -> tuple[int, ...]:
+    """Major and minor version of torch."""
     return tuple(int(part) for part in torch.__version__.split('.')[:2])

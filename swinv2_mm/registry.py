@@ -6,8 +6,10 @@ mmengine swallows an ImportError that is raised here and then reports a missing 
 """
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODEL_WRAPPERS as MMENGINE_MODEL_WRAPPERS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
@@ -21,3 +23,7 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     scope='swinv2_mm',
     locations=['swinv2_mm.engine'],
 )
+MODEL_WRAPPERS = Registry(
+    'model_wrapper', parent=MMENGINE_MODEL_WRAPPERS, scope='swinv2_mm', locations=['swinv2_mm.engine.sharding']
+)
+RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, scope='swinv2_mm', locations=['swinv2_mm.engine.sharding'])

@@ -118,7 +118,7 @@ class Runs:
 
 @pytest.mark.parametrize('mmap', [False, True])
 def test_torch_before_2_6_reads_the_same_data_and_no_more(tmp_path, monkeypatch, mmap):
-    monkeypatch.setattr(compat, '_torch_release', lambda: (2, 1))
+    monkeypatch.setattr(compat, 'torch_release', lambda: (2, 1))
     torch.save(dict(runner_state(), weight=torch.ones(3)), tmp_path / 'a.pth')
     state = compat.load_data(tmp_path / 'a.pth', 'cpu', mmap=mmap)
     assert state['message_hub']['log_scalars']['loss'].mean() == 2

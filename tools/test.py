@@ -12,6 +12,8 @@ import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in t
 from swinv2_mm.engine import checks, launch
 
 VIDEO_HOOK = 'swinv2_mm.engine.video_visualization.VideoVisualizationHook'
+# what splits a training among processes; in a test there is nothing to split but weights, which each image needs
+TRAINING_ONLY = ('runner_type', 'strategy', 'model_wrapper_cfg')
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,6 +47,8 @@ def configure(args: argparse.Namespace, cfg: Config) -> None:
     cfg.work_dir = launch.default_work_dir(cfg, args.config, args.work_dir)
     cfg.load_from = args.checkpoint
     cfg.resume = False
+    for key in TRAINING_ONLY:
+        cfg.pop(key, None)
     if args.tta:
         use_tta(cfg)
     if args.show or args.show_dir:

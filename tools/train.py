@@ -44,9 +44,12 @@ def configure(args: argparse.Namespace, cfg: Config) -> None:
     """
     cfg.launcher = args.launcher
     cfg.work_dir = launch.default_work_dir(cfg, args.config, args.work_dir)
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.resume == 'auto':
+        # the first of several starts has nothing to go on from, but may have weights to start from
+        cfg.resume = os.path.exists(os.path.join(cfg.work_dir, 'last_checkpoint'))
+        cfg.load_from = None if cfg.resume else cfg.get('load_from')
+    elif args.resume:
+        cfg.resume, cfg.load_from = True, args.resume
     if args.amp:
         if launch.get_device() == 'cpu':
             raise ValueError('--amp needs a GPU, and this machine has none')

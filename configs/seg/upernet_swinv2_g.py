@@ -1,8 +1,8 @@
 # UperNet on SwinV2-G (A2.2): 640x640, window 40, lr 4e-5 for 32 images, 80,000 steps. The paper has 59.1 mIoU on val
-# (Table 4). Sequential self-attention in the first two stages and activation checkpointing, as Sec. 3.4 has them for
-# detection.
+# (Table 4). Sequential self-attention in the first two stages, activation checkpointing and split states, as
+# htc_swinv2_g.py has them.
 #   tools/dist_train.sh configs/seg/upernet_swinv2_g.py 8
-_base_ = './upernet_swinv2_l.py'
+_base_ = ['./upernet_swinv2_l.py', '../_base_/memory/fsdp.py']
 
 model = dict(
     backbone=dict(

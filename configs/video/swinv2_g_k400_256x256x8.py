@@ -1,6 +1,6 @@
 # SwinV2-G on Kinetics-400, the first of two stages (A2.2): 256x256x8, window 16x16x8, lr 3.6e-4 for 80 clips, 20
-# epochs. The second is swinv2_g_k400_320x320x8.py. Sequential self-attention in the first two stages and activation
-# checkpointing, as Sec. 3.4 has them for detection.
+# epochs. The second is swinv2_g_k400_320x320x8.py. Sequential self-attention in the first two stages, activation
+# checkpointing and split states, as ../det/htc_swinv2_g.py has them.
 #   tools/dist_train.sh configs/video/swinv2_g_k400_256x256x8.py 8
 # The paper's "8(8)", length along time and window, is read as 8 frames, each a token: patches of 1x4x4. The files named
 # p244 have the other reading, 8 tokens of 2 frames each.
@@ -9,6 +9,7 @@ _base_ = [
     '../_base_/datasets/kinetics400_256x256x8.py',
     '../_base_/schedules/adamw_30e.py',
     '../_base_/default_runtime_video.py',
+    '../_base_/memory/fsdp.py',
 ]
 
 model = dict(

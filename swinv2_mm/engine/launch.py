@@ -16,10 +16,11 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.logging import print_log
-from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch.nn.parallel import DistributedDataParallel
 
 from swinv2_mm.engine.checks import seen_from
+from swinv2_mm.registry import MODEL_WRAPPERS, RUNNERS
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -110,13 +111,29 @@ def default_work_dir(cfg: Config, config_path: str, work_dir: str | None) -> str
 def build_runner(cfg: Config):
     """Tie this process to its machine and to the other processes, and build the Runner, or what `runner_type` names.
 
+    Ends in one line if `check_runner` finds something.
+
     Raises:
         ValueError: See `init_cpu_processes`.
     """
+    with one_line_errors(ImportError, ValueError):
+        check_runner(cfg)
     die_with_launcher(cfg)
     adapt_to_cpu(cfg)
     init_cpu_processes(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def check_runner(cfg: Config) -> None:
+    """Let the class that `runner_type` names find what would stop it.
+
+    Raises:
+        ImportError: It needs a package that is not installed.
+        ValueError: The config has something that it cannot do.
+    """
+    check = getattr(RUNNERS.get(cfg.get('runner_type', 'Runner')), 'check', None)
+    if check is not None:
+        check(cfg)
 
 
 def adapt_to_cpu(cfg: Config) -> None:
@@ -162,16 +179,18 @@ def init_cpu_processes(cfg: Config) -> None:
     if os.environ.get('OMP_NUM_THREADS', '1') == '1':
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
-    timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', 1800)
-    torch.distributed.init_process_group('gloo', timeout=datetime.timedelta(seconds=timeout))
+    if not torch.distributed.is_initialized():
+        timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', 1800)
+        torch.distributed.init_process_group('gloo', timeout=datetime.timedelta(seconds=timeout))
 
     wrapper = cfg.get('model_wrapper_cfg') or dict(
         type='MMDistributedDataParallel',
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
-    wrapper = dict(wrapper, device_ids=None)
-    if 'runner_type' not in cfg:
+    if issubclass(MODEL_WRAPPERS.get(wrapper.get('type', 'MMDistributedDataParallel')), DistributedDataParallel):
+        wrapper = dict(wrapper, device_ids=None)
+    if issubclass(RUNNERS.get(cfg.get('runner_type', 'Runner')), Runner):
         cfg.model_wrapper_cfg = wrapper
     elif cfg.get('strategy', {}).get('type', 'DDPStrategy') == 'DDPStrategy':
         cfg.strategy = dict(cfg.get('strategy', {}), type='DDPStrategy', model_wrapper=wrapper)

@@ -25,6 +25,8 @@ class SwinV2OptimWrapperConstructor(DefaultOptimWrapperConstructor):
             constructor='swinv2_mm.SwinV2OptimWrapperConstructor',
             paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}))
 
+    Parameters with the same settings are one group, which optimizers update together; mmengine makes a group of each.
+
     Raises:
         ValueError: `paramwise_cfg` has an option that is not known, which mmengine would ignore; or the model is an
             FSDP one without `use_orig_params`, where several parameters are one.
@@ -66,8 +68,10 @@ class SwinV2OptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 (param,) = group['params']
                 self.finish_group(group, names[id(param)], module)
             exempt = sum(group.get('weight_decay') == 0 for group in params)
+            total = len(params)
+            params[:] = merge_groups(params)
             print_log(  # what mmengine has logged by now is without these exemptions
-                f'paramwise_options -- no weight decay for {exempt} of {len(params)} parameters: norms, biases, '
+                f'paramwise_options -- no weight decay for {exempt} of {total} parameters: norms, biases, '
                 f'{", ".join(NO_DECAY)}',
                 logger='current',
             )
@@ -80,6 +84,15 @@ class SwinV2OptimWrapperConstructor(DefaultOptimWrapperConstructor):
             is_flat = group['params'][0].ndim <= 1
         if is_flat or any(key in name for key in NO_DECAY):
             group['weight_decay'] = 0.0
+
+
+def merge_groups(groups: list[dict]) -> list[dict]:
+    """Join the optimizer groups that have the same settings, in the order of their first parameters."""
+    merged = {}
+    for group in groups:
+        settings = tuple(sorted((key, value) for key, value in group.items() if key != 'params'))
+        merged.setdefault(settings, dict(group, params=[]))['params'] += group['params']
+    return list(merged.values())
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

@@ -71,9 +71,10 @@ def build(model, rate=0.5, optimizer=None, **options):
 
 
 def settings(wrapper, model, key='lr'):
-    """The setting of each parameter by its name; each has one group."""
-    groups = {id(p): group for group in wrapper.optimizer.param_groups for p in group['params']}
-    assert len(groups) == len(wrapper.optimizer.param_groups)
+    """The setting of each parameter by its name; each is in one group."""
+    params = [(id(p), group) for group in wrapper.optimizer.param_groups for p in group['params']]
+    groups = dict(params)
+    assert len(groups) == len(params)
     return {name: groups.pop(id(p))[key] for name, p in model.named_parameters() if p.requires_grad}
 
 

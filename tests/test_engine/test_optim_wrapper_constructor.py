@@ -23,7 +23,8 @@ def test_norms_biases_scales_and_position_mlps_are_not_decayed_whatever_their_le
             paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}),
         ),
     )
-    groups = {id(g['params'][0]): g for g in wrapper.optimizer.param_groups}
+    assert len(wrapper.optimizer.param_groups) == 4  # decayed or not, in the backbone or not
+    groups = {id(p): g for g in wrapper.optimizer.param_groups for p in g['params']}
     assert len(groups) == len(list(model.parameters()))
     for name, p in model.named_parameters():
         # matrices of projections and convolutions, and nothing else

@@ -116,6 +116,7 @@ class Notes(Hook):
     """
 
     def before_train(self, runner) -> None:
+        torch.set_num_threads(1)  # sums in the same order everywhere; nor do threads wait where cores are shared
         self.losses, self.norms = [], []
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
@@ -196,7 +197,6 @@ def main() -> None:
     parser.add_argument('--resume', action='store_true')
     parser.add_argument('--ema', action='store_true')
     args = parser.parse_args()
-    torch.set_num_threads(1)  # threads that wait for each other are slower than one, where cores are shared
     for saver in args.savers:
         cfg = config(args.folder / saver, args.data, saver, args.accumulate, args.steps)
         cfg.launcher = 'pytorch' if 'RANK' in os.environ else 'none'

@@ -1,5 +1,6 @@
 """Detection configs: they build, they hold the paper's numbers, and HTC is mmdet's HTC."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -251,3 +252,26 @@ def test_proposals_keep_their_pixels_in_bfloat16():
     assert boxes.dtype == torch.float32
     assert boxes[:, 2].max() > 1500
     assert {tuple(b) for b in boxes.round(decimals=2).tolist()} <= known
+
+
+def test_the_page_on_large_training_changes_nothing_but_the_number_of_gpus(tmp_path):
+    page = (CONFIGS.parents[1] / 'docs/large_training.md').read_text()
+    leaf = tmp_path / 'leaf.py'
+    leaf.write_text(re.search(r"```python\n(_base_ = 'swinv2_mm::.*?)```", page, re.DOTALL)[1])
+    base, cfg = read('htc_swinv2_g'), Config.fromfile(leaf)
+    images = [
+        gpus * c.train_dataloader.batch_size * c.optim_wrapper.accumulative_counts for gpus, c in ((8, base), (64, cfg))
+    ]
+    assert images == [96, 128]
+    assert cfg.optim_wrapper.optimizer.lr / images[1] == pytest.approx(base.optim_wrapper.optimizer.lr / images[0])
+    # the same schedule in images
+    for at in (
+        lambda c: c.train_cfg.max_iters,
+        lambda c: c.train_cfg.val_interval,
+        lambda c: c.default_hooks.checkpoint.interval,
+        lambda c: c.param_scheduler[0].end,
+        lambda c: c.param_scheduler[1].end,
+        lambda c: c.param_scheduler[1].milestones[0],
+        lambda c: c.param_scheduler[1].milestones[1],
+    ):
+        assert 64 * at(cfg) == pytest.approx(8 * at(base), rel=1e-3)

@@ -1,9 +1,11 @@
 """Optimizer states and parameters in parts on several processes, against one process that has everything."""
 
+import subprocess
+
 import nano_training as nano
 import pytest
 import torch
-from tool_runs import REPOSITORY, free_port
+from tool_runs import REPOSITORY, environment, free_port
 
 SAVERS = ['ddp', 'zero1', 'fsdp']
 
@@ -142,27 +144,57 @@ def test_a_killed_process_ends_the_others_and_the_resumed_training_is_the_same(t
 
     nano.train(tmp_path, data, saver, '--resume', processes=2)
     assert nano.notes(tmp_path / saver, 'losses').shape == (2, nano.STEPS // 2), 'it began anew'
-    found, expected = (weights(folder / saver / f'iter_{nano.STEPS}.pth') for folder in (tmp_path, two_processes))
+    check_same_weights(tmp_path / saver, two_processes / saver)
+
+
+@pytest.fixture(scope='module')
+def config_file(data, tmp_path_factory):
+    """The training as a file for tools/train.py; `work_dir` is given on the command line."""
+    folder = tmp_path_factory.mktemp('config')
+    cfg = nano.config(folder / 'ddp', data)
+    cfg.custom_imports = dict(imports=['nano_training'])
+    cfg.dump(folder / 'nano.py')
+    return folder / 'nano.py'
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_training_again(two_processes, config_file, tmp_path):
+    """With `--resume`, the first start takes the weights of `load_from`, the second the last checkpoint."""
+    result = nano.torchrun(
+        *('--max-restarts', 1, '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'localhost:{free_port()}'),
+        *(REPOSITORY / 'tools/train.py', config_file, '--launcher', 'pytorch', '--resume', '--work-dir', tmp_path),
+        processes=2,
+        NANO_KILL=str(nano.STEPS // 2 + 1),
+        PYTHONPATH=str(REPOSITORY / 'tests'),
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1',  # else the new processes find the addresses of the old ones
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert nano.notes(tmp_path, 'losses').shape == (2, nano.STEPS // 2), 'it was never killed, or began anew'
+    check_same_weights(tmp_path, two_processes / 'ddp')
+
+
+def check_same_weights(folder, expected):
+    found, expected = (weights(f / f'iter_{nano.STEPS}.pth') for f in (folder, expected))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_training_again(two_processes, data, tmp_path):
-    """With `--resume`, the first start takes the weights of `load_from`, the second the last checkpoint."""
-    cfg = nano.config(tmp_path / 'ddp', data)
-    cfg.custom_imports = dict(imports=['nano_training'])
-    cfg.dump(tmp_path / 'nano.py')
-    result = nano.torchrun(
-        *('--max-restarts', 1, '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'localhost:{free_port()}'),
-        *(REPOSITORY / 'tools/train.py', tmp_path / 'nano.py', '--launcher', 'pytorch', '--resume'),
-        processes=2,
-        NANO_KILL=str(nano.STEPS // 2 + 1),
-        PYTHONPATH=str(REPOSITORY / 'tests'),
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert nano.notes(tmp_path / 'ddp', 'losses').shape == (2, nano.STEPS // 2), 'it was never killed, or began anew'
-    found, expected = (weights(folder / f'ddp/iter_{nano.STEPS}.pth') for folder in (tmp_path, two_processes))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def test_two_machines_train_like_two_processes_of_one(two_processes, config_file, tmp_path):
+    """Each of two launchers believes that it is on a machine of its own."""
+    place = environment(NNODES='2', MASTER_ADDR='127.0.0.1', PYTHONPATH=str(REPOSITORY / 'tests'))
+    machines = [
+        subprocess.Popen(
+            [REPOSITORY / 'tools/dist_train.sh', config_file, '1', '--work-dir', tmp_path],
+            env=place | dict(NODE_RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    logs = [machine.communicate()[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], logs[0][-2000:] + logs[1][-2000:]
+    check_same_weights(tmp_path, two_processes / 'ddp')
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from mmengine.registry import MODEL_WRAPPERS as MMENGINE_MODEL_WRAPPERS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
+from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
@@ -26,4 +27,12 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
 MODEL_WRAPPERS = Registry(
     'model_wrapper', parent=MMENGINE_MODEL_WRAPPERS, scope='swinv2_mm', locations=['swinv2_mm.engine.sharding']
 )
-RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, scope='swinv2_mm', locations=['swinv2_mm.engine.sharding'])
+RUNNERS = Registry(
+    'runner',
+    parent=MMENGINE_RUNNERS,
+    scope='swinv2_mm',
+    locations=['swinv2_mm.engine.flexible_runner', 'swinv2_mm.engine.sharding'],
+)
+STRATEGIES = Registry(
+    'strategy', parent=MMENGINE_STRATEGIES, scope='swinv2_mm', locations=['swinv2_mm.engine.deepspeed']
+)

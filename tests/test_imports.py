@@ -9,7 +9,7 @@ ALLOWED = {
     'ops': {'ops'},
     'checkpoints': {'checkpoints', 'ops', 'compat'},
     'models': {'checkpoints', 'models', 'ops', 'registry'},
-    'engine': {'checkpoints', 'engine', 'models', 'registry'},
+    'engine': {'checkpoints', 'compat', 'engine', 'models', 'registry'},
     'datasets': {'datasets', 'registry'},
 }
 TOOLBOXES = {'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}

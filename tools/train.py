@@ -80,6 +80,7 @@ def check(args: argparse.Namespace, cfg: Config) -> None:
         ImportError: A transform needs a package that is not installed.
         ValueError: Anything else.
     """
+    launch.check_runner(cfg)
     checks.check_backbone(cfg)
     checks.check_init_cfg(cfg)
     checks.check_data(cfg, ['train', 'val'])

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from .. import compat
 from .errors import CheckpointError, UnsafeCheckpointError
 
+FOLDER_WEIGHTS = 'weights.pth'  # in a checkpoint that is a folder, see `engine.deepspeed`
 ZIP, PICKLE = b'PK\x03\x04', b'\x80'  # how files of `torch.save` begin, since and before torch 1.6
 # what else is found under the name of a checkpoint
 NO_CHECKPOINTS = {
@@ -45,12 +46,14 @@ WAY_OUT = (
 def read_checkpoint(path: str | Path, map_location: Any = None, trust: bool = False) -> Any:
     """Read a file of `torch.save` or safetensors without executing anything in it.
 
+    A folder stands for the file with the weights in it, if it is one that this package's DeepSpeedStrategy has written.
+
     Tensors are mapped into memory instead of read where the format allows it, except in the state of a training, which
     outlives the file. The checksums in a file of `torch.save` are verified; safetensors and files from before torch 1.6
     have none.
 
     Args:
-        path: Local file.
+        path: Local file or folder.
         map_location: As in `torch.load`; safetensors stay on the CPU.
         trust: Whether the file may execute code, as in `torch.load(weights_only=False)`.
 
@@ -62,6 +65,8 @@ def read_checkpoint(path: str | Path, map_location: Any = None, trust: bool = Fa
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f'checkpoint {path} does not exist')
+    if path.is_dir() and (path / FOLDER_WEIGHTS).is_file():
+        path = path / FOLDER_WEIGHTS
     if path.is_dir():
         raise CheckpointError(f'checkpoint {path} is a folder; pass the file in it')
     with path.open('rb') as file:

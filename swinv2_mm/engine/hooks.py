@@ -133,7 +133,8 @@ def _unfinished(path: str | Path) -> Path:
 def _finish(path: Path) -> None:
     """Give a complete file or folder its name, a file in one step, and have it on the disk before returning."""
     unfinished = _unfinished(path)
-    _sync(unfinished)
+    for written in [*(unfinished.iterdir() if unfinished.is_dir() else ()), unfinished]:
+        _sync(written)
     if path.is_dir():
         replaced = _unfinished(f'{path}.replaced')
         os.replace(path, replaced)

@@ -103,7 +103,9 @@ step "mmcv $MMCV from $wheels"
 pip_install --no-deps --force-reinstall "$wheels"/*.whl
 
 step "swinv2_mm in editable mode, and what its tests need"
-pip_install -e '.[dev]'
+# mmengine imports DeepSpeed wherever it is installed, so it must not be where it might not fit an old torch
+case "$TORCH" in 1.* | 2.[0-5] | 2.[0-5].*) extras=dev ;; *) extras=dev,deepspeed ;; esac
+pip_install -e ".[$extras]"
 pip_install --no-deps openmim model-index  # openmim asks for packages of its download service, which nothing here uses
 # torchvision, which timm imports, pins one release of torch: its minor version is torch's plus 15
 "$VENV/bin/python" -m pip install --quiet --no-deps --upgrade --target "$VENV/oracles" -r requirements/peers.txt \

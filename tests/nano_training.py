@@ -139,7 +139,10 @@ class Notes(Hook):
 def held(runner) -> dict[str, int]:
     """Bytes of parameters and of optimizer states that this process holds."""
     optimizer = runner.optim_wrapper.optimizer
-    states = getattr(optimizer, 'optim', optimizer).state.values()
+    inner = [
+        getattr(optimizer, name) for name in ('optim', 'optimizer') if hasattr(optimizer, name)
+    ]  # torch, DeepSpeed
+    states = (inner or [optimizer])[0].state.values()
     return dict(
         parameters=sum(nbytes(p) for p in runner.model.parameters()),
         states=sum(nbytes(value) for state in states for value in state.values() if torch.is_tensor(value)),
@@ -205,7 +208,10 @@ def main() -> None:
         if args.ema:
             cfg.custom_hooks.append(dict(type='EMAHook', momentum=0.5))
         DefaultScope.overwrite_default_scope('mmdet')
-        launch.build_runner(cfg).train()
+        runner = launch.build_runner(cfg)
+        runner.train()
+        if hasattr(runner.model, 'destroy'):  # what DeepSpeed holds until the process ends
+            runner.model.destroy()
     if dist.is_initialized():
         dist.destroy_process_group()
 

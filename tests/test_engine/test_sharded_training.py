@@ -1,5 +1,6 @@
 """Optimizer states and parameters in parts on several processes, against one process that has everything."""
 
+import importlib.util
 import subprocess
 
 import nano_training as nano
@@ -7,7 +8,10 @@ import pytest
 import torch
 from tool_runs import REPOSITORY, environment, free_port
 
+from swinv2_mm.checkpoints.files import read_checkpoint
+
 SAVERS = ['ddp', 'zero1', 'fsdp']
+DEEPSPEED = [f'deepspeed_zero{stage}' for stage in (1, 2, 3)] if importlib.util.find_spec('deepspeed') else []
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +41,7 @@ def two_processes(data, tmp_path_factory):
 
 
 def weights(checkpoint) -> dict:
-    return torch.load(checkpoint, weights_only=True)['state_dict']
+    return read_checkpoint(checkpoint)['state_dict']
 
 
 def check_agreement(folder, reference, images, start, exact):
@@ -80,8 +84,9 @@ def test_two_processes_train_like_one(one_process, two_processes, data, saver):
 
 @pytest.mark.slow
 def test_four_processes_train_like_one(one_process, data, tmp_path):
-    nano.train(tmp_path, data, *SAVERS, processes=4)
-    for saver in SAVERS:
+    savers = [*SAVERS, *DEEPSPEED]
+    nano.train(tmp_path, data, *savers, processes=4)
+    for saver in savers:
         check_agreement(tmp_path / saver, one_process(4), 4, data / nano.START, exact=False)
 
 

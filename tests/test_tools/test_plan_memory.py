@@ -1,0 +1,369 @@
+"""The plan of a training's memory against trainings that are measured, and its arithmetic against one by hand."""
+
+import argparse
+import importlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, DefaultScope
+
+from swinv2_mm.engine.memory import BackboneMemory, MemoryTracker, cuda_casts
+from swinv2_mm.models import SwinTransformerV2
+
+pytest.importorskip('mmdet')
+pytest.importorskip('mmseg')
+pytest.importorskip('mmaction')
+
+REPOSITORY = Path(__file__).parents[2]
+TOOLS = REPOSITORY / 'tools' / 'analysis_tools'
+CONFIGS = REPOSITORY / 'configs'
+LEAVES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob('*/*.py') if path.parent.name != '_base_')
+VARYING = ('cascade_mask_rcnn', 'objects365')  # train at several sizes
+GIB = 2**30
+
+
+@pytest.fixture(scope='module')
+def plan():
+    sys.path.insert(0, str(TOOLS))  # the tools import each other by name
+    yield importlib.import_module('plan_memory')
+    sys.path.remove(str(TOOLS))
+
+
+def read(name: str) -> Config:
+    return Config.fromfile(CONFIGS / name)
+
+
+# ---------------------------------------------------------------- the forecast and what is measured
+
+
+def nano(name: str, samples: int) -> Config:
+    """A demo's config that trains in float32, as a machine without a GPU does, and accumulates gradients."""
+    cfg = read(name)
+    cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-4), accumulative_counts=3)
+    cfg.train_dataloader.batch_size = samples
+    return cfg
+
+
+def batch(plan, cfg: Config, model, shape, samples: int) -> dict:
+    """Random samples; those of detectors come from mmdet itself."""
+    if cfg.default_scope != 'mmdet':
+        return plan.random_batch(cfg, shape, samples, model)
+    from mmdet.testing import demo_mm_inputs
+
+    return demo_mm_inputs(
+        samples, [list(shape)] * samples, [100] * samples, num_classes=3, with_mask=True, with_semantic=True
+    )
+
+
+def measured(plan, cfg: Config, shape: tuple[int, ...], samples: int, bfloat16: bool = False) -> tuple[int, int]:
+    """Train some steps for real; returns the bytes that are held between steps, and the peak of a step beside them."""
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
+        optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
+        optimizer.initialize_count_status(model, 0, 100)
+        if bfloat16:  # mmengine's own wrapper for it refuses to run on a CPU
+            optimizer.optim_context = lambda _: torch.autocast('cpu', torch.bfloat16)
+        *before, last = [batch(plan, cfg, model, shape, samples) for _ in range(5)]
+        for data in before:  # the optimizer makes its state in the third step, and the fourth leaves gradients
+            model.train_step(data, optim_wrapper=optimizer)
+        state = [v for s in optimizer.optimizer.state.values() for v in s.values()]
+        gradients = [p.grad for p in model.parameters()]
+        with MemoryTracker() as tracker:
+            tracker.watch([*model.parameters(), *model.buffers(), *gradients, *state])
+            held = tracker.live
+            model.train_step(last, optim_wrapper=optimizer)
+        return held, tracker.peak - held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('name', 'size', 'samples'),
+    [
+        ('det/htc_swinv2_demo.py', [128], 1),
+        ('seg/upernet_swinv2_demo.py', [128], 5),  # more than the heads are run on
+        ('video/swinv2_demo.py', [8, 64, 64], 4),
+    ],
+)
+def test_the_forecast_is_within_a_tenth_of_what_a_training_takes(plan, name, size, samples):
+    cfg = nano(name, samples)
+    shape = plan.training_shape(cfg, size)
+    (state,) = plan.states(plan.count(cfg), 1)
+    plain, _, _, saved = plan.activations(cfg, shape)
+    for row, savers in ((plain, {}), (saved, dict(with_cp=True, sequential_stages=(0, 1)))):
+        cfg.model.backbone.update(savers)
+        held, peak = measured(plan, cfg, shape, samples)
+        print(f'{name}, {row.name}: forecast {row.peak / 2**20:.2f} MiB, measured {peak / 2**20:.2f} MiB')
+        assert state.total == pytest.approx(held, rel=0.001)
+        assert row.peak == pytest.approx(peak, rel=0.1)
+    assert saved.peak < 0.6 * plain.peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['det/htc_swinv2_demo.py', 'seg/upernet_swinv2_demo.py'])
+def test_the_forecast_holds_in_mixed_precision(plan, name):
+    cfg = nano(name, 2)
+    shape = plan.training_shape(cfg, None)
+    with cuda_casts():
+        _, peak = measured(plan, cfg, shape, 2, bfloat16=True)
+    in_float32 = plan.backbone_memory(cfg, shape, 2)
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    plain, *_ = plan.activations(cfg, shape)
+    assert plain.peak == pytest.approx(peak, rel=0.1)
+    assert sum(plain.backbone.kept) < sum(in_float32.kept)
+
+
+@pytest.mark.slow
+def test_heads_of_many_samples_grow_in_proportion(plan, monkeypatch):
+    cfg = nano('seg/upernet_swinv2_demo.py', 6)
+    shape = plan.training_shape(cfg, None)
+    outputs = plan.backbone_memory(cfg, shape, 6).outputs
+    extrapolated = plan.heads_memory(cfg, shape, 6, outputs)
+    monkeypatch.setattr(plan, 'MOST_SAMPLES', 6)
+    assert extrapolated == pytest.approx(plan.heads_memory(cfg, shape, 6, outputs), rel=0.02)
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def counts(plan, **changes):
+    """Ten million parameters, eight million of them trained, in blocks of at most one million but for two."""
+    sizes = dict(parameters=40e6, trained=32e6, largest_block=4e6, rest=8e6, ema=0, optimizer=64e6)
+    return plan.Counts(**sizes | changes)
+
+
+def test_each_way_to_distribute_holds_what_a_calculation_by_hand_gives(plan):
+    """Rajbhandari et al. (2020), Fig. 1: of parameters, gradients and states, 1, 2 or all 3 are divided."""
+    by_hand = {
+        'DDP': 40e6 + 32e6 + 64e6 + 32e6,
+        'ZeRO-1': 40e6 + 32e6 + 8e6,
+        'ZeRO-2': 40e6 + 4e6 + 8e6 + (4e6 + 4 * 5e8),
+        'FSDP': 5e6 + 4e6 + 8e6 + (2 * (4e6 + 4e6) + 8e6 + 8e6),
+    }
+    assert {state.name: state.total for state in plan.states(counts(plan), 8)} == by_hand
+    averaged = plan.states(counts(plan, ema=40e6), 8)
+    assert {state.name: state.total for state in averaged} == {name: total + 40e6 for name, total in by_hand.items()}
+    (alone,) = plan.states(counts(plan), 1)
+    assert alone.total == 40e6 + 32e6 + 64e6
+
+
+def test_parameters_are_counted_as_those_of_a_model_with_memory(plan):
+    cfg = read('det/htc_swinv2_demo.py')
+    cfg.model.backbone.frozen_stages = 1
+    found = plan.count(cfg)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(cfg.model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    blocks = [block for stage in model.backbone.layers for block in stage.blocks]
+    sizes = [sum(p.numel() for p in block.parameters() if p.requires_grad) for block in blocks]
+    assert found.trained == 4 * sum(p.numel() for p in trained)
+    assert found.parameters == 4 * sum(x.numel() for x in (*model.parameters(), *model.buffers()))
+    assert found.optimizer == 2 * found.trained < 2 * found.parameters
+    assert (found.largest_block, found.rest) == (4 * max(sizes), found.trained - 4 * sum(sizes))
+    assert found.ema == 0
+    cfg.custom_hooks = [dict(type='EMAHook')]
+    assert plan.count(cfg).ema == found.parameters
+
+
+def rows(plan, peak: float) -> list:
+    memory = BackboneMemory([int(peak)], 0, 0, [])
+    return [plan.Activations('none', memory, 0, False), plan.Activations('checkpointing', memory, 0, True)]
+
+
+def test_the_table_adds_up_and_marks_what_fits_and_what_the_config_has(plan, monkeypatch):
+    monkeypatch.setattr(plan, 'count', lambda cfg: counts(plan))
+    cfg = read('seg/upernet_swinv2_demo.py')
+    text = plan.report(cfg, (3, 128, 128), 8, 12.0, rows(plan, 10 * GIB))
+    cells = text[text.index('Total') :].splitlines()[1].split()
+    ddp, zero2 = 10 + 1.5 + 168e6 / GIB, 10 + 1.5 + 2056e6 / GIB
+    assert cells[:3] == ['none', f'{ddp:.2f}', '+']
+    assert f'{zero2:.2f}' in cells
+    assert zero2 > 12
+    assert cells[cells.index(f'{zero2:.2f}') + 1] != '+'
+    marked = [line.split()[0] for line in text.splitlines() if line.endswith('<')]
+    assert marked == ['checkpointing', 'DDP', 'checkpointing']
+
+
+@pytest.mark.parametrize(
+    ('base', 'name'),
+    [('zero1', 'ZeRO-1'), ('deepspeed_zero2', 'ZeRO-2'), ('deepspeed_zero3', 'FSDP'), ('fsdp', 'FSDP'), (None, 'DDP')],
+)
+def test_the_way_that_a_config_distributes_is_the_one_that_is_marked(plan, base, name):
+    cfg = read('det/htc_swinv2_demo.py')
+    if base:
+        cfg.merge_from_dict(Config.fromfile(CONFIGS / f'_base_/memory/{base}.py').to_dict())
+    assert plan.own_state(cfg) == name
+
+
+def test_the_peak_is_the_larger_of_the_passes_of_the_backbone_and_of_the_heads_on_what_it_keeps(plan):
+    def peak(kept, forward, backward, heads):
+        return plan.Activations('', BackboneMemory(kept, forward, backward, []), heads, False).peak
+
+    assert peak([1, 2, 3], 7, 8, 1) == 8
+    assert peak([1, 2, 3], 7, 8, 4) == 10
+    assert peak([1, 2, 3], 9, 8, 1) == 9
+
+
+# ---------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_the_size_and_the_parameters_of_every_config_are_known(plan, name):
+    cfg = read(name)
+    numbers = None
+    if any(word in name for word in VARYING) or name == 'video/swinv2_demo.py':
+        with pytest.raises(ValueError, match='--shape'):
+            plan.training_shape(cfg, None)
+        numbers = [8, 64, 64] if name.startswith('video') else [800, 1333]
+    shape = plan.training_shape(cfg, numbers)
+    found = plan.count(cfg)
+    if 'swinv2_g' in name:
+        assert 2.9e9 < found.trained / 4 < 3.5e9
+    if 'htc_swinv2_' in name and numbers is None and 'demo' not in name:
+        assert shape == (3, 1536, 1536)
+    ddp, *others = plan.states(found, 8)
+    assert all(state.parameters + state.gradients + state.optimizer < ddp.total for state in others)
+
+
+def test_the_size_of_a_training_is_height_then_width(plan):
+    cfg = read('video/swinv2_t_k400_224x224x32.py')
+    assert plan.training_shape(cfg, None) == (1, 3, 32, 224, 224)
+    for step in cfg.train_dataloader.dataset.pipeline:
+        if step.get('keep_ratio') is False:
+            step.scale = (192, 128)
+    assert plan.training_shape(cfg, None) == (1, 3, 32, 128, 192)
+    cfg = read('seg/upernet_swinv2_l.py')
+    cfg.model.data_preprocessor.size = (96, 160)
+    assert plan.training_shape(cfg, None) == (3, 96, 160)
+    cfg = read('det/htc_swinv2_demo.py')
+    assert plan.training_shape(cfg, None) == (3, 128, 128)
+    cfg.train_dataloader.dataset.pipeline[2].scale = (160, 96)
+    assert plan.training_shape(cfg, None) == (3, 96, 160)
+    assert plan.training_shape(cfg, [64, 32]) == (3, 64, 32)
+
+
+# ---------------------------------------------------------------- wrong inputs, and the command line
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'changes', 'text'),
+    [
+        (dict(gpus=0), {}, '--gpus must be at least 1, got 0'),
+        (dict(gpu_mem=0), {}, '--gpu-mem must be more than 0, got 0'),
+        (dict(shape=[1, 2, 3]), {}, '--shape of an image takes one or two numbers'),
+        ({}, {'default_scope': 'mmpose'}, "default_scope of the config must be one of .*, got 'mmpose'"),
+        ({}, {'model.backbone.type': 'ResNet'}, "a backbone of swinv2_mm, got 'ResNet'"),
+        ({}, {'model.backbone.window_size': 0}, 'window_size of stage 0 must be a number of at least 1'),
+        ({}, {'optim_wrapper.optimizer.type': 'Lion'}, "the state of 'Lion' is not known; known are Adam, AdamW"),
+    ],
+)
+def test_what_is_wrong_is_named(plan, arguments, changes, text):
+    cfg = read('seg/upernet_swinv2_demo.py')
+    cfg.merge_from_dict(changes)
+    args = argparse.Namespace(**dict(gpus=8, gpu_mem=40.0, shape=None) | arguments)
+    with pytest.raises(ValueError, match=text):
+        plan.check(args, cfg)
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, TOOLS / 'plan_memory.py', *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_a_plan_is_printed_in_any_folder(tmp_path):
+    config = CONFIGS / 'video/swinv2_demo.py'
+    result = run(config, '--gpus', '4', '--shape', '8', '64', '64', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert '8 x 1 3 8 64 64 on each of 4 GPUs of 40 GiB, bfloat16' in result.stdout
+    assert result.stdout.count(' <\n') == 3
+    result = run(CONFIGS / 'det/cascade_mask_rcnn_swinv2_t.py', cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith('error: the config trains at sizes that vary')
+    result = run('no.py', cwd=tmp_path)
+    assert (result.returncode, result.stderr.splitlines()[-1][:29]) == (2, 'error: config no.py does not ')
+
+
+# ---------------------------------------------------------------- the benchmark of memory
+
+
+@pytest.fixture(scope='module')
+def benchmark(plan):
+    return importlib.import_module('benchmark_memory')
+
+
+def test_the_slope_is_the_power_of_the_pixels(benchmark):
+    rows = [dict(task='training', side=side, seconds=side**2 / 7, bytes=3.0 * side**4) for side in (64, 96, 128)]
+    rows.append(dict(task='inference', side=64, seconds=1.0, bytes=1.0))
+    assert benchmark.slope(rows, 'training', 'seconds') == pytest.approx(1)
+    assert benchmark.slope(rows, 'training', 'bytes') == pytest.approx(2)
+
+
+@pytest.mark.parametrize('saver', ['none', 'sequential', 'checkpointing', 'both'])
+def test_the_forecast_of_the_benchmark_is_what_it_measures(benchmark, saver):
+    def make():
+        return benchmark.build(dict(embed_dims=32, depths=(1, 2), num_heads=(1, 2)), 4, saver)
+
+    forecast = benchmark.forecast(make, 64, bfloat16=False)
+    torch.manual_seed(0)
+    assert benchmark.measured_peak(*benchmark.ready(make(), 64)) == forecast
+
+
+def test_a_part_is_the_block_of_swinv2_g(benchmark):
+    """The stage's channels, heads and map, as the whole network has them."""
+    with torch.device('meta'):
+        whole = SwinTransformerV2('giant', window_size=32)
+        for stage, name in ((0, 'block of stage 1'), (2, 'block of stage 3')):
+            (block,) = benchmark.part(name, 'none').layers[0].blocks
+            expected = whole.layers[stage].blocks[0]
+            assert [(n, p.shape) for n, p in block.named_parameters()] == [
+                (n, p.shape) for n, p in expected.named_parameters()
+            ]
+            assert benchmark.PARTS[name][1] == 4 * 2**stage
+
+
+@pytest.mark.parametrize(
+    ('changes', 'error', 'text'),
+    [
+        (dict(repeats=0), ValueError, '--repeats must be at least 1, got 0'),
+        (dict(window=0), ValueError, '--window must be at least 1, got 0'),
+        (dict(sizes=[64, 64]), ValueError, '--sizes must be at least two different positive numbers'),
+        (dict(plot='a.png'), ValueError, '--plot draws the figures of --task sizes, not of --task savers'),
+        (dict(task='full'), ValueError, '--task full needs a GPU'),
+        (dict(json='/no/where/a.json'), FileNotFoundError, 'there is no folder /no/where for a.json'),
+    ],
+)
+def test_wrong_arguments_of_the_benchmark_are_named(benchmark, monkeypatch, changes, error, text):
+    monkeypatch.setattr(benchmark, 'DEVICE', 'cpu')
+    args = dict(task='savers', repeats=1, window=8, sizes=[64, 128], json=None, plot=None)
+    with pytest.raises(error, match=text):
+        benchmark.check(argparse.Namespace(**args | changes))
+
+
+@pytest.mark.slow
+def test_time_and_memory_of_growing_inputs_are_printed_written_and_drawn(tmp_path):
+    command = [sys.executable, TOOLS / 'benchmark_memory.py', '--task', 'sizes', '--sizes', '64', '128']
+    command += ['--window', '4', '--repeats', '1', '--json', 'out.json', '--plot', 'out.png']
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    rows = json.loads((tmp_path / 'out.json').read_text())
+    assert [(row['task'], row['side']) for row in rows] == [
+        ('inference', 64),
+        ('inference', 128),
+        ('training', 64),
+        ('training', 128),
+    ]
+    small, large = (row['bytes'] for row in rows[2:])
+    power = math.log(large / small) / math.log(4)
+    assert 'training grows with: seconds' in output
+    assert f'bytes {power:.2f}' in output
+    assert 0.7 < power < 1.1
+    assert cv2.imread(str(tmp_path / 'out.png')).std() > 1

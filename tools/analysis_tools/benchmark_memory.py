@@ -1,0 +1,304 @@
+"""Memory and time of Swin V2 training: what each way to save memory brings, and how both grow with the input.
+
+python tools/analysis_tools/benchmark_memory.py --task savers
+python tools/analysis_tools/benchmark_memory.py --task sizes --plot sizes.png
+python tools/analysis_tools/benchmark_memory.py --task full
+
+`savers` takes blocks and the first two stages of SwinV2-G with window 32, as they are, with sequential attention, with
+activation checkpointing, and with both. `sizes` takes a whole backbone at inputs of growing size, in inference and in
+training. `full` is SwinV2-G at 1536x1536, for a large GPU.
+
+Memory is what a step takes beside parameters and their gradients: on a GPU, with autocast to bfloat16,
+torch.cuda.max_memory_allocated; on a CPU, in float32, the bytes of all tensors alive (`swinv2_mm.engine.memory`) and
+the growth of the process's peak RSS. The columns "forecast" come from tensors that have shapes but no memory.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from swinv2_mm.engine import launch
+from swinv2_mm.engine.memory import MemoryTracker, ZeroLoss, make_fake, make_gradients, measure_backbone
+from swinv2_mm.models import SwinTransformerV2
+from swinv2_mm.models.swin_v2 import ARCHS
+
+GIB = 2**30
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+G_SIZE, G_WINDOW = 1536, 32  # SwinV2-G on COCO (A2.2)
+
+# Parts of SwinV2-G: a block is a network of one block, whose patches are as large as the tokens of its stage. The last
+# number is the size for a CPU with 16 GiB.
+PARTS = {
+    'block of stage 1': (dict(embed_dims=512, depths=(1,), num_heads=(16,)), 4, 256),
+    'block of stage 3': (dict(embed_dims=2048, depths=(1,), num_heads=(64,)), 16, 768),
+    'stages 1 and 2': (dict(embed_dims=512, depths=(2, 2), num_heads=(16, 32)), 4, 256),
+}
+FULL = {'SwinV2-G': (ARCHS['giant'], 4, G_SIZE)}
+SAVERS = {
+    'none': (False, False),
+    'sequential': (False, True),
+    'checkpointing': (True, False),
+    'both': (True, True),
+}
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def build(arch: dict | str, window: int, saver: str = 'none', patch: int = 4) -> SwinTransformerV2:
+    """Build a backbone whose whole network uses a saver of `SAVERS`."""
+    with_cp, sequential = SAVERS[saver]
+    stages = tuple(range(len((arch if isinstance(arch, dict) else ARCHS[arch])['depths'])))
+    return SwinTransformerV2(
+        arch,
+        window_size=window,
+        patch_size=patch,
+        out_indices=stages,
+        drop_path_rate=0.0,  # it would make the time depend on chance
+        with_cp=with_cp,
+        sequential_stages=stages if sequential else (),
+    )
+
+
+def part(name: str, saver: str) -> SwinTransformerV2:
+    """Build a part of SwinV2-G."""
+    arch, patch, _ = (PARTS | FULL)[name]
+    return build(arch, G_WINDOW, saver, patch)
+
+
+def step(backbone: SwinTransformerV2, x: Tensor) -> None:
+    """One forward and backward pass in training, or a forward pass in inference."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda), torch.set_grad_enabled(backbone.training):
+        loss = ZeroLoss.apply(*backbone(x))
+    if backbone.training:
+        loss.backward()
+
+
+def forecast(make: Callable[[], SwinTransformerV2], size: int, bfloat16: bool) -> int:
+    """Peak of a training step in bytes, from tensors without memory."""
+    with torch.device('meta'):
+        backbone = make().train()
+    with FakeTensorMode():
+        memory = measure_backbone(make_fake(backbone), torch.empty(1, 3, size, size), bfloat16)
+    return max(memory.forward_peak, memory.backward_peak)
+
+
+def measured_peak(backbone: SwinTransformerV2, x: Tensor) -> int:
+    """Peak of tensors in a step in bytes, the input among them."""
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() - x.nbytes
+        step(backbone, x)
+        return torch.cuda.max_memory_allocated() - before
+    with MemoryTracker() as tracker:
+        tracker.watch([x])
+        step(backbone, x)
+    return tracker.peak
+
+
+def ready(backbone: SwinTransformerV2, size: int, training: bool = True) -> tuple[SwinTransformerV2, Tensor]:
+    """Put a backbone on the device, with its gradients if it is to train, and make an input of `size`."""
+    backbone = backbone.to(DEVICE).train(training)
+    if training:
+        make_gradients(backbone)
+    return backbone, torch.rand(1, 3, size, size, device=DEVICE)
+
+
+def part_memory(name: str, saver: str, size: int) -> dict[str, int]:
+    """Peaks of a training step of a part; to be called in a process of its own, whose peak RSS starts with it."""
+    backbone, x = ready(part(name, saver), size)
+    if DEVICE == 'cuda':
+        try:
+            return dict(allocated=measured_peak(backbone, x))
+        except torch.cuda.OutOfMemoryError:
+            return dict(allocated=math.nan)
+    before = int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize()
+    tracked = measured_peak(backbone, x)
+    return dict(tracked=tracked, rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def times(steps: list[Callable[[], None]], repeats: int) -> list[float]:
+    """Fastest seconds of each step; they take turns, so that a machine that slows down slows all of them."""
+    seconds = [[] for _ in steps]
+    for _ in range(repeats):
+        for taken, run in zip(seconds, steps, strict=True):
+            _wait_for_gpu()
+            start = time.perf_counter()
+            run()
+            _wait_for_gpu()
+            taken.append(time.perf_counter() - start)
+    return [min(taken) for taken in seconds]
+
+
+def _wait_for_gpu() -> None:
+    if DEVICE == 'cuda':
+        torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------- tasks
+
+
+def savers(parts: dict, repeats: int) -> list[dict]:
+    """Memory and time of each part with each saver: a dict for each table row, in bytes and seconds."""
+    rows = []
+    for name, (_, _, cpu_size) in parts.items():
+        size = G_SIZE if DEVICE == 'cuda' else cpu_size
+        group = []
+        for saver in SAVERS:
+            make = lambda name=name, saver=saver: part(name, saver)  # noqa: E731
+            row = dict(part=name, saver=saver, size=size)
+            row[f'forecast {G_SIZE}'] = forecast(make, G_SIZE, bfloat16=True)
+            if DEVICE == 'cpu':
+                row['forecast'] = forecast(make, size, bfloat16=False)
+            context = multiprocessing.get_context('spawn')
+            with ProcessPoolExecutor(1, mp_context=context) as process:
+                row |= process.submit(part_memory, name, saver, size).result()
+            group.append(row)
+        fits = [row for row in group if not math.isnan(row.get('allocated', 0))]
+        models = [ready(part(name, row['saver']), size) for row in fits]
+        for row, seconds in zip(fits, times([lambda m=m: step(*m) for m in models], repeats), strict=True):
+            row['seconds'] = seconds
+        del models
+        rows += group
+        _print_savers(group)
+    return rows
+
+
+def _print_savers(group: list[dict]) -> None:
+    first = group[0]
+    kinds = [key for key in first if key not in ('part', 'saver', 'size', 'seconds')]
+    print(
+        f'\n{first["part"]} of SwinV2-G, window {G_WINDOW}, measured at {first["size"]}x{first["size"]} on the {DEVICE}'
+    )
+    print(f'{"GiB":<15}' + ''.join(f'{kind:>15}' for kind in kinds) + f'{"seconds":>10}{"x none":>8}')
+    for row in group:
+        cells = ''.join(f'{row[kind] / GIB:>15.3f}' for kind in kinds)
+        seconds, base = row.get('seconds', math.nan), first.get('seconds', math.nan)
+        print(f'{row["saver"]:<15}{cells}{seconds:>10.2f}{seconds / base:>8.2f}', flush=True)
+
+
+def sizes(arch: str, window: int, sides: list[int], repeats: int) -> list[dict]:
+    """Memory and time of a backbone at square inputs: a dict for each size and each of inference and training."""
+    rows = []
+    print(f'{arch}, window {window}, 1 image, on the {DEVICE}; training with activation checkpointing')
+    print(f'{"":<10}{"side":>6}{"seconds":>10}{"GiB":>9}{"us/pixel":>10}{"bytes/pixel":>12}')
+    for training in (False, True):
+        task = 'training' if training else 'inference'
+        for side in sides:
+            model = ready(build(arch, window, 'checkpointing'), side, training)
+            memory = measured_peak(*model)  # and warms up
+            (seconds,) = times([lambda m=model: step(*m)], repeats)
+            rows.append(dict(task=task, side=side, seconds=seconds, bytes=memory))
+            print(
+                f'{task:<10}{side:>6}{seconds:>10.2f}{memory / GIB:>9.3f}'
+                f'{1e6 * seconds / side**2:>10.2f}{memory / side**2:>12.0f}',
+                flush=True,
+            )
+    for task in ('inference', 'training'):
+        slopes = ', '.join(f'{key} {slope(rows, task, key):.2f}' for key in ('seconds', 'bytes'))
+        print(f'Power of the number of pixels that {task} grows with: {slopes}')
+    return rows
+
+
+def slope(rows: list[dict], task: str, key: str) -> float:
+    """Slope of a line through the logarithms of a figure over those of the pixels; 1 is growth in proportion."""
+    chosen = [row for row in rows if row['task'] == task]
+    pixels = [math.log(row['side'] ** 2) for row in chosen]
+    return float(np.polyfit(pixels, [math.log(row[key]) for row in chosen], 1)[0])
+
+
+def plot(rows: list[dict], title: str, path: str) -> None:
+    """Draw time and memory over pixels, with a line of growth in proportion through the first point of each curve."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
+    for axis, key, label, unit in zip(axes, ('seconds', 'bytes'), ('seconds', 'GiB'), (1, GIB), strict=True):
+        for task, marker in (('inference', 'o'), ('training', 's')):
+            chosen = [row for row in rows if row['task'] == task]
+            pixels = np.array([row['side'] ** 2 for row in chosen]) / 1e6
+            values = np.array([row[key] for row in chosen]) / unit
+            (line,) = axis.loglog(pixels, values, marker, label=f'{task}, slope {slope(rows, task, key):.2f}')
+            axis.loglog(pixels, values[0] * pixels / pixels[0], '--', color=line.get_color(), linewidth=1)
+        axis.set_xlabel('megapixels')
+        axis.set_ylabel(label)
+        axis.legend()
+        axis.grid(alpha=0.3, which='both')
+    figure.suptitle(title + ' (dashed: in proportion to the pixels)')
+    figure.savefig(path, dpi=110)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--task', choices=['savers', 'sizes', 'full'], default='savers')
+    parser.add_argument('--repeats', type=int, default=3, help='timed steps, of which the fastest counts (default: 3)')
+    parser.add_argument('--arch', choices=list(ARCHS), default='tiny', help='backbone of `sizes` (default: tiny)')
+    parser.add_argument('--window', type=int, default=16, help='window of `sizes` (default: 16)')
+    parser.add_argument(
+        '--sizes', type=int, nargs='+', default=[512, 768, 1024, 1536, 2048], help='sides of the inputs of `sizes`'
+    )
+    parser.add_argument('--json', metavar='OUT', help='write all figures to this file, in bytes and seconds')
+    parser.add_argument('--plot', metavar='OUT', help='draw the figures of `sizes` into this file')
+    return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Find what would fail later.
+
+    Raises:
+        FileNotFoundError: A folder for results does not exist.
+        ValueError: An argument cannot be.
+    """
+    if args.repeats < 1:
+        raise ValueError(f'--repeats must be at least 1, got {args.repeats}')
+    if args.window < 1:
+        raise ValueError(f'--window must be at least 1, got {args.window}')
+    if len(set(args.sizes)) < 2 or min(args.sizes) < 1:
+        raise ValueError(f'--sizes must be at least two different positive numbers, got {args.sizes}')
+    if args.plot and args.task != 'sizes':
+        raise ValueError(f'--plot draws the figures of --task sizes, not of --task {args.task}')
+    if args.task == 'full' and DEVICE == 'cpu':
+        raise ValueError('--task full needs a GPU; plan_memory.py forecasts its memory without one')
+    if args.task == 'savers' and DEVICE == 'cpu' and sys.platform != 'linux':
+        raise ValueError('--task savers without a GPU reads the memory of a process from /proc, which needs Linux')
+    for path in (args.json, args.plot):
+        if path and not Path(path).absolute().parent.is_dir():
+            raise FileNotFoundError(f'there is no folder {Path(path).parent} for {Path(path).name}')
+
+
+def main() -> None:
+    """Run the script."""
+    args = parse_args()
+    with launch.one_line_errors(FileNotFoundError, ValueError):
+        check(args)
+    torch.manual_seed(0)
+    if args.task == 'sizes':
+        rows = sizes(args.arch, args.window, args.sizes, args.repeats)
+    else:
+        rows = savers(FULL if args.task == 'full' else PARTS, args.repeats)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + '\n')
+    if args.plot:
+        plot(rows, f'SwinV2 {args.arch}, window {args.window}', args.plot)
+
+
+if __name__ == '__main__':
+    main()

@@ -17,7 +17,7 @@ import argparse
 import json
 import math
 import multiprocessing
-import resource
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -124,9 +124,14 @@ def part_memory(name: str, saver: str, size: int) -> dict[str, int]:
             return dict(allocated=measured_peak(backbone, x))
         except torch.cuda.OutOfMemoryError:
             return dict(allocated=math.nan)
-    before = int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize()
+    before = resident('VmRSS')
     tracked = measured_peak(backbone, x)
-    return dict(tracked=tracked, rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    return dict(tracked=tracked, rss=resident('VmHWM') - before)
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM); `getrusage` knows the peak of its parent too."""
+    return 1024 * int(re.search(rf'{field}:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])
 
 
 def times(steps: list[Callable[[], None]], repeats: int) -> list[float]:
@@ -225,16 +230,19 @@ def plot(rows: list[dict], title: str, path: str) -> None:
 
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
     for axis, key, label, unit in zip(axes, ('seconds', 'bytes'), ('seconds', 'GiB'), (1, GIB), strict=True):
         for task, marker in (('inference', 'o'), ('training', 's')):
             chosen = [row for row in rows if row['task'] == task]
-            pixels = np.array([row['side'] ** 2 for row in chosen]) / 1e6
+            pixels = np.array([row['side'] ** 2 for row in chosen])
             values = np.array([row[key] for row in chosen]) / unit
             (line,) = axis.loglog(pixels, values, marker, label=f'{task}, slope {slope(rows, task, key):.2f}')
             axis.loglog(pixels, values[0] * pixels / pixels[0], '--', color=line.get_color(), linewidth=1)
-        axis.set_xlabel('megapixels')
+        axis.set_xticks(pixels, [f'{row["side"]}$^2$' for row in chosen])
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xlabel('pixels')
         axis.set_ylabel(label)
         axis.legend()
         axis.grid(alpha=0.3, which='both')

@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 from torch.nn.parallel import DistributedDataParallel
 
 from swinv2_mm.engine.checks import seen_from
+from swinv2_mm.engine.sharding import SPLITTING, ShardedRunner
 from swinv2_mm.registry import MODEL_WRAPPERS, RUNNERS
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -125,15 +126,33 @@ def build_runner(cfg: Config):
 
 
 def check_runner(cfg: Config) -> None:
-    """Let the class that `runner_type` names find what would stop it.
+    """Check that what carries out a training exists and fits together, as far as the config tells.
 
     Raises:
         ImportError: It needs a package that is not installed.
-        ValueError: The config has something that it cannot do.
+        ValueError: There is no such class, or it cannot do what the config says.
     """
-    check = getattr(RUNNERS.get(cfg.get('runner_type', 'Runner')), 'check', None)
-    if check is not None:
-        check(cfg)
+    runner_type = cfg.get('runner_type', 'Runner')
+    wrapper_type = (cfg.get('model_wrapper_cfg') or {}).get('type', 'MMDistributedDataParallel')
+    runner, wrapper = RUNNERS.get(runner_type), MODEL_WRAPPERS.get(wrapper_type)
+    for option, name, found in (
+        ('runner_type', runner_type, runner),
+        ('model_wrapper_cfg.type', wrapper_type, wrapper),
+    ):
+        if found is None:
+            raise ValueError(f'{option}: there is no {name}')
+    if wrapper in SPLITTING and not issubclass(runner, ShardedRunner):
+        raise ValueError(
+            f'model_wrapper_cfg.type={wrapper_type} needs runner_type=swinv2_mm.ShardedRunner, and it is {runner_type}'
+        )
+    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
+    if optimizer.get('type') == 'ZeroRedundancyOptimizer':
+        raise ValueError(
+            "optim_wrapper.optimizer.type=ZeroRedundancyOptimizer: mmengine's Runner waits for ever when it saves that. "
+            'Name the optimizer itself, and split its states by configs/_base_/memory/zero1.py'
+        )
+    if hasattr(runner, 'check'):
+        runner.check(cfg)
 
 
 def adapt_to_cpu(cfg: Config) -> None:

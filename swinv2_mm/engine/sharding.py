@@ -100,6 +100,9 @@ class FullyShardedModel(nn.Module):
         return self.module.test_step(data)
 
 
+SPLITTING = (ZeroDistributedDataParallel, FullyShardedModel)
+
+
 def is_split(value: object) -> bool:
     """Whether a parameter, or anything else, is a tensor of which this process has a part."""
     return hasattr(value, 'device_mesh')

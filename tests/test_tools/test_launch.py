@@ -166,6 +166,16 @@ def test_unknown_backbone(complain, data):
             ['--cfg-options', 'model.backbone.init_cfg.type=Pretrained', 'model.backbone.init_cfg.checkpoint=gone.pth'],
             'model.backbone.init_cfg.checkpoint: checkpoint gone.pth does not exist',
         ),
+        (['--cfg-options', 'runner_type=swinv2_mm.Split'], 'runner_type: there is no swinv2_mm.Split'),
+        (['--cfg-options', 'model_wrapper_cfg.type=Split'], 'model_wrapper_cfg.type: there is no Split'),
+        (
+            ['--cfg-options', 'model_wrapper_cfg.type=swinv2_mm.FullyShardedModel'],
+            'needs runner_type=swinv2_mm.ShardedRunner, and it is Runner',
+        ),
+        (
+            ['--cfg-options', 'optim_wrapper.optimizer.type=ZeroRedundancyOptimizer'],
+            'split its states by configs/_base_/memory/zero1.py',
+        ),
         (['--auto-scale-lr'], '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...)'),
         pytest.param(
             ['--amp'], '--amp needs a GPU', marks=pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')

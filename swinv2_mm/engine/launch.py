@@ -148,7 +148,7 @@ def check_runner(cfg: Config) -> None:
     optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
     if optimizer.get('type') == 'ZeroRedundancyOptimizer':
         raise ValueError(
-            "optim_wrapper.optimizer.type=ZeroRedundancyOptimizer: mmengine's Runner waits for ever when it saves that. "
+            'optim_wrapper.optimizer.type=ZeroRedundancyOptimizer: the Runner waits for ever when it saves that. '
             'Name the optimizer itself, and split its states by configs/_base_/memory/zero1.py'
         )
     if hasattr(runner, 'check'):

@@ -77,4 +77,4 @@ def test_importing_the_package_or_its_backbone_imports_no_toolbox():
         "print([m for m in ('mmdet', 'mmseg', 'mmaction', 'torchvision', 'triton', 'mmcv._ext') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, '-c', code], text=True, capture_output=True, check=True)
-    assert result.stdout.strip() == '[]'
+    assert result.stdout.splitlines()[-1] == '[]'  # DeepSpeed, where it is installed, prints a line of its own

@@ -213,7 +213,10 @@ def main() -> None:
         if hasattr(runner.model, 'destroy'):  # what DeepSpeed holds until the process ends
             runner.model.destroy()
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # now and then a thread of gloo is still there when Python ends, which aborts the process
 
 
 if __name__ == '__main__':

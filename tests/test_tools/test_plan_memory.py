@@ -351,19 +351,19 @@ def test_wrong_arguments_of_the_benchmark_are_named(benchmark, monkeypatch, chan
 
 @pytest.mark.slow
 def test_time_and_memory_of_growing_inputs_are_printed_written_and_drawn(tmp_path):
-    command = [sys.executable, TOOLS / 'benchmark_memory.py', '--task', 'sizes', '--sizes', '64', '128']
-    command += ['--window', '4', '--repeats', '1', '--json', 'out.json', '--plot', 'out.png']
+    command = [sys.executable, TOOLS / 'benchmark_memory.py', '--task', 'sizes', '--sizes', '256', '384']
+    command += ['--window', '16', '--repeats', '1', '--json', 'out.json', '--plot', 'out.png']
     output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     rows = json.loads((tmp_path / 'out.json').read_text())
     assert [(row['task'], row['side']) for row in rows] == [
-        ('inference', 64),
-        ('inference', 128),
-        ('training', 64),
-        ('training', 128),
+        ('inference', 256),
+        ('inference', 384),
+        ('training', 256),
+        ('training', 384),
     ]
     small, large = (row['bytes'] for row in rows[2:])
-    power = math.log(large / small) / math.log(4)
+    power = math.log(large / small) / math.log(384**2 / 256**2)
     assert 'training grows with: seconds' in output
     assert f'bytes {power:.2f}' in output
-    assert 0.7 < power < 1.1
+    assert 0.8 < power < 1.1
     assert cv2.imread(str(tmp_path / 'out.png')).std() > 1

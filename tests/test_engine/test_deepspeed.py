@@ -409,7 +409,7 @@ def test_recipe_is_translated():
         ({'strategy.zero_optimization.stage': 0}, 'must be 1, 2 or 3, got 0'),
         ({'compile': True}, 'compile=True has no effect'),
         ({'sync_bn': 'torch'}, "sync_bn='torch' has no effect"),
-        ({'model_wrapper_cfg': dict(type='X')}, 'model_wrapper_cfg=None'),
+        ({'model_wrapper_cfg': dict(type='MMDistributedDataParallel')}, 'model_wrapper_cfg=None'),
     ],
 )
 def test_what_has_no_counterpart_is_refused(option, message):

@@ -3,8 +3,19 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops.coordinates import log_spaced_coords
+
+_optimizer_steps = 0
+
+
+@register_optimizer_step_post_hook
+def _count_step(*_) -> None:
+    """Note that weights may have changed: sharded optimizers write them such that their version stays the same."""
+    global _optimizer_steps
+    _optimizer_steps += 1
 
 
 class LogCPB(nn.Sequential):
@@ -13,6 +24,12 @@ class LogCPB(nn.Sequential):
     It is continuous in the coordinates, so its weights serve any window size, as long as the coordinates are scaled by
     the window that they were learnt with. That window is a buffer: it belongs to the weights, and so it travels with
     them through checkpoints, EMA copies and process groups.
+
+    The bias is computed once for the same weights, and no activations are kept for the backward pass, which computes
+    it again: so once per optimizer step, however many micro-batches and recomputed blocks use it, and once in eval mode.
+    It is computed anew after an optimizer step, after each call of `train`, `eval`, `to` and `load_state_dict`, and after
+    weights were replaced or changed in place. What PyTorch cannot see, an in-place change through `weight.data` with none
+    of these after it, goes unnoticed.
 
     Args:
         window_size: Tokens of a window along each axis.
@@ -23,6 +40,7 @@ class LogCPB(nn.Sequential):
     def __init__(self, window_size: tuple[int, ...], pretrained_window_size: tuple[int, ...], num_heads: int) -> None:
         super().__init__(nn.Linear(len(window_size), 512), nn.ReLU(inplace=True), nn.Linear(512, num_heads, bias=False))
         self.window_size = window_size
+        self._cache = None
         self._initial_window_size = pretrained_window_size
         self.register_buffer('pretrained_window_size', torch.tensor(pretrained_window_size))
 
@@ -33,13 +51,62 @@ class LogCPB(nn.Sequential):
 
     def forward(self) -> Tensor:
         """Bias of every relative position: (heads, prod(2 * window - 1)), between 0 and 16."""
-        weight = self[0].weight
+        weights = self[0].weight, self[0].bias, self[2].weight
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not all(map(_is_plain, weights)):
+            return self._compute(*weights)
+        return CachedBias.apply(self, *weights)
+
+    def cached(self, *weights: Tensor) -> Tensor:
+        """Bias without gradient, computed if it is not that of these weights."""
+        key = _optimizer_steps, *((t.data_ptr(), t._version) for t in (*weights, self.pretrained_window_size))
+        if self._cache is None or self._cache[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # what is made here may be used in training too
+                self._cache = key, self._compute(*weights)
+        return self._cache[1]
+
+    def _compute(self, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
         # computed, not stored: a buffer would have to follow every window change and every deferred initialisation
         coords = log_spaced_coords(self.window_size, self.pretrained_window_size)
         # PyTorch's CPU kernels compute the last few elements of a tensor by another routine, one bit off; rows of
         # padding keep them out, so that the bias is the official one to the last bit although the sigmoid comes before
         # the gather
-        rows = F.pad(coords.to(weight.dtype), (0, 0, 0, -len(coords) % 64))
-        with torch.autocast(weight.device.type, enabled=False):
-            bias = 16 * super().forward(rows).sigmoid()
+        rows = F.pad(coords.to(weight1.dtype), (0, 0, 0, -len(coords) % 64))
+        with torch.autocast(weight1.device.type, enabled=False):
+            bias = 16 * F.linear(F.relu(F.linear(rows, weight1, bias1)), weight2).sigmoid()
         return bias[: len(coords)].T
+
+    def train(self, mode: bool = True) -> 'LogCPB':
+        """Set the mode; weights may have been exchanged before, as mmengine's EMAHook does it."""
+        self._cache = None
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> 'LogCPB':
+        self._cache = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._cache = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class CachedBias(torch.autograd.Function):
+    """The bias of a `LogCPB`, whose activations are computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, log_cpb: LogCPB, *weights: Tensor) -> Tensor:  # noqa: D102
+        ctx.log_cpb = log_cpb
+        ctx.save_for_backward(*weights)
+        return log_cpb.cached(*weights).detach()  # autograd makes the result its own
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:  # noqa: D102
+        weights = [w.detach().requires_grad_() for w in ctx.saved_tensors]
+        with torch.enable_grad():
+            bias = ctx.log_cpb._compute(*weights)
+        return None, *torch.autograd.grad(bias, weights, grad)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Tell whether a tensor has memory and a version: not one of torch's stand-ins, nor made in inference mode."""
+    return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta and not weight.is_inference()

@@ -1,13 +1,27 @@
 """Shifted-window cosine attention with one signature and a choice of backends."""
 
+import functools
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
-from .reference import reference_window_attention
+from . import reference, sdpa
 
-BACKENDS = {'reference': reference_window_attention}
+
+class Backend(NamedTuple):
+    """A way to compute window attention."""
+
+    run: Callable[..., Tensor]
+    can_run: Callable[[Tensor], str | None]  # why it cannot for this qkv, or None
+
+
+BACKENDS = {
+    'sdpa': Backend(sdpa.sdpa_window_attention, sdpa.can_run),
+    'reference': Backend(reference.reference_window_attention, lambda qkv: None),
+}  # in the order in which 'auto' asks them
 
 
 def check_backend(name: str) -> None:
@@ -16,6 +30,25 @@ def check_backend(name: str) -> None:
         raise ValueError(
             f"attention backend {name!r} is not known; use 'auto' or one of {', '.join(map(repr, BACKENDS))}"
         )
+
+
+def _choose(name: str, qkv: Tensor) -> Backend:
+    if name != 'auto':
+        reason = BACKENDS[name].can_run(qkv)
+        if reason:
+            raise ValueError(f"attention backend {name!r} cannot run: {reason}; 'auto' takes another one")
+        return BACKENDS[name]
+    for other, backend in BACKENDS.items():
+        reason = backend.can_run(qkv)
+        if reason is None:
+            return backend
+        _tell(other, reason)
+    raise AssertionError('the reference runs everywhere')
+
+
+@functools.cache
+def _tell(name: str, reason: str) -> None:
+    logging.getLogger('swinv2_mm').info('attention backend %r is not used: %s', name, reason)
 
 
 def window_attention(
@@ -38,19 +71,20 @@ def window_attention(
         bias_table: (heads, prod(2 * window - 1)), added to the logits by relative position (see `LogCPB`).
         window_size: Tokens of a window along each axis of `*S`.
         shift_size: How far the windows are shifted along each axis, from 0 to the window size less 1.
-        backend: 'auto' or the name of a backend.
+        backend: 'auto' for the fastest one that can run, or 'sdpa' or 'reference'.
         sequential: Whether to attend in a few windows at a time, and to compute them again in the backward pass, so
-            that the attention weights of those alone are in memory (sequential self-attention, Sec. 3.4).
+            that the attention weights of those alone are in memory (sequential self-attention, Sec. 3.4). The backend
+            'sdpa' does so in any case.
 
     Returns:
         (B, *S, heads * head_dim), in image order.
 
     Raises:
-        ValueError: The shapes do not fit each other, or the backend is not known.
+        ValueError: The shapes do not fit each other, or the backend is not known or cannot run.
     """
     check_backend(backend)
     _check_shapes(qkv, logit_scale, bias_table, window_size, shift_size)
-    run = BACKENDS['reference' if backend == 'auto' else backend]
+    run = _choose(backend, qkv).run
     return run(qkv, logit_scale, bias_table, tuple(window_size), tuple(shift_size), sequential)
 
 

@@ -4,8 +4,10 @@ Shapes: `B` batch, `*S` map size, `*W` window size (as many axes as `*S`), `nW` 
 window, `...` anything that travels with a token.
 """
 
+import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +77,15 @@ def crop_bias_table(bias_table: Tensor, window_size: Size, cropped_size: Size) -
     return grid.flatten(1)
 
 
+def crop_bias_table_backward(grad: Tensor, window_size: Size, cropped_size: Size) -> Tensor:
+    """Gradient of `crop_bias_table` for its table: (heads, prod(2C-1)) -> (heads, prod(2W-1)), 0 where it was cut off."""
+    grid = grad.unflatten(1, [2 * c - 1 for c in cropped_size])
+    cut = [w - c for w, c in zip(window_size, cropped_size, strict=True)]
+    return F.pad(grid, [end for c in reversed(cut) for end in (c, c)]).flatten(1)
+
+
 PADDING = -1  # region of tokens that are no part of the map
+CROSSING = -100.0  # what the official code adds to logits between tokens that only the roll brought together
 
 
 def token_regions(
@@ -103,5 +113,110 @@ def attention_mask(regions: Tensor) -> Tensor:
     Tokens that the roll brought together from opposite ends of the map get -100, as in the official code, and keys
     that are padding get -inf. Every window holds at least one token of the map, so no row is -inf throughout.
     """
-    mask = torch.where(regions[:, None] == regions[:, :, None], 0.0, -100.0)
+    mask = torch.where(regions[:, None] == regions[:, :, None], 0.0, CROSSING)
     return mask.masked_fill(regions[:, None] == PADDING, -math.inf)
+
+
+class WindowGroup(NamedTuple):
+    """Windows of a map that hold tokens at the same places, and so have bias and mask in common."""
+
+    tokens: Tensor  # (n, N): where the N tokens of its n windows lie in the flattened map
+    positions: Tensor | None  # (N,): where they lie in a whole window; None if the windows are whole
+    mask: Tensor | None  # (N, N): what to add to the logits, 0 or -100; None if it is 0 throughout
+
+
+class AxisGroup(NamedTuple):
+    """The same along one axis."""
+
+    tokens: list[list[int]]  # of each window
+    positions: list[int]
+    wrapped: list[bool]  # whether the roll carried the token from one end of the axis to the other
+
+
+# A training at many sizes meets them again and again. One entry takes 8 bytes a token and 4 N^2 for the masks; a
+# backbone has two in each stage.
+@functools.lru_cache(maxsize=64)
+def window_groups(
+    map_size: Size, window_size: Size, shift_size: Size, device: torch.device | None = None
+) -> tuple[WindowGroup, ...]:
+    """Sort the shifted windows of a map by the tokens that they hold; the map need not be padded for it.
+
+    Tokens that padding would add are in no group: nothing attends to them. So the windows at the end of an axis are
+    smaller where the window does not divide the map, and all windows of a group share one mask: in two dimensions there
+    are those within the map, which need none, those at each of two edges, and the one in the corner.
+
+    Args:
+        map_size: Tokens of the map along each axis.
+        window_size: Tokens of a window, at most those of the map.
+        shift_size: Shift of the windows.
+        device: Where the tensors are to be.
+
+    Returns:
+        The groups; each token of the map is in one window of one group.
+    """
+    axes = [_axis_groups(*sizes) for sizes in zip(map_size, window_size, shift_size, strict=True)]
+    with torch.inference_mode(False):  # what is made here may be used in training too
+        return tuple(_combine(parts, map_size, window_size, device) for parts in itertools.product(*axes))
+
+
+def _axis_groups(size: int, window: int, shift: int) -> list[AxisGroup]:
+    padded = size + -size % window
+    groups: dict[tuple, list[list[int]]] = {}
+    for start in range(0, padded, window):
+        coords = [(start + position + shift) % padded for position in range(window)]
+        positions = tuple(p for p, c in enumerate(coords) if c < size)
+        tokens = [coords[p] for p in positions]
+        groups.setdefault((positions, tuple(t < start for t in tokens)), []).append(tokens)
+    return [AxisGroup(tokens, *map(list, key)) for key, tokens in groups.items()]
+
+
+def _combine(parts: tuple[AxisGroup, ...], map_size: Size, window_size: Size, device: torch.device) -> WindowGroup:
+    axes = len(parts)
+    tokens = torch.zeros((1,) * (2 * axes), dtype=torch.int64)
+    positions, crossing = torch.zeros((1,) * axes, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool)
+    wrapped = torch.meshgrid(*(torch.tensor(part.wrapped) for part in parts), indexing='ij')
+    for axis, part in enumerate(parts):
+        along = torch.tensor(part.tokens)  # (windows, tokens of a window)
+        tokens = tokens * map_size[axis] + along.view(_at(axis, axes, along.shape))
+        place = torch.tensor(part.positions)
+        positions = positions * window_size[axis] + place.view(_at(axis, axes, place.shape))
+        ends = wrapped[axis].flatten()
+        crossing = crossing | (ends[:, None] != ends)
+    mask = torch.where(crossing, CROSSING, 0.0)
+    whole = positions.numel() == math.prod(window_size)
+    return WindowGroup(
+        tokens.reshape(-1, positions.numel()).to(device),
+        None if whole else positions.flatten().to(device),
+        mask.to(device) if crossing.any() else None,
+    )
+
+
+def _at(axis: int, axes: int, sizes: torch.Size) -> list[int]:
+    """Shape of a tensor whose k-th axis takes the place `axis` of the k-th `axes` axes of another one."""
+    return [size if place == axis else 1 for size in sizes for place in range(axes)]
+
+
+def dense_bias(bias_table: Tensor, window_size: Size) -> Tensor:
+    """Bias of each query and key of a whole window, (heads, N, N), from the table (heads, prod(2W-1)).
+
+    Row by row the table is read forwards, so this is a copy of contiguous runs and needs no index.
+    """
+    table = bias_table.unflatten(1, [2 * w - 1 for w in window_size])
+    table = table.flip(*range(1, table.dim()))  # by key - query; the queries are in reverse then
+    for axis, w in enumerate(window_size, start=1):
+        table = table.unfold(axis, w, 1)
+    n = math.prod(window_size)
+    return table.reshape(-1, n, n).flip(1)
+
+
+def dense_bias_backward(grad: Tensor, window_size: Size) -> Tensor:
+    """Sum a gradient (heads, N, N) over the entries that share one of the table (heads, prod(2W-1)).
+
+    Axis by axis, without a scatter to colliding addresses: fast and in the same order on every run.
+    """
+    grad = grad.flip(1).unflatten(2, window_size).unflatten(1, window_size)
+    for axis, w in reversed(list(enumerate(window_size, start=1))):
+        sizes = list(grad.shape[:-1])
+        sizes[axis] = 2 * w - 1
+        grad = torch.ops.aten.unfold_backward(grad, sizes, axis, w, 1)
+    return grad.flip(*range(1, grad.dim())).flatten(1)

@@ -122,7 +122,7 @@ def test_half_precision_stays_close_to_float64_with_finite_gradients(dtype):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (dict(backend='cuda'), "'cuda' is not known; use 'auto' or one of 'reference'"),
+        (dict(backend='cuda'), "'cuda' is not known; use 'auto' or one of 'sdpa', 'reference'"),
         (dict(window_size=(3,)), 'has 2 map axes, but window_size is'),
         (dict(shift_size=(3, 0)), 'must lie between 0 and window_size'),
         (dict(bias_table=torch.zeros(2, 9)), 'need bias_table'),

@@ -1,6 +1,5 @@
 """Patch embedding and patch merging."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -42,5 +41,6 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, [T,] H, W, C) -> (B, [T,] ceil(H / 2), ceil(W / 2), 2C)."""
         x = pad_to_windows(x, (1,) * (x.dim() - 4) + (2, 2))
-        corners = [x[..., h::2, w::2, :] for w in (0, 1) for h in (0, 1)]  # the official order: height first
-        return self.norm(self.reduction(torch.cat(corners, -1)))
+        x = x.unflatten(-2, (-1, 2)).unflatten(-4, (-1, 2))  # (..., H / 2, 2, W / 2, 2, C)
+        x = x.transpose(-4, -3).transpose(-3, -2)  # the official order of corners: height varies fastest
+        return self.norm(self.reduction(x.flatten(-3)))

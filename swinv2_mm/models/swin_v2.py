@@ -218,7 +218,7 @@ class SwinV2(BaseModule):
         for i, stage in enumerate(self.layers[: last + 1]):
             x = stage(x)
             if i in self.out_indices:
-                outs.append(getattr(self, f'norm{i}')(x).movedim(-1, 1).contiguous())
+                outs.append(getattr(self, f'norm{i}')(x).movedim(self.num_axes + 1, 1).contiguous())
             if i < last:
                 x = stage.downsample(x)
         return tuple(outs)

@@ -37,6 +37,8 @@ def can_run(qkv: Tensor) -> str | None:
     """Tell why this backend cannot attend, or None if it can."""
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return 'its operator is not one of those that models are exported with'
+    if torch.compiler.is_compiling() and not hasattr(torch.library, 'custom_op'):
+        return 'compiled, it needs torch 2.4 or newer'
     return None
 
 
@@ -50,7 +52,7 @@ def sdpa_window_attention(
 ) -> Tensor:
     """See `swinv2_mm.ops.window_attention`; a few windows at a time is what the backward pass does in any case."""
     if torch.compiler.is_compiling():
-        return compiled_op(qkv, logit_scale, bias_table, window_size, shift_size)
+        return torch.ops.swinv2_mm.window_attention(qkv, logit_scale, bias_table, window_size, shift_size)
     return RecomputedAttention.apply(qkv, logit_scale, bias_table, window_size, shift_size)
 
 
@@ -101,7 +103,7 @@ def attend_backward(
     grad_scale = torch.zeros_like(logit_scale, dtype=dtype)
     with torch.autocast(qkv.device.type, enabled=False):
         table = crop_bias_table(bias_table, window_size, window).to(dtype)
-        grad_table = torch.empty_like(table)
+        grad_table = torch.empty_like(table, memory_format=torch.contiguous_format)
         inputs = [_normalize(_gather(qkv.flatten(1, -4), group).to(dtype), logit_scale) for group in groups]
         given = [_gather(grad, group).to(dtype) for group in groups]
         grads = [torch.empty_like(tokens) for tokens, _ in inputs]
@@ -123,6 +125,43 @@ def attend_backward(
     grad_scale = torch.where(logit_scale <= MAX_LOGIT_SCALE, grad_scale, 0.0)
     grad_table = crop_bias_table_backward(grad_table, window_size, window)
     return grad_qkv, grad_scale.to(logit_scale.dtype), grad_table.to(bias_table.dtype)
+
+
+def _register() -> None:
+    """Make operators of `attend` and its gradient, which torch.compile keeps whole, at maps of any size."""
+    arguments = 'Tensor qkv, Tensor logit_scale, Tensor bias_table, int[] window_size, int[] shift_size'
+
+    @torch.library.custom_op('swinv2_mm::window_attention', mutates_args=(), schema=f'({arguments}) -> Tensor')
+    def forward(qkv, logit_scale, bias_table, window_size, shift_size):
+        return attend(qkv, logit_scale, bias_table, tuple(window_size), tuple(shift_size))
+
+    @forward.register_fake
+    def _(qkv, *_):
+        return qkv.new_empty(*qkv.shape[:-3], qkv.shape[-2] * qkv.shape[-1])
+
+    @torch.library.custom_op(
+        'swinv2_mm::window_attention_backward',
+        mutates_args=(),
+        schema=f'(Tensor grad, {arguments}) -> (Tensor, Tensor, Tensor)',
+    )
+    def backward(grad, qkv, logit_scale, bias_table, window_size, shift_size):
+        return attend_backward(grad, qkv, logit_scale, bias_table, tuple(window_size), tuple(shift_size))
+
+    @backward.register_fake
+    def _(grad, *inputs_and_sizes):
+        return tuple(t.new_empty(t.shape) for t in inputs_and_sizes[:3])
+
+    def keep_inputs(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
+        ctx.sizes = inputs[3:]
+
+    forward.register_autograd(
+        lambda ctx, grad: (*backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None), setup_context=keep_inputs
+    )
+
+
+if hasattr(torch.library, 'custom_op'):
+    _register()
 
 
 def _windows_of(qkv: Tensor, window_size: Size, shift_size: Size) -> tuple[Size, tuple[WindowGroup, ...]]:

@@ -104,7 +104,7 @@ def _check_shapes(
             f'shift_size {tuple(shift_size)} must lie between 0 and window_size {tuple(window_size)} less 1'
         )
     heads = qkv.shape[-2]
-    table_shape = (heads, math.prod(2 * w - 1 for w in window_size))
+    table_shape = (heads, math.prod([2 * w - 1 for w in window_size]))
     if tuple(bias_table.shape) != table_shape or tuple(logit_scale.shape) != (heads, 1, 1):
         raise ValueError(
             f'{heads} heads and window_size {tuple(window_size)} need bias_table {table_shape} and logit_scale '

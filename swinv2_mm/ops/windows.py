@@ -94,17 +94,14 @@ def token_regions(
     """Number the parts of the padded and rolled map that lay together before: (nW, N) int64, or None if all did."""
     if map_size == padded_size and not any(shift_size):
         return None
-    region = torch.full((1, *padded_size), PADDING, dtype=torch.int64, device=device)
-    region[(0, *(slice(s) for s in map_size))] = 0
-    region = region.roll([-d for d in shift_size], tuple(range(1, len(map_size) + 1)))
-    cuts = [
-        (slice(0, -w), slice(-w, -d), slice(-d, None)) if d else (slice(None),)
-        for w, d in zip(window_size, shift_size, strict=True)
-    ]
-    for number, box in enumerate(itertools.product(*cuts)):
-        part = region[(0, *box)]
-        part[part != PADDING] = number
-    return partition(region, window_size)
+    region, padding = torch.zeros((), dtype=torch.int64, device=device), torch.tensor(False, device=device)
+    for axis, (size, padded, w, d) in enumerate(zip(map_size, padded_size, window_size, shift_size, strict=True)):
+        place = torch.arange(padded, device=device)
+        part = (place >= padded - w).long() + (place >= padded - d).long() if d else torch.zeros_like(place)
+        shape = [-1 if other == axis else 1 for other in range(len(map_size))]
+        region = 3 * region + part.view(shape)
+        padding = padding | ((place + d) % padded >= size).view(shape)
+    return partition(torch.where(padding, PADDING, region)[None], window_size)
 
 
 def attention_mask(regions: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..ops import sdpa
+
 # what autocast computes in float32 on a GPU but not on a CPU, as far as Swin and the toolboxes' heads call it
 FLOAT32_ON_CUDA = (
     torch.ops.aten.layer_norm.default,
@@ -118,6 +120,17 @@ def _in_float32(operation: Callable, *args, **kwargs) -> Tensor:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+@contextlib.contextmanager
+def cuda_chunks() -> Iterator[None]:
+    """Let fused attention on a CPU take as many windows at a time as on a GPU."""
+    on_cpu = sdpa.CHUNKS['cpu']
+    sdpa.CHUNKS['cpu'] = sdpa.CHUNKS['cuda']
+    try:
+        yield
+    finally:
+        sdpa.CHUNKS['cpu'] = on_cpu
 
 
 def make_fake(model: nn.Module) -> nn.Module:

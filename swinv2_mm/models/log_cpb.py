@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -25,11 +26,11 @@ class LogCPB(nn.Sequential):
     the window that they were learnt with. That window is a buffer: it belongs to the weights, and so it travels with
     them through checkpoints, EMA copies and process groups.
 
-    The bias is computed once for the same weights, and no activations are kept for the backward pass, which computes
-    it again: so once per optimizer step, however many micro-batches and recomputed blocks use it, and once in eval mode.
-    It is computed anew after an optimizer step, after each call of `train`, `eval`, `to` and `load_state_dict`, and after
-    weights were replaced or changed in place. What PyTorch cannot see, an in-place change through `weight.data` with none
-    of these after it, goes unnoticed.
+    The bias is computed once for the same weights, and the backward pass computes it again instead of keeping
+    activations: so once per optimizer step, however many micro-batches and recomputed blocks use it, and once in eval
+    mode. It is computed anew after an optimizer step, after each call of `train`, `eval`, `to` and `load_state_dict`,
+    and after weights were replaced or changed in place. What PyTorch cannot see, an in-place change through
+    `weight.data` with none of these after it, goes unnoticed.
 
     Args:
         window_size: Tokens of a window along each axis.
@@ -58,7 +59,7 @@ class LogCPB(nn.Sequential):
 
     def cached(self, *weights: Tensor) -> Tensor:
         """Bias without gradient, computed if it is not that of these weights."""
-        key = _optimizer_steps, *((t.data_ptr(), t._version) for t in (*weights, self.pretrained_window_size))
+        key = _optimizer_steps, *map(_identity, (*weights, self.pretrained_window_size))
         if self._cache is None or self._cache[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # what is made here may be used in training too
                 self._cache = key, self._compute(*weights)
@@ -108,5 +109,10 @@ class CachedBias(torch.autograd.Function):
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Tell whether a tensor has memory and a version: not one of torch's stand-ins, nor made in inference mode."""
-    return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta and not weight.is_inference()
+    """Tell whether a tensor has a storage and a version: no wrapper of tensors, nor made in inference mode."""
+    kinds = Tensor, nn.Parameter, FakeTensor  # a fake one has to behave as what it stands for
+    return type(weight) in kinds and not weight.is_meta and not weight.is_inference()
+
+
+def _identity(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor._version

@@ -78,7 +78,7 @@ def crop_bias_table(bias_table: Tensor, window_size: Size, cropped_size: Size) -
 
 
 def crop_bias_table_backward(grad: Tensor, window_size: Size, cropped_size: Size) -> Tensor:
-    """Gradient of `crop_bias_table` for its table: (heads, prod(2C-1)) -> (heads, prod(2W-1)), 0 where it was cut off."""
+    """Gradient of `crop_bias_table`: (heads, prod(2C-1)) -> (heads, prod(2W-1)), 0 where the table was cut off."""
     grid = grad.unflatten(1, [2 * c - 1 for c in cropped_size])
     cut = [w - c for w, c in zip(window_size, cropped_size, strict=True)]
     return F.pad(grid, [end for c in reversed(cut) for end in (c, c)]).flatten(1)
@@ -184,7 +184,7 @@ def _combine(parts: tuple[AxisGroup, ...], map_size: Size, window_size: Size, de
     return WindowGroup(
         tokens.reshape(-1, positions.numel()).to(device),
         None if whole else positions.flatten().to(device),
-        mask.to(device) if crossing.any() else None,
+        mask.to(device) if any(len(set(part.wrapped)) > 1 for part in parts) else None,
     )
 
 

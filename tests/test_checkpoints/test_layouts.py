@@ -265,7 +265,9 @@ def assert_same_features(backbone, features, model, image=256):
 
 
 def pretrained_backbone(path, pretrained=8):
-    backbone = build(window=8, pretrained=pretrained, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    # the backend that is equal to the libraries to the last bit
+    backbone = build(window=8, pretrained=pretrained, attention_backend='reference', init_cfg=init_cfg)
     backbone.init_weights()
     return backbone
 

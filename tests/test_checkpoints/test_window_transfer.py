@@ -24,9 +24,11 @@ TINY = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 DETECTOR = Path(__file__).parents[1] / 'test_tools/tiny/det.py'
 
 
-def build(window, pretrained=None, arch=ARCH, path=None):
+def build(window, pretrained=None, arch=ARCH, path=None, attention_backend='auto'):
     init_cfg = path and dict(type='Pretrained', checkpoint=str(path))
-    backbone = SwinTransformerV2(arch, window, pretrained, drop_path_rate=0.0, init_cfg=init_cfg)
+    backbone = SwinTransformerV2(
+        arch, window, pretrained, drop_path_rate=0.0, attention_backend=attention_backend, init_cfg=init_cfg
+    )
     if path:
         backbone.init_weights()
     return backbone.eval()
@@ -100,7 +102,8 @@ def test_windows_of_12_become_16_and_24_as_in_timm(file, size, window, per_stage
     else:
         silent_file(path)
         told = (12, 12, 12, 6)
-    backbone = build((window, window, window, window // 2) if per_stage else window, told, path=path)
+    windows = (window, window, window, window // 2) if per_stage else window
+    backbone = build(windows, told, path=path, attention_backend='reference')
     assert windows_of(backbone) == square(12, 12, 12, 6)
     expected = oracles.timm_features(timm_model(size, window, (12, 12, 12, 6)), backbone, image(size))
     for ours, theirs in zip(backbone(image(size)), expected, strict=True):
@@ -120,7 +123,7 @@ def test_windows_may_grow_in_steps(tmp_path):
     """8 -> 16 -> 24 through saved files is 8 -> 24: what counts is the window that the bias was learnt with."""
     first, second = official_file(tmp_path / 'w8.pth', (8,) * 4, (8,) * 4), tmp_path / 'w16.pth'
     torch.save(build(16, path=first).state_dict(), second)
-    steps, direct = build(24, path=second), build(24, path=first)
+    steps, direct = (build(24, path=path, attention_backend='reference') for path in (second, first))
     assert windows_of(steps) == windows_of(direct) == square(8, 8, 8, 8)
     expected = oracles.timm_features(timm_model(384, 24, (8,) * 4), direct, image(384))
     for a, b, c in zip(steps(image(384)), direct(image(384)), expected, strict=True):

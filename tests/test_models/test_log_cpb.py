@@ -1,10 +1,16 @@
-"""Coordinates of the position bias against the formula of the paper and values that can be worked out by hand."""
+"""The position bias against the formula of the paper and values worked out by hand, also after its weights changed."""
 
+import copy
 import math
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.hooks import EMAHook
+from torch.utils.checkpoint import checkpoint
 
+from swinv2_mm.models import log_cpb
 from swinv2_mm.models.log_cpb import LogCPB
 from swinv2_mm.ops.coordinates import log_spaced_coords
 
@@ -53,3 +59,201 @@ def test_bias_stays_between_0_and_16_in_float32_under_autocast():
     assert bias.dtype == torch.float32
     assert bias.min() >= 0
     assert bias.max() <= 16
+
+
+# --- the bias is computed once, and is always that of the weights -----------------------------------------------------
+
+
+def random_cpb() -> LogCPB:
+    torch.manual_seed(0)
+    return LogCPB((4, 5), (4, 3), 2)
+
+
+def plain_bias(mlp: LogCPB) -> torch.Tensor:
+    """The same formula, written out for autograd."""
+    weight1, bias1, weight2 = mlp.parameters()
+    coords = log_spaced_coords(mlp.window_size, mlp.pretrained_window_size).to(weight1)
+    return (16 * torch.sigmoid(torch.relu(coords @ weight1.T + bias1) @ weight2.T)).T
+
+
+def gradients(mlp: LogCPB, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(bias.shape, dtype=bias.dtype, generator=generator)
+    return torch.autograd.grad((bias * weights).sum(), tuple(mlp.parameters()))
+
+
+def assert_right(mlp: LogCPB) -> None:
+    """Bias and gradients are those of the weights as they are now."""
+    torch.testing.assert_close(mlp(), plain_bias(mlp), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients(mlp, mlp()), gradients(mlp, plain_bias(mlp)), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_autograd():
+    mlp = random_cpb().double()
+    expected = gradients(mlp, plain_bias(mlp))
+    assert all(grad.abs().max() > 0 for grad in expected)
+    for _ in range(2):  # computed, and taken from the cache
+        torch.testing.assert_close(gradients(mlp, mlp()), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture
+def computations(monkeypatch):
+    """Number of computations in forward passes, which need no graph (False), and in backward passes (True)."""
+    calls = Counter()
+
+    def counted(*args):
+        calls[torch.is_grad_enabled()] += 1
+        return log_spaced_coords(*args)
+
+    monkeypatch.setattr(log_cpb, 'log_spaced_coords', counted)
+    return calls
+
+
+def test_the_bias_is_computed_once_for_each_step_of_the_optimizer(computations):
+    """Micro-batches share it, and blocks that are recomputed too; the backward pass of each builds its own graph."""
+    mlp = random_cpb()
+    optimizer = torch.optim.AdamW(mlp.parameters(), lr=0.1)
+    for step in range(1, 4):
+        for _ in range(4):
+            x = torch.rand(2, 1, requires_grad=True)
+            checkpoint(lambda x: (x * mlp()).tanh(), x, use_reentrant=False).sum().backward()
+        assert computations == {False: step, True: 4 * step}
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_the_bias_is_computed_once_in_eval_mode(computations):
+    mlp = random_cpb().eval()
+    with torch.no_grad():
+        for _ in range(5):
+            mlp()
+    with torch.inference_mode():
+        mlp()
+    assert computations == {False: 1}
+
+
+class WritesThroughData(torch.optim.Optimizer):
+    """Writes as sharded optimizers do, unseen by the version of a parameter."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group['params']:
+                parameter.data.sub_(parameter.grad)
+
+
+def step_of_adamw(mlp):
+    mlp().sum().backward()
+    torch.optim.AdamW(mlp.parameters(), lr=0.1).step()
+
+
+def step_that_writes_through_data(mlp):
+    mlp().sum().backward()
+    versions = [p._version for p in mlp.parameters()]
+    WritesThroughData(mlp.parameters()).step()
+    assert versions == [p._version for p in mlp.parameters()]
+
+
+def load_other_weights(mlp):
+    mlp.load_state_dict({name: 2 * value for name, value in mlp.state_dict().items()})
+
+
+def assign_other_weights(mlp):
+    mlp.load_state_dict({name: 2 * value for name, value in mlp.state_dict().items()}, assign=True)
+
+
+def replace_data(mlp):
+    mlp[0].weight.data = mlp[0].weight.detach() + 1
+
+
+def replace_a_parameter(mlp):
+    mlp[2].weight = torch.nn.Parameter(mlp[2].weight.detach() + 1)
+
+
+def change_in_place(mlp):
+    with torch.no_grad():
+        mlp[0].bias.add_(1)
+
+
+def change_the_pretrained_window(mlp):
+    mlp.pretrained_window_size.fill_(8)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        step_of_adamw,
+        step_that_writes_through_data,
+        load_other_weights,
+        assign_other_weights,
+        replace_data,
+        replace_a_parameter,
+        change_in_place,
+        change_the_pretrained_window,
+    ],
+)
+@pytest.mark.parametrize('training', [True, False])
+def test_the_bias_follows_a_change_of_the_weights(change, training):
+    mlp = random_cpb().train(training)
+    before = mlp().detach().clone()
+    change(mlp)
+    assert (plain_bias(mlp) - before).abs().max() > 1e-2, 'the change changes nothing'
+    assert_right(mlp)
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
+def test_the_bias_follows_the_type_of_the_weights(dtype, tolerance):
+    mlp = random_cpb()
+    mlp()
+    torch.testing.assert_close(mlp.to(dtype)(), plain_bias(mlp), rtol=tolerance, atol=tolerance)
+    assert mlp().dtype == dtype
+
+
+def test_the_bias_is_that_of_the_averaged_weights_while_an_emahook_validates():
+    """It exchanges the weights through their data, just before `eval` and `train`."""
+    mlp, hook = random_cpb(), EMAHook()
+    runner = SimpleNamespace(model=mlp)
+    hook.before_run(runner)
+    averaged = mlp().detach().clone()
+    step_of_adamw(mlp)
+    trained = mlp().detach().clone()
+    assert (trained - averaged).abs().max() > 1e-2
+    hook.before_val_epoch(runner)
+    assert torch.equal(mlp.eval()(), averaged)
+    assert_right(mlp)
+    hook.after_val_epoch(runner)
+    assert torch.equal(mlp.train()(), trained)
+    assert_right(mlp)
+
+
+def test_what_inference_mode_has_computed_may_be_trained_with():
+    mlp = random_cpb()
+    with torch.inference_mode():
+        torch.testing.assert_close(mlp(), plain_bias(mlp), rtol=1e-5, atol=1e-5)
+    found = gradients(mlp, mlp().square())  # which keeps the bias for the backward pass, as attention does
+    torch.testing.assert_close(found, gradients(mlp, plain_bias(mlp).square()), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_leaves_bias_and_gradients_in_float32():
+    mlp = random_cpb()
+    expected = gradients(mlp, plain_bias(mlp))
+    with torch.autocast('cpu', torch.bfloat16):
+        bias = mlp()
+    assert bias.dtype == torch.float32
+    torch.testing.assert_close(gradients(mlp, bias), expected, rtol=1e-4, atol=1e-5)
+    assert_right(mlp)  # outside, from the same cache
+
+
+def test_a_copy_has_a_bias_of_its_own():
+    mlp = random_cpb()
+    before = mlp().detach().clone()
+    twin = copy.deepcopy(mlp)
+    assert torch.equal(twin(), before)
+    change_in_place(twin)
+    assert_right(twin)
+    assert (twin() - before).abs().max() > 1e-2
+    assert torch.equal(mlp(), before)
+    change_in_place(mlp)
+    assert torch.equal(mlp(), twin())

@@ -1,4 +1,4 @@
-"""The reference backend against a loop over token pairs, and the promises of `window_attention`."""
+"""Each backend against a loop over token pairs, and the promises of `window_attention`."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 from brute_force import brute_force_attention
 
 from swinv2_mm.ops import reference, window_attention
+from swinv2_mm.ops.window_attention import BACKENDS
 
 # map, window, shift: whole, padded, one more than a multiple, shrunk on some axes, non-square, 1 to 3 axes
 CASES = [
@@ -37,10 +38,11 @@ def draw(size, window, heads=2, dim=3, batch=1, dtype=torch.float64, seed=0):
     return qkv, logit_scale, table
 
 
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize(('size', 'window', 'shift'), CASES)
-def test_equals_a_loop_over_token_pairs(size, window, shift):
+def test_equals_a_loop_over_token_pairs(size, window, shift, backend):
     qkv, scale, table = draw(size, window, batch=2)
-    out = window_attention(qkv, scale, table, window, shift)
+    out = window_attention(qkv, scale, table, window, shift, backend)
     expected = torch.stack([brute_force_attention(sample, scale, table, window, shift) for sample in qkv])
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
 
@@ -50,7 +52,7 @@ def test_equals_a_loop_over_token_pairs(size, window, shift):
 def test_sequential_attention_changes_neither_output_nor_gradient(monkeypatch, size, window, shift, windows_at_a_time):
     def run(sequential):
         inputs = [t.requires_grad_() for t in draw(size, window, batch=2)]
-        out = window_attention(*inputs, window, shift, sequential=sequential)
+        out = window_attention(*inputs, window, shift, 'reference', sequential)
         out.square().sum().backward()
         return [out, *(t.grad for t in inputs)]
 
@@ -64,54 +66,60 @@ def test_sequential_attention_keeps_nothing_as_large_as_the_attention_weights(mo
     monkeypatch.setattr(reference, 'CHUNK', 1)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        window_attention(*inputs, (8, 8), (4, 4), sequential=True)
+        window_attention(*inputs, (8, 8), (4, 4), 'reference', sequential=True)
     assert max(sizes) <= 2 * 64**2  # the bias of one window; the attention weights of the map are four times as many
 
 
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize(('size', 'window', 'shift'), [((5, 4), (3, 3), (1, 1)), ((2, 5, 3), (4, 3, 3), (2, 1, 1))])
-def test_gradients_equal_finite_differences(size, window, shift):
+def test_gradients_equal_finite_differences(size, window, shift, backend):
     inputs = [t.requires_grad_() for t in draw(size, window)]
     with torch.no_grad():
         inputs[1][1] = 3.0  # the clamp has no derivative at its edge, and none beyond it
-    assert torch.autograd.gradcheck(lambda *t: window_attention(*t, window, shift), inputs)
+    assert torch.autograd.gradcheck(lambda *t: window_attention(*t, window, shift, backend), inputs)
 
 
-def test_a_scale_beyond_100_is_cut_and_gets_no_gradient():
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_a_scale_beyond_100_is_cut_and_gets_no_gradient(backend):
     qkv, scale, table = draw((4, 4), (2, 2))
     scale = scale.requires_grad_()
-    out = window_attention(qkv, scale, table, (2, 2), (1, 1))
-    cut = window_attention(qkv, scale.detach().clamp(max=math.log(100)), table, (2, 2), (1, 1))
+    out = window_attention(qkv, scale, table, (2, 2), (1, 1), backend)
+    cut = window_attention(qkv, scale.detach().clamp(max=math.log(100)), table, (2, 2), (1, 1), backend)
     assert torch.equal(out, cut)
     out.square().sum().backward()
     assert scale.grad[1] == 0
     assert scale.grad[0] != 0
 
 
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize(('size', 'window', 'shift'), [((5, 7), (3, 3), (1, 1)), ((7,), (4,), (2,))])
-def test_more_padding_changes_nothing(size, window, shift):
+def test_more_padding_changes_nothing(size, window, shift, backend):
     """With scales that the shift mask of -100 holds back, the result is that of a map padded by whole windows more."""
     qkv, _, table = draw(size, window)
     scale = torch.zeros(2, 1, 1, dtype=torch.float64)
     expected = brute_force_attention(qkv[0], scale, table, window, shift, extra_windows=1)
-    torch.testing.assert_close(window_attention(qkv, scale, table, window, shift)[0], expected, rtol=1e-10, atol=1e-10)
+    out = window_attention(qkv, scale, table, window, shift, backend)[0]
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_a_window_larger_than_the_map_is_the_shrunk_window():
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_a_window_larger_than_the_map_is_the_shrunk_window(backend):
     qkv, scale, table = draw((3, 5), (8, 8))
     grid = table.view(2, 15, 15)[:, 5:10, 3:12]  # offsets -2..2 and -4..4
-    shrunk = window_attention(qkv, scale, grid.flatten(1), (3, 5), (0, 0))
-    assert torch.equal(window_attention(qkv, scale, table, (8, 8), (4, 4)), shrunk)
+    shrunk = window_attention(qkv, scale, grid.flatten(1), (3, 5), (0, 0), backend)
+    assert torch.equal(window_attention(qkv, scale, table, (8, 8), (4, 4), backend), shrunk)
 
 
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_half_precision_stays_close_to_float64_with_finite_gradients(dtype):
+def test_half_precision_stays_close_to_float64_with_finite_gradients(dtype, backend):
     qkv, scale, table = draw((5, 7), (4, 4), dim=32)
     qkv[0, 0, 0] = 0  # a token of zeros, as padding before the projection makes them
     half = qkv.to(dtype).requires_grad_()
     scale32 = scale.float().requires_grad_()
-    out = window_attention(half, scale32, table.float(), (4, 4), (2, 2))
+    out = window_attention(half, scale32, table.float(), (4, 4), (2, 2), backend)
     assert out.dtype == dtype
-    expected = window_attention(half.detach().double(), scale, table, (4, 4), (2, 2))
+    expected = window_attention(half.detach().double(), scale, table, (4, 4), (2, 2), 'reference')
     step = torch.finfo(dtype).eps * expected.abs().max()  # the weights and the sum are rounded to dtype
     assert (out - expected).abs().max() < 4 * step
     out.float().square().sum().backward()

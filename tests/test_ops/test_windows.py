@@ -1,5 +1,8 @@
 """Window geometry on maps small enough to write down."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
@@ -47,3 +50,69 @@ def test_no_mask_where_none_is_needed():
 
 def test_an_axis_within_one_window_is_not_shifted():
     assert windows.fit_window((8, 20), (8, 16), (4, 8)) == ((8, 16), (0, 8))
+
+
+# map, window, shift: whole, shifted, padded, padding that reaches two windows, 1 to 3 axes
+MAPS = [
+    ((8, 12), (4, 4), (0, 0)),
+    ((8, 12), (4, 4), (2, 2)),
+    ((9, 14), (4, 4), (2, 2)),
+    ((9,), (4,), (3,)),
+    ((9, 6), (4, 6), (2, 0)),
+    ((5, 9, 7), (2, 4, 4), (1, 2, 2)),
+]
+
+
+@pytest.mark.parametrize(('size', 'window', 'shift'), MAPS)
+def test_groups_hold_every_token_once_and_the_masks_of_the_official_code(size, window, shift):
+    padded = tuple(-(-s // w) * w for s, w in zip(size, window, strict=True))
+    ids = torch.arange(1, 1 + math.prod(size)).view(1, *size)  # 0 is padding
+    ids = windows.pad_to_windows(ids[..., None], window)[..., 0].roll(
+        [-d for d in shift], tuple(range(1, 1 + len(size)))
+    )
+    expected = {}  # tokens of a window -> their positions and mask
+    regions = windows.token_regions(size, padded, window, shift)
+    for i, tokens in enumerate(windows.partition(ids, window)):
+        there = tokens > 0
+        mask = None if regions is None else windows.attention_mask(regions[i : i + 1])[0][there][:, there].tolist()
+        expected[tuple(tokens[there] - 1)] = there.nonzero()[:, 0].tolist(), mask
+    expected = {tuple(map(int, tokens)): value for tokens, value in expected.items()}
+    groups = windows.window_groups(size, window, shift)
+    found = [tuple(tokens) for group in groups for tokens in group.tokens.tolist()]
+    assert sorted(found) == sorted(expected)
+    for group in groups:
+        n = math.prod(window) if group.positions is None else len(group.positions)
+        positions = list(range(n)) if group.positions is None else group.positions.tolist()
+        mask = torch.zeros(n, n).tolist() if group.mask is None else group.mask.tolist()
+        for tokens in group.tokens.tolist():
+            assert expected[tuple(tokens)][0] == positions
+            assert (expected[tuple(tokens)][1] or torch.zeros(n, n).tolist()) == mask
+
+
+def test_windows_within_the_map_share_a_group_without_a_mask():
+    groups = windows.window_groups((64, 64), (8, 8), (4, 4))
+    assert [(len(g.tokens), g.mask is None) for g in groups] == [(49, True), (7, False), (7, False), (1, False)]
+
+
+def test_groups_of_many_sizes_do_not_fill_the_memory():
+    for size in range(8, 208):
+        windows.window_groups((size,), (4,), (2,))
+    cache = windows.window_groups.cache_info()
+    assert cache.currsize <= cache.maxsize == 64
+    assert windows.window_groups((207,), (4,), (2,)) is windows.window_groups((207,), (4,), (2,))
+
+
+@pytest.mark.parametrize('window', [(5,), (3, 4), (7, 7), (2, 3, 4), (1, 3)])
+def test_bias_is_gathered_and_its_gradient_scattered_by_relative_position(window):
+    table = torch.randn(3, math.prod(2 * w - 1 for w in window), dtype=torch.float64)
+    n = math.prod(window)
+    grad = torch.randn(3, n, n, dtype=torch.float64)
+    dense, summed = torch.empty_like(grad), torch.zeros_like(table)
+    for (i, query), (j, key) in itertools.product(enumerate(itertools.product(*map(range, window))), repeat=2):
+        entry = 0
+        for w, a, b in zip(window, query, key, strict=True):
+            entry = entry * (2 * w - 1) + a - b + w - 1
+        dense[:, i, j] = table[:, entry]
+        summed[:, entry] += grad[:, i, j]
+    assert torch.equal(windows.dense_bias(table, window), dense)
+    torch.testing.assert_close(windows.dense_bias_backward(grad, window), summed, rtol=1e-12, atol=1e-12)

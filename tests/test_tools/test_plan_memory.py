@@ -16,7 +16,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 
-from swinv2_mm.engine.memory import BackboneMemory, MemoryTracker, cuda_casts
+from swinv2_mm.engine.memory import BackboneMemory, MemoryTracker, cuda_casts, cuda_chunks
 from swinv2_mm.models import SwinTransformerV2
 
 pytest.importorskip('mmdet')
@@ -87,25 +87,28 @@ def measured(plan, cfg: Config, shape: tuple[int, ...], samples: int, bfloat16: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ('name', 'size', 'samples'),
+    ('name', 'size', 'samples', 'backend'),
     [
-        ('det/htc_swinv2_demo.py', [128], 1),
-        ('seg/upernet_swinv2_demo.py', [128], 5),  # more than the heads are run on
-        ('video/swinv2_demo.py', [8, 64, 64], 4),
+        ('det/htc_swinv2_demo.py', [128], 1, 'reference'),
+        ('det/htc_swinv2_demo.py', [128], 1, 'auto'),
+        ('seg/upernet_swinv2_demo.py', [128], 5, 'auto'),  # more than the heads are run on
+        ('video/swinv2_demo.py', [8, 64, 64], 4, 'auto'),
     ],
 )
-def test_the_forecast_is_within_a_tenth_of_what_a_training_takes(plan, name, size, samples):
+def test_the_forecast_is_within_a_tenth_of_what_a_training_takes(plan, name, size, samples, backend):
     cfg = nano(name, samples)
+    cfg.model.backbone.attention_backend = backend
     shape = plan.training_shape(cfg, size)
     (state,) = plan.states(plan.count(cfg), 1)
-    plain, _, _, saved = plan.activations(cfg, shape)
+    plain, *_, saved = plan.activations(cfg, shape)
     for row, savers in ((plain, {}), (saved, dict(with_cp=True, sequential_stages=(0, 1)))):
         cfg.model.backbone.update(savers)
-        held, peak = measured(plan, cfg, shape, samples)
+        with cuda_chunks():  # the forecast is of a GPU
+            held, peak = measured(plan, cfg, shape, samples)
         print(f'{name}, {row.name}: forecast {row.peak / 2**20:.2f} MiB, measured {peak / 2**20:.2f} MiB')
         assert state.total == pytest.approx(held, rel=0.001)
         assert row.peak == pytest.approx(peak, rel=0.1)
-    assert saved.peak < 0.6 * plain.peak
+    assert saved.peak < 0.75 * plain.peak
 
 
 @pytest.mark.slow
@@ -113,13 +116,23 @@ def test_the_forecast_is_within_a_tenth_of_what_a_training_takes(plan, name, siz
 def test_the_forecast_holds_in_mixed_precision(plan, name):
     cfg = nano(name, 2)
     shape = plan.training_shape(cfg, None)
-    with cuda_casts():
+    with cuda_casts(), cuda_chunks():
         _, peak = measured(plan, cfg, shape, 2, bfloat16=True)
     in_float32 = plan.backbone_memory(cfg, shape, 2)
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
     plain, *_ = plan.activations(cfg, shape)
     assert plain.peak == pytest.approx(peak, rel=0.1)
     assert sum(plain.backbone.kept) < sum(in_float32.kept)
+
+
+@pytest.mark.parametrize(('backend', 'rows'), [('auto', 2), ('reference', 4)])
+def test_sequential_attention_is_planned_for_the_backend_that_has_it(plan, monkeypatch, backend, rows):
+    monkeypatch.setattr(plan, 'heads_memory', lambda *_: 0)
+    cfg = read('video/swinv2_demo.py')
+    cfg.model.backbone.update(attention_backend=backend, with_cp=False, sequential_stages=(0, 1))
+    planned = plan.activations(cfg, plan.training_shape(cfg, [8, 64, 64]))
+    assert len({row.name for row in planned}) == len({row.peak for row in planned}) == rows
+    assert [row.name for row in planned if row.is_config] == ['none' if backend == 'auto' else 'sequential 1 2']
 
 
 @pytest.mark.slow
@@ -308,14 +321,16 @@ def test_the_slope_is_the_power_of_the_pixels(benchmark):
     assert benchmark.slope(rows, 'training', 'bytes') == pytest.approx(2)
 
 
-@pytest.mark.parametrize('saver', ['none', 'sequential', 'checkpointing', 'both'])
+@pytest.mark.parametrize('saver', ['none', 'sequential', 'checkpointing', 'both', 'sdpa', 'sdpa + checkpointing'])
 def test_the_forecast_of_the_benchmark_is_what_it_measures(benchmark, saver):
     def make():
         return benchmark.build(dict(embed_dims=32, depths=(1, 2), num_heads=(1, 2)), 4, saver)
 
-    forecast = benchmark.forecast(make, 64, bfloat16=False)
+    forecast = benchmark.forecast(make, 64, gpu=False)
     torch.manual_seed(0)
-    assert benchmark.measured_peak(*benchmark.ready(make(), 64)) == forecast
+    for _ in range(2):  # the first one makes the indices of the windows, which stay for all models
+        measured = benchmark.measured_peak(*benchmark.ready(make(), 64))
+    assert measured == forecast
 
 
 def test_a_part_is_the_block_of_swinv2_g(benchmark):

@@ -4,9 +4,11 @@ python tools/analysis_tools/benchmark_memory.py --task savers
 python tools/analysis_tools/benchmark_memory.py --task sizes --plot sizes.png
 python tools/analysis_tools/benchmark_memory.py --task full
 
-`savers` takes blocks and the first two stages of SwinV2-G with window 32, as they are, with sequential attention, with
-activation checkpointing, and with both. `sizes` takes a whole backbone at inputs of growing size, in inference and in
-training. `full` is SwinV2-G at 1536x1536, for a large GPU.
+`savers` takes blocks and the first two stages of SwinV2-G with window 32. First with the attention backend 'reference',
+which keeps the attention weights of all windows for the backward pass: as they are, with sequential attention, with
+activation checkpointing, and with both. Then with the backend 'sdpa', which recomputes the weights of a few windows at
+a time: as they are, and with activation checkpointing. `sizes` takes a whole backbone at inputs of growing size, in
+inference and in training. `full` is SwinV2-G at 1536x1536, for a large GPU.
 
 Memory is what a step takes beside parameters and their gradients: on a GPU, with autocast to bfloat16,
 torch.cuda.max_memory_allocated; on a CPU, in float32, the bytes of all tensors alive (`swinv2_mm.engine.memory`) and
@@ -14,6 +16,7 @@ the growth of the process's peak RSS. The columns "forecast" come from tensors t
 """
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -30,7 +33,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swinv2_mm.engine import launch
-from swinv2_mm.engine.memory import MemoryTracker, ZeroLoss, make_fake, make_gradients, measure_backbone
+from swinv2_mm.engine.memory import MemoryTracker, ZeroLoss, cuda_chunks, make_fake, make_gradients, measure_backbone
 from swinv2_mm.models import SwinTransformerV2
 from swinv2_mm.models.swin_v2 import ARCHS
 
@@ -46,11 +49,13 @@ PARTS = {
     'stages 1 and 2': (dict(embed_dims=512, depths=(2, 2), num_heads=(16, 32)), 4, 256),
 }
 FULL = {'SwinV2-G': (ARCHS['giant'], 4, G_SIZE)}
-SAVERS = {
-    'none': (False, False),
-    'sequential': (False, True),
-    'checkpointing': (True, False),
-    'both': (True, True),
+SAVERS = {  # attention backend, activation checkpointing, sequential attention
+    'none': ('reference', False, False),
+    'sequential': ('reference', False, True),
+    'checkpointing': ('reference', True, False),
+    'both': ('reference', True, True),
+    'sdpa': ('sdpa', False, False),
+    'sdpa + checkpointing': ('sdpa', True, False),
 }
 
 
@@ -59,7 +64,7 @@ SAVERS = {
 
 def build(arch: dict | str, window: int, saver: str = 'none', patch: int = 4) -> SwinTransformerV2:
     """Build a backbone whose whole network uses a saver of `SAVERS`."""
-    with_cp, sequential = SAVERS[saver]
+    backend, with_cp, sequential = SAVERS[saver]
     stages = tuple(range(len((arch if isinstance(arch, dict) else ARCHS[arch])['depths'])))
     return SwinTransformerV2(
         arch,
@@ -68,6 +73,7 @@ def build(arch: dict | str, window: int, saver: str = 'none', patch: int = 4) ->
         out_indices=stages,
         drop_path_rate=0.0,  # it would make the time depend on chance
         with_cp=with_cp,
+        attention_backend=backend,
         sequential_stages=stages if sequential else (),
     )
 
@@ -86,12 +92,12 @@ def step(backbone: SwinTransformerV2, x: Tensor) -> None:
         loss.backward()
 
 
-def forecast(make: Callable[[], SwinTransformerV2], size: int, bfloat16: bool) -> int:
-    """Peak of a training step in bytes, from tensors without memory."""
+def forecast(make: Callable[[], SwinTransformerV2], size: int, gpu: bool) -> int:
+    """Peak of a training step in bytes, from tensors without memory: as on a GPU in bfloat16, or a CPU in float32."""
     with torch.device('meta'):
         backbone = make().train()
-    with FakeTensorMode():
-        memory = measure_backbone(make_fake(backbone), torch.empty(1, 3, size, size), bfloat16)
+    with FakeTensorMode(), cuda_chunks() if gpu else contextlib.nullcontext():
+        memory = measure_backbone(make_fake(backbone), torch.empty(1, 3, size, size), bfloat16=gpu)
     return max(memory.forward_peak, memory.backward_peak)
 
 
@@ -164,9 +170,9 @@ def savers(parts: dict, repeats: int) -> list[dict]:
         for saver in SAVERS:
             make = lambda name=name, saver=saver: part(name, saver)  # noqa: E731
             row = dict(part=name, saver=saver, size=size)
-            row[f'forecast {G_SIZE}'] = forecast(make, G_SIZE, bfloat16=True)
+            row[f'forecast {G_SIZE}'] = forecast(make, G_SIZE, gpu=True)
             if DEVICE == 'cpu':
-                row['forecast'] = forecast(make, size, bfloat16=False)
+                row['forecast'] = forecast(make, size, gpu=False)
             context = multiprocessing.get_context('spawn')
             with ProcessPoolExecutor(1, mp_context=context) as process:
                 row |= process.submit(part_memory, name, saver, size).result()
@@ -187,11 +193,11 @@ def _print_savers(group: list[dict]) -> None:
     print(
         f'\n{first["part"]} of SwinV2-G, window {G_WINDOW}, measured at {first["size"]}x{first["size"]} on the {DEVICE}'
     )
-    print(f'{"GiB":<15}' + ''.join(f'{kind:>15}' for kind in kinds) + f'{"seconds":>10}{"x none":>8}')
+    print(f'{"GiB":<22}' + ''.join(f'{kind:>15}' for kind in kinds) + f'{"seconds":>10}{"x none":>8}')
     for row in group:
         cells = ''.join(f'{row[kind] / GIB:>15.3f}' for kind in kinds)
         seconds, base = row.get('seconds', math.nan), first.get('seconds', math.nan)
-        print(f'{row["saver"]:<15}{cells}{seconds:>10.2f}{seconds / base:>8.2f}', flush=True)
+        print(f'{row["saver"]:<22}{cells}{seconds:>10.2f}{seconds / base:>8.2f}', flush=True)
 
 
 def sizes(arch: str, window: int, sides: list[int], repeats: int) -> list[dict]:
@@ -202,7 +208,7 @@ def sizes(arch: str, window: int, sides: list[int], repeats: int) -> list[dict]:
     for training in (False, True):
         task = 'training' if training else 'inference'
         for side in sides:
-            model = ready(build(arch, window, 'checkpointing'), side, training)
+            model = ready(build(arch, window, 'sdpa + checkpointing'), side, training)
             memory = measured_peak(*model)  # and warms up
             (seconds,) = times([lambda m=model: step(*m)], repeats)
             rows.append(dict(task=task, side=side, seconds=seconds, bytes=memory))

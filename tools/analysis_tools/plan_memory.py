@@ -30,6 +30,7 @@ from swinv2_mm.engine.memory import (
     MemoryTracker,
     SkippedProducts,
     cuda_casts,
+    cuda_chunks,
     make_fake,
     make_gradients,
     measure_backbone,
@@ -254,14 +255,21 @@ def is_bfloat16(cfg: Config) -> bool:
 
 
 def activations(cfg: Config, shape: tuple[int, ...]) -> list[Activations]:
-    """Run a training step of a config for each combination of activation checkpointing and sequential attention."""
+    """Run a training step of a config with and without activation checkpointing.
+
+    Where the config asks for the attention backend 'reference', each of them also with and without sequential
+    attention. The others attend to a few windows at a time in any case.
+    """
     samples = cfg.train_dataloader.batch_size
     own = cfg.model.backbone
     own_cp, own_sequential = own.get('with_cp', False), tuple(own.get('sequential_stages', ()))
+    is_reference = own.get('attention_backend') == 'reference'
+    if not is_reference:
+        own_sequential = ()
     heads = None
     rows = []
     for with_cp in (False, own_cp or True):
-        for stages in ((), own_sequential or SEQUENTIAL):
+        for stages in ((), own_sequential or SEQUENTIAL) if is_reference else ((),):
             backbone = backbone_memory(cfg, shape, samples, with_cp=with_cp, sequential_stages=stages)
             heads = heads_memory(cfg, shape, samples, backbone.outputs) if heads is None else heads
             names = ['checkpointing'] * bool(with_cp) + [f'sequential {_join(i + 1 for i in stages)}'] * bool(stages)
@@ -276,7 +284,7 @@ def backbone_memory(cfg: Config, shape: tuple[int, ...], samples: int, **changes
         backbone = MODELS.build(dict(cfg.model.backbone, init_cfg=None, **changes)).train()
     clips = shape[:-4] if cfg.default_scope == 'mmaction' else ()
     size = (samples * int(np.prod(clips)), *shape[len(clips) :])
-    with FakeTensorMode():
+    with FakeTensorMode(), cuda_chunks():
         return measure_backbone(make_fake(backbone), torch.empty(size), is_bfloat16(cfg))
 
 

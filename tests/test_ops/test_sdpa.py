@@ -1,0 +1,176 @@
+"""The backend `sdpa` against the reference in float64, eager and compiled, and what it keeps in memory."""
+
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from swinv2_mm.engine.memory import MemoryTracker
+from swinv2_mm.ops import sdpa, window_attention, windows
+
+NAMES = 'out', 'qkv', 'logit_scale', 'bias_table'
+# 49 to 1024 tokens and three axes; 64 and 576 are sizes at which fused kernels are known to fail
+WINDOWS = [(7, 7), (8, 8), (12, 12), (16, 16), (24, 24), (32, 32), (4, 7, 7)]
+
+
+def draw(size, heads=3, window=(4, 4), dtype=torch.float32, head_dim=32):
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(1, *size, 3, heads, head_dim, generator=generator, dtype=dtype)
+    # float32 cannot tell ln 100 from what is just beyond it, where the gradient ends
+    clamp = math.log(100) if dtype == torch.float64 else 4.605
+    scale = torch.tensor([clamp, 2.3, 5.0, 0.0][:heads], dtype=dtype).view(-1, 1, 1)
+    table = 16 * torch.rand(heads, math.prod(2 * w - 1 for w in window), generator=generator, dtype=dtype)
+    return qkv, scale, table
+
+
+def results(inputs, window, shift, backend, dtype, attention=window_attention):
+    """Output and gradients of the inputs, for the same gradient of the output in each call."""
+    inputs = [t.detach().to(dtype, copy=True).requires_grad_() for t in inputs]
+    out = attention(*inputs, window, shift, backend)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    out.backward(grad)
+    return dict(zip(NAMES, (out.detach(), *(t.grad for t in inputs)), strict=True))
+
+
+def assert_as_exact_as_the_reference(size, window, shift, attention=window_attention):
+    """Error of each result in float32 against float64, beside that of the reference."""
+    inputs = draw(size, window=window)
+    exact = results(inputs, window, shift, 'reference', torch.float64)
+    peer = results(inputs, window, shift, 'reference', torch.float32)
+    ours = results(inputs, window, shift, 'sdpa', torch.float32, attention)
+    for name, expected in exact.items():
+        largest = expected.abs().max()
+        error, allowed = ((t[name] - expected).abs().max() / largest for t in (ours, peer))
+        assert ours[name].isfinite().all(), name
+        # the gradient of the scale is a sum over tokens of q * grad_q, which cancels for the most part
+        assert error < 3 * allowed + (1e-4 if name == 'logit_scale' else 1e-6), (name, float(error), float(allowed))
+
+
+@pytest.mark.parametrize('shifted', [False, True])
+@pytest.mark.parametrize('padded', [False, True])
+@pytest.mark.parametrize('window', WINDOWS)
+def test_is_as_exact_as_the_reference(window, padded, shifted):
+    size = tuple(2 * w + (w // 3 if padded else 0) for w in window)
+    assert_as_exact_as_the_reference(size, window, tuple(w // 2 if shifted else 0 for w in window))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('window', WINDOWS)
+def test_is_as_exact_as_the_reference_when_compiled(window):
+    compiled = torch.compile(window_attention, fullgraph=True)
+    shift = tuple(w // 2 for w in window)
+    assert_as_exact_as_the_reference(tuple(2 * w for w in window), window, shift, compiled)
+    # another size, padded: the same operator
+    assert_as_exact_as_the_reference(tuple(w + w // 3 for w in window), window, shift, compiled)
+    torch._dynamo.reset()
+
+
+def test_more_windows_than_a_grid_of_cuda_has_blocks(monkeypatch):
+    window, shift, size = (2, 2), (1, 1), (514, 515)  # 66,306 windows
+    inputs = draw(size, heads=1, window=window, head_dim=4)
+    batches = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, *args, **kwargs):
+        batches.append(len(q))
+        return fused(q, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', watched)
+    ours = results(inputs, window, shift, 'sdpa', torch.float32)
+    assert max(batches) <= 65535 < sum(batches)
+    expected = results(inputs, window, shift, 'reference', torch.float64)
+    for name, value in ours.items():
+        torch.testing.assert_close(
+            value.double(), expected[name], rtol=1e-4, atol=1e-4 * float(expected[name].abs().max())
+        )
+
+
+@pytest.mark.parametrize('chunk', [1, 1000, 2**19])
+def test_the_size_of_a_chunk_changes_nothing(monkeypatch, chunk):
+    inputs = draw((9, 14), heads=4, window=(4, 4), dtype=torch.float64)
+    expected = results(inputs, (4, 4), (2, 2), 'reference', torch.float64)
+    monkeypatch.setitem(sdpa.CHUNKS, 'cpu', chunk)
+    ours = results(inputs, (4, 4), (2, 2), 'sdpa', torch.float64)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_only_the_inputs_are_kept_for_the_backward_pass():
+    inputs = [t.requires_grad_() for t in draw((32, 32), window=(16, 16))]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        window_attention(*inputs, (16, 16), (8, 8), 'sdpa')
+    assert set(kept) == {t.data_ptr() for t in inputs}
+
+
+def test_attention_weights_of_a_chunk_alone_are_in_memory(monkeypatch):
+    """Twice the windows take twice the inputs, and no more for attention weights."""
+    monkeypatch.setitem(sdpa.CHUNKS, 'cpu', 2 * 256**2)
+
+    def peak(backend, side):
+        inputs = [t.requires_grad_() for t in draw((side, 64), window=(16, 16), head_dim=4)]
+        with MemoryTracker() as tracker:
+            tracker.watch(inputs)
+            window_attention(*inputs, (16, 16), (8, 8), backend).sum().backward()
+        return tracker.peak
+
+    growth = {backend: peak(backend, 128) - peak(backend, 64) for backend in ('sdpa', 'reference')}
+    weights = 16 * 3 * 256**2 * 4  # of the 16 windows more
+    assert growth['sdpa'] < 0.6 * weights
+    assert growth['reference'] > 3 * weights
+
+
+def test_gradients_are_the_same_on_every_run():
+    inputs = draw((32, 40), window=(16, 16))
+    first, second = (results(inputs, (16, 16), (8, 8), 'sdpa', torch.float32) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+
+
+def test_autocast_does_not_round_logits():
+    qkv, scale, table = draw((8, 8), window=(4, 4))
+    expected = results((qkv, scale, table), (4, 4), (2, 2), 'sdpa', torch.float32)
+    with torch.autocast('cpu', torch.bfloat16):
+        ours = results((qkv, scale, table), (4, 4), (2, 2), 'sdpa', torch.float32)
+    assert all(torch.equal(ours[name], expected[name]) for name in NAMES)
+
+
+def test_fake_tensors_and_inference_leave_nothing_behind():
+    windows.window_groups.cache_clear()
+    with FakeTensorMode():
+        fake = window_attention(*draw_fake((12, 12)), (8, 8), (4, 4), 'sdpa')
+    assert fake.shape == (1, 12, 12, 64)
+    assert windows.window_groups.cache_info().currsize == 0
+    inputs = draw((12, 12), window=(8, 8), dtype=torch.float64)
+    with torch.inference_mode():
+        window_attention(*inputs, (8, 8), (4, 4), 'sdpa')
+    expected = results(inputs, (8, 8), (4, 4), 'reference', torch.float64)
+    torch.testing.assert_close(results(inputs, (8, 8), (4, 4), 'sdpa', torch.float64), expected, rtol=1e-10, atol=1e-10)
+
+
+def draw_fake(size):
+    return torch.empty(1, *size, 3, 2, 32), torch.empty(2, 1, 1), torch.empty(2, 225)
+
+
+def test_the_operators_keep_their_contract_with_torch():
+    inputs = [t.requires_grad_() for t in draw((9, 6), window=(4, 4), dtype=torch.float64)]
+    torch.library.opcheck(torch.ops.swinv2_mm.window_attention.default, (*inputs, [4, 4], [2, 2]))
+
+
+def test_a_second_derivative_is_refused():
+    inputs = [t.requires_grad_() for t in draw((8, 8), dtype=torch.float64)]
+    (grad,) = torch.autograd.grad(
+        window_attention(*inputs, (4, 4), (2, 2), 'sdpa').square().sum(), inputs[0], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        grad.sum().backward()
+
+
+def test_traced_models_get_the_reference_and_an_explicit_choice_is_refused():
+    inputs = draw((8, 8))
+    traced = torch.jit.trace(lambda *t: window_attention(*t, (4, 4), (2, 2)), inputs, check_trace=False)
+    expected = window_attention(*inputs, (4, 4), (2, 2), 'reference')
+    assert torch.equal(traced(*inputs), expected)
+    with pytest.raises(
+        ValueError, match=r"'sdpa' cannot run: its operator is not .* exported with; 'auto' takes another"
+    ):
+        torch.jit.trace(lambda *t: window_attention(*t, (4, 4), (2, 2), 'sdpa'), inputs, check_trace=False)

@@ -1,0 +1,273 @@
+"""The benchmarks: measuring against what is known, checks against models made wrong, then the tools as a whole."""
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.logging import MMLogger
+from oracles import find_peers
+from torch.utils.flop_counter import FlopCounterMode
+
+TOOLS = Path(__file__).parents[2] / 'tools' / 'analysis_tools'
+MIB = 2**20
+TOOL_NAMES = ('benchmark_backbone', 'benchmark_attention')
+
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is read from /proc')
+
+
+@pytest.fixture(scope='module')
+def tool():
+    """A function that imports a tool by its name, as the tools import each other."""
+    find_peers()
+    sys.path.insert(0, str(TOOLS))
+    yield importlib.import_module
+    sys.path.remove(str(TOOLS))
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_alone():
+    """Without a line for each set of weights that is loaded; and threads of so small models would only wait."""
+    logger = MMLogger.get_current_instance()
+    level, threads = logger.level, torch.get_num_threads()
+    logger.setLevel('WARNING')
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def side(tool):
+    return tool('side_by_side')
+
+
+def nano_case(tool, names, benchmark='benchmark_backbone'):
+    peers, benchmark = tool('peers'), tool(benchmark)
+    contenders = [c for c in peers.contenders(torch.float32, ('transformers', 'torchvision')) if c.name in names]
+    assert len(contenders) == len(names)
+    if benchmark.__name__ == 'benchmark_backbone':
+        return benchmark.case('nano', 3, contenders)
+    return benchmark.case('nano', 0, 3, contenders)
+
+
+def with_features(case, family, features):
+    changed = dataclasses.replace(case.families[family], features=features)
+    return dataclasses.replace(case, families=case.families | {family: changed})
+
+
+def measured(side, case, *modes):
+    rows = side.measure(case, modes, torch.float32, rounds=1, peak=1e12)
+    return {(row.mode, row.contender): row for row in rows}
+
+
+# ---------------------------------------------------------------- what is known
+
+
+@pytest.mark.parametrize(('name', 'size'), [('nano', (64, 64)), ('video_t_320x320x8', (8, 64, 64))])
+def test_flops_are_those_of_the_products_that_torch_counts(tool, side, name, size):
+    peers = tool('peers')
+    shape = dataclasses.replace(side.SHAPES[name], size=size, window=(8, 8, 8)[-len(size) :])
+    model = peers.our_backbone(shape, 'reference').eval()
+    x = torch.zeros(1, 3, *size)
+    with torch.no_grad():
+        model(x)  # the MLP of the position bias is not counted, and its result is kept
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+    assert shape.flops() == counter.get_total_flops()
+
+
+def test_flops_and_logits_of_a_published_size(side):
+    """The table of timm lists 55.25 billion multiply-adds with the position bias, which are 0.5 billion here."""
+    shape = side.SHAPES['b_w24_384']
+    assert shape.flops() / 2e9 == pytest.approx(54.7, abs=0.1)
+    assert sum(shape.logits(i) * depth for i, depth in enumerate(shape.depths)) == pytest.approx(160.6e6, rel=1e-3)
+
+
+def test_padding_counts_in_logits_but_not_in_flops(side):
+    shape = dataclasses.replace(side.SHAPES['nano'], size=(36, 64))  # 9 x 16 tokens, windows of 8 x 8
+    assert shape.is_padded()
+    assert not side.SHAPES['nano'].is_padded()
+    assert shape.logits(0) == 2 * 2 * 64**2
+    assert shape.attention_flops(0) * 16 == side.SHAPES['nano'].attention_flops(0) * 9
+
+
+def test_every_contender_takes_one_step_in_each_round(side):
+    taken = []
+    seconds = side.take_turns([lambda: taken.append('a'), lambda: taken.append('b')], 3)
+    assert taken == ['a', 'b'] * 3
+    assert [len(each) for each in seconds] == [3, 3]
+
+
+@pytest.mark.parametrize('mib', [64, 300])
+def test_peak_memory_is_that_of_the_step_alone(side, mib):
+    before = torch.ones(400 * MIB // 4, device=side.DEVICE)  # a higher peak, and freed
+    del before
+    peak = side.peak_memory(lambda: torch.ones(mib * MIB // 4, device=side.DEVICE).sum())
+    assert peak == pytest.approx(mib * MIB, rel=0.1)
+
+
+def test_contenders_of_a_family_share_their_weights_alone(tool, side):
+    model = tool('peers').our_backbone(side.SHAPES['nano'])
+    twin = side.share_weights(model)
+    modules = zip(model.modules(), twin.modules(), strict=True)
+    assert all(a is not b for a, b in modules)
+    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------- checks of the contenders
+
+
+@pytest.mark.parametrize('benchmark', TOOL_NAMES)
+def test_all_eager_contenders_agree_with_the_reference(tool, side, benchmark, capsys):
+    names = ['timm eager', 'timm sdpa eager', 'ours sdpa eager', 'ours reference eager', 'torchvision eager']
+    names += ['transformers eager'] if benchmark == 'benchmark_backbone' else []
+    peers = tool('peers')
+    contenders = peers.contenders(torch.float32, ('transformers', 'torchvision'))
+    case = nano_case(tool, [c.name for c in contenders if c.name in names], benchmark)
+    rows = measured(side, case, 'inference', 'step')
+    assert {row.note for row in rows.values()} == {''}
+    for (mode, _), row in rows.items():
+        assert list(row.errors) == ['features'] + (['qkv grad', 'cpb grad'] if mode == 'step' else [])
+        assert max(row.errors.values()) < 5e-5
+        assert row.seconds > 0
+        assert row.images_per_second == pytest.approx(3 / row.seconds)
+        assert row.peak_bytes >= 0
+        assert row.compile_seconds is None
+    base = rows['step', 'timm eager']
+    assert base.relative == 1
+    assert rows['step', 'ours sdpa eager'].relative == base.seconds / rows['step', 'ours sdpa eager'].seconds
+    passes = 3 * case.flops * 3  # of three images
+    assert base.share_of_peak == pytest.approx(passes / base.seconds / 1e12)
+    assert capsys.readouterr().out.count('| timm sdpa eager') == 2
+
+
+def test_rungs_of_the_ladder_agree_with_the_reference(tool, side, monkeypatch):
+    benchmark = tool('benchmark_backbone')
+    late = benchmark.Backend(benchmark.attend_with_sigmoid, lambda qkv: None)
+    monkeypatch.setitem(benchmark.BACKENDS, benchmark.SIGMOID_LATE, late)
+    rungs = [c for c in benchmark.ladder(torch.float32) if not c.compiled]
+    assert [c.name for c in rungs][:4] == [
+        'timm eager',
+        'ours, sigmoid after the gather',
+        'sigmoid before the gather',
+        'ours reference eager',
+    ]
+    rows = measured(side, benchmark.case('nano', 2, rungs), 'forward_backward')
+    notes = [row.note for row in rows.values()]
+    assert notes[:4] == [''] * 4
+    assert all(note == '' or note.startswith('not possible') for note in notes)  # backends that need a GPU
+
+
+def test_wrong_features_get_no_times(tool, side, capsys):
+    case = nano_case(tool, ['ours sdpa eager', 'timm eager'])
+    wrong = with_features(case, 'timm', lambda model, x: 1.01 * model.forward_features(x))
+    rows = measured(side, wrong, 'inference')
+    assert rows['inference', 'ours sdpa eager'].note == ''
+    row = rows['inference', 'timm eager']
+    assert (row.note, row.seconds, row.peak_bytes) == ('WRONG', None, None)
+    assert row.errors['features'] == pytest.approx(0.01, rel=1e-2)
+    assert 'WRONG' in capsys.readouterr().out
+
+
+def test_wrong_features_of_one_image_are_found(tool, side):
+    def swap_last_rows(model, x):
+        features = model.forward_features(x)
+        return torch.cat((features[:-1], features[-1:].flip(1)))
+
+    case = with_features(nano_case(tool, ['timm eager']), 'timm', swap_last_rows)
+    assert measured(side, case, 'inference')['inference', 'timm eager'].note == 'WRONG'
+
+
+def test_wrong_gradients_are_wrong_in_training_alone(tool, side):
+    def doubled(model, x):
+        features = model.forward_features(x)
+        return 2 * features - features.detach()
+
+    case = with_features(nano_case(tool, ['timm eager']), 'timm', doubled)
+    rows = measured(side, case, 'inference', 'forward_backward')
+    assert rows['inference', 'timm eager'].note == ''
+    row = rows['forward_backward', 'timm eager']
+    assert row.note == 'WRONG'
+    assert row.errors['qkv grad'] == pytest.approx(1, rel=1e-2)
+
+
+def test_a_contender_that_fails_says_why(tool, side):
+    def fail(model, x):
+        raise RuntimeError('no kernel\nfor this')
+
+    case = with_features(nano_case(tool, ['timm eager', 'ours sdpa eager']), 'timm', fail)
+    rows = measured(side, case, 'inference')
+    assert rows['inference', 'timm eager'].note == 'failed: RuntimeError: no kernel'
+    assert rows['inference', 'ours sdpa eager'].relative == 1  # the first one with times
+
+
+def test_what_does_not_fit_is_not_tried(tool, side, monkeypatch):
+    def must_not_run(model, x):
+        raise AssertionError
+
+    monkeypatch.setattr(side, 'available_memory', lambda: 500_000)
+    case = with_features(nano_case(tool, ['timm eager', 'ours sdpa eager']), 'timm', must_not_run)
+    rows = measured(side, case, 'inference')
+    # 3 images, 4 windows of 64 tokens, 1 head, 12 bytes: 590 kB
+    assert rows['inference', 'timm eager'].note.startswith('does not fit: N x N matrices of 0.0 GB')
+    assert rows['inference', 'ours sdpa eager'].note == ''
+
+
+def test_peers_refuse_what_they_compute_otherwise(tool, side):
+    peers = tool('peers')
+    for name, reason in (('video_t_320x320x8', 'images alone'), ('b_w32_800x1333', 'padding')):
+        for build in (peers.timm_backbone, peers.transformers_backbone, peers.torchvision_backbone):
+            with pytest.raises(side.NotPossibleError, match=reason):
+                build(side.SHAPES[name])
+    with pytest.raises(side.NotPossibleError, match='smaller than the window'):
+        peers.torchvision_backbone(side.SHAPES['b_w16_256'])
+
+
+def test_a_peer_that_is_not_installed_says_how_to_install_it(tool, side):
+    with pytest.raises(side.NotPossibleError, match=r'no_such_peer is not installed; see requirements/peers\.txt'):
+        tool('peers').find('no_such_peer')
+
+
+# ---------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize('benchmark', TOOL_NAMES)
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--shapes', 'nano', 'huge'], '--shapes huge is not known; there are: nano, t_w8_256, '),
+        (['--contenders', 'theirs*'], "no contender fits --contenders 'theirs*'; there are: timm eager, "),
+        (['--repeats', '0'], '--repeats must be at least 1, got 0'),
+        (['--json', 'no_such/x.json'], 'there is no folder no_such for x.json'),
+    ],
+)
+def test_mistakes_give_one_line(tool, benchmark, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', [benchmark, *arguments])
+    with pytest.raises(SystemExit) as leave:
+        tool(benchmark).main()
+    assert leave.value.code == 2
+    assert capsys.readouterr().err.startswith(f'error: {message}')
+
+
+@pytest.mark.slow
+def test_the_tool_writes_all_rows_and_draws_them(tmp_path):
+    command = [sys.executable, TOOLS / 'benchmark_backbone.py', '--shapes', 'nano', '--contenders', 'ours sdpa *']
+    command += ['--modes', 'inference', '--repeats', '2', '--batch', '1', '--threads', '1']
+    command += ['--json', 'out.json', '--plot', 'out.png']
+    result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    content = json.loads((tmp_path / 'out.json').read_text())
+    assert content['machine']['versions']['torch'] == torch.__version__
+    assert content['machine']['peak_flops'] > 1e9
+    assert content['command'].endswith('--json out.json --plot out.png')
+    eager, compiled = content['rows']
+    assert (eager['contender'], compiled['contender']) == ('ours sdpa eager', 'ours sdpa compiled')
+    assert eager['note'] == compiled['note'] == ''
+    assert eager['compile_seconds'] is None
+    assert compiled['compile_seconds'] > 0.1
+    assert (tmp_path / 'out.png').stat().st_size > 1000

@@ -1,0 +1,34 @@
+"""Backbones in onnxruntime, from both of PyTorch's exporters, against the backbone itself."""
+
+import oracles
+import pytest
+import torch
+
+from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
+
+ARCH = dict(embed_dims=32, depths=(2, 2), num_heads=(1, 2))
+# whole windows, and a map that neither patches nor windows divide
+CASES = [
+    (SwinTransformerV2, (64, 64), 8),
+    (SwinTransformerV2, (70, 99), 8),
+    (SwinTransformer3DV2, (8, 64, 70), (4, 4, 4)),
+]
+
+
+@pytest.mark.parametrize('dynamo', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(('kind', 'size', 'window'), CASES)
+@pytest.mark.filterwarnings('ignore')
+def test_features_in_onnxruntime_are_those_of_the_backbone(tmp_path, kind, size, window, dynamo):
+    oracles.find_peers()
+    import onnxruntime
+
+    backbone = kind(ARCH, window_size=window, out_indices=(0, 1))
+    oracles.randomize(backbone).eval()
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    file = tmp_path / 'backbone.onnx'
+    torch.onnx.export(backbone, (x,), file, input_names=['x'], dynamo=dynamo)
+    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    with torch.no_grad():
+        expected = backbone(x)
+    for ours, theirs in zip(session.run(None, {'x': x.numpy()}), expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))

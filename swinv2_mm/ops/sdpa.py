@@ -111,13 +111,8 @@ def attend_backward(
             bias = dense_bias(table[part], window)
             grad_bias = torch.zeros_like(bias)
             for group, (tokens, _), grad_out, grad_tokens in zip(groups, inputs, given, grads, strict=True):
-                _add_to_bias_of(
-                    group,
-                    grad_bias,
-                    _unfused_backward(
-                        grad_out[:, :, part], tokens[:, :, :, part], _bias_of(group, bias), grad_tokens[:, :, :, part]
-                    ),
-                )
+                these = [grad_out[:, :, part], tokens[:, :, :, part], grad_tokens[:, :, :, part]]
+                _add_to_bias_of(group, grad_bias, _unfused_backward(*these, _bias_of(group, bias)))
             grad_table[part] = dense_bias_backward(grad_bias, window)
         for group, normalized, grad_tokens in zip(groups, inputs, grads, strict=True):
             grad_scale += _normalize_backward(grad_tokens, *normalized, logit_scale)
@@ -248,7 +243,7 @@ def _fused(tokens: Tensor, bias: Tensor) -> Tensor:
     return torch.cat(parts).transpose(1, 2) if len(parts) > 1 else parts[0].transpose(1, 2)
 
 
-def _unfused_backward(grad_out: Tensor, tokens: Tensor, bias: Tensor, grads: Tensor) -> Tensor:
+def _unfused_backward(grad_out: Tensor, tokens: Tensor, grads: Tensor, bias: Tensor) -> Tensor:
     """Write the gradient of `_fused` for its tokens to `grads`, and return that for its bias."""
     grad_bias = torch.zeros_like(bias)
     for windows in _slices(len(tokens), bias.numel(), bias.device):

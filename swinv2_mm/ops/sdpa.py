@@ -31,14 +31,19 @@ from .windows import (
 # GPU busy
 CHUNKS = {'cpu': 2**19, 'cuda': 2**25}
 MAX_BATCH = 65535  # blocks along one axis of a grid of CUDA (pytorch#142228)
+# of torch 2.3; `torch.compile` of older ones gets the reference if it is named
+is_compiling = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda: False)
+HAS_SCALE = 'scale' in (F.scaled_dot_product_attention.__doc__ or '')  # of torch 2.1
 
 
 def can_run(qkv: Tensor) -> str | None:
     """Tell why this backend cannot attend, or None if it can."""
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return 'its operator is not one of those that models are exported with'
-    if torch.compiler.is_compiling() and not hasattr(torch.library, 'custom_op'):
-        return 'compiled, it needs torch 2.4 or newer'
+    if not HAS_SCALE:
+        return f'it needs torch 2.1 or newer, this is {torch.__version__}'
+    if is_compiling() and not hasattr(torch.library, 'custom_op'):
+        return f'compiled, it needs torch 2.4 or newer, this is {torch.__version__}'
     return None
 
 
@@ -51,7 +56,7 @@ def sdpa_window_attention(
     sequential: bool = False,
 ) -> Tensor:
     """See `swinv2_mm.ops.window_attention`; a few windows at a time is what the backward pass does in any case."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return torch.ops.swinv2_mm.window_attention(qkv, logit_scale, bias_table, window_size, shift_size)
     return RecomputedAttention.apply(qkv, logit_scale, bias_table, window_size, shift_size)
 
@@ -186,7 +191,7 @@ def _gather(maps: Tensor, group: WindowGroup) -> Tensor:
 
 def _scatter(windows: Tensor, group: WindowGroup, maps: Tensor) -> None:
     """Write windows (B * n, N, ...) to their places in maps (B, prod(S), ...)."""
-    maps.index_copy_(1, group.tokens.flatten(), windows.to(maps.dtype).view(len(maps), -1, *maps.shape[2:]))
+    maps.index_copy_(1, group.tokens.flatten(), windows.to(maps.dtype).reshape(len(maps), -1, *maps.shape[2:]))
 
 
 def _scale(logit_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -98,7 +98,7 @@ def token_regions(
     for axis, (size, padded, w, d) in enumerate(zip(map_size, padded_size, window_size, shift_size, strict=True)):
         place = torch.arange(padded, device=device)
         part = (place >= padded - w).long() + (place >= padded - d).long() if d else torch.zeros_like(place)
-        shape = [-1 if other == axis else 1 for other in range(len(map_size))]
+        shape = _at(axis, len(map_size), place.shape)
         region = 3 * region + part.view(shape)
         padding = padding | ((place + d) % padded >= size).view(shape)
     return partition(torch.where(padding, PADDING, region)[None], window_size)

@@ -20,7 +20,6 @@ import contextlib
 import json
 import math
 import multiprocessing
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -33,7 +32,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swinv2_mm.engine import launch
-from swinv2_mm.engine.memory import MemoryTracker, ZeroLoss, cuda_chunks, make_fake, make_gradients, measure_backbone
+from swinv2_mm.engine.memory import (
+    MemoryTracker,
+    ZeroLoss,
+    cuda_chunks,
+    make_fake,
+    make_gradients,
+    measure_backbone,
+    resident,
+)
 from swinv2_mm.models import SwinTransformerV2
 from swinv2_mm.models.swin_v2 import ARCHS
 
@@ -133,11 +140,6 @@ def part_memory(name: str, saver: str, size: int) -> dict[str, int]:
     before = resident('VmRSS')
     tracked = measured_peak(backbone, x)
     return dict(tracked=tracked, rss=resident('VmHWM') - before)
-
-
-def resident(field: str) -> int:
-    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM); `getrusage` knows the peak of its parent too."""
-    return 1024 * int(re.search(rf'{field}:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])
 
 
 def times(steps: list[Callable[[], None]], repeats: int) -> list[float]:

@@ -32,6 +32,7 @@ import torch._inductor.config
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
+from swinv2_mm.engine.memory import resident
 from swinv2_mm.models.swin_v2 import ARCHS
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -246,11 +247,6 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 # ---------------------------------------------------------------- memory
-
-
-def resident(key: str) -> int:
-    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM)."""
-    return 1024 * int(re.search(rf'{key}:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])
 
 
 def peak_memory(step: Callable[[], object]) -> int:

@@ -15,8 +15,8 @@ demo-seg:  ## the same for a small segmentor
 demo-video:  ## the same for a small recognizer of motion
 	$(VENV)/bin/python tools/demo.py --task video
 
-test:  ## everything that needs no GPU
-	$(VENV)/bin/python -m pytest -m 'not gpu' --durations=10
+test:  ## everything that needs no GPU, on all cores
+	$(VENV)/bin/python -m pytest -m 'not gpu' -n auto --dist loadfile --durations=10
 
 lint:
 	$(VENV)/bin/ruff check .

@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
-torch.set_num_threads(min(torch.get_num_threads(), 2))
+if 'PYTEST_XDIST_WORKER' in os.environ:  # each core has a worker; what tests start inherits the variable
+    os.environ['OMP_NUM_THREADS'] = '1'
+torch.set_num_threads(min(torch.get_num_threads(), int(os.environ.get('OMP_NUM_THREADS', 2))))
 
 
 @pytest.fixture(autouse=True)

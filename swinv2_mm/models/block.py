@@ -1,6 +1,7 @@
 """The residual post-norm block and the stage made of it."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -8,6 +9,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..ops.recording import is_recorded
 from .attention import WindowAttention
 from .patch import PatchMerging
 
@@ -23,6 +25,11 @@ def reset_layers(model: nn.Module) -> None:
             module.reset_parameters()
 
 
+# Tokens that a CPU takes at a time. Their hidden channels stay in its cache, and in memory that the C library uses
+# again: tensors beyond 32 MiB it asks of the system anew for each operation, whose pages cost more than the arithmetic.
+CPU_TOKENS = 1024
+
+
 class Mlp(nn.Module):
     """Two linear layers with GELU between them, the hidden one four times as wide."""
 
@@ -34,6 +41,14 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
+        if x.device.type != 'cpu' or is_recorded():
+            return self._run(x)
+        tokens = x.flatten(0, -2)
+        # equal parts, since PyTorch rounds the product with a single row differently
+        parts = tokens.tensor_split(max(1, math.ceil(len(tokens) / CPU_TOKENS)))
+        return torch.cat([self._run(part) for part in parts]).view(x.shape)
+
+    def _run(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
 
 

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops.coordinates import log_spaced_coords
-from ..ops.sdpa import is_compiling
+from ..ops.recording import is_recorded
 
 _optimizer_steps = 0
 
@@ -54,7 +54,7 @@ class LogCPB(nn.Sequential):
     def forward(self) -> Tensor:
         """Bias of every relative position: (heads, prod(2 * window - 1)), between 0 and 16."""
         weights = self[0].weight, self[0].bias, self[2].weight
-        if is_compiling() or torch.jit.is_tracing() or not all(map(_is_plain, weights)):
+        if is_recorded() or not all(map(_is_plain, weights)):
             return self._compute(*weights)
         return CachedBias.apply(self, *weights)
 

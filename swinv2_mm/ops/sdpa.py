@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .recording import is_compiling, is_tracing
 from .reference import MAX_LOGIT_SCALE
 from .windows import (
     Size,
@@ -31,14 +32,12 @@ from .windows import (
 # GPU busy
 CHUNKS = {'cpu': 2**19, 'cuda': 2**25}
 MAX_BATCH = 65535  # blocks along one axis of a grid of CUDA (pytorch#142228)
-# of torch 2.3; `torch.compile` of older ones gets the reference if it is named
-is_compiling = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda: False)
 HAS_SCALE = 'scale' in (F.scaled_dot_product_attention.__doc__ or '')  # of torch 2.1
 
 
 def can_run(qkv: Tensor) -> str | None:
     """Tell why this backend cannot attend, or None if it can."""
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    if is_tracing():
         return 'its operator is not one of those that models are exported with'
     if not HAS_SCALE:
         return f'it needs torch 2.1 or newer, this is {torch.__version__}'

@@ -46,6 +46,8 @@ LIMITS = {torch.float32: 3e-4, torch.float16: 0.03, torch.bfloat16: 0.1}
 GRADIENTS = 8  # times the limit
 DENSE_PEAKS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}  # FLOP/s in half precision, by part of the GPU's name
 GEMM = 2048  # rows and columns of the product that tells the peak of any other device
+LIBC = ctypes.CDLL('libc.so.6')
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3), in bytes
 WARM_UP = 2  # steps before the timed ones, beside the one that is checked
 
 
@@ -261,11 +263,28 @@ def peak_memory(step: Callable[[], object]) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL('libc.so.6').malloc_trim(0)  # else the step would take from what was freed but not given back
+    LIBC.malloc_trim(0)  # else the step would take from what was freed but not given back
     Path('/proc/self/clear_refs').write_text('5')  # VmHWM starts anew (proc(5))
     before = resident('VmRSS')
     step()
     return resident('VmHWM') - before
+
+
+@contextlib.contextmanager
+def leaving_no_heap() -> Iterator[None]:
+    """Let the C library give back at once what is freed inside.
+
+    From a large heap that the reference leaves behind, the steps to be measured would be served without the page faults
+    that they cost in a process of their own. Afterwards the limits are those at which the library's own adaptation to a
+    program of large blocks ends (mallopt(3)).
+    """
+    LIBC.mallopt(M_MMAP_THRESHOLD, 2**22)
+    try:
+        yield
+    finally:
+        LIBC.malloc_trim(0)
+        LIBC.mallopt(M_MMAP_THRESHOLD, 2**25)
+        LIBC.mallopt(M_TRIM_THRESHOLD, 2**26)
 
 
 def available_memory() -> int:
@@ -393,6 +412,7 @@ class Bench:
             )
         return self.runners[contender.name]
 
+    @leaving_no_heap()
     def expect(self, name: str, training: bool) -> dict[str, Tensor]:
         """Features of the checked images, and gradients, of a family's weights on the reference in float64."""
         if (name, training) not in self.expected:

@@ -1,0 +1,48 @@
+"""The MLP that takes a few tokens at a time, against the formula over all of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from swinv2_mm.models.block import CPU_TOKENS, Mlp
+
+SHAPES = [(0, 4, 16), (1, 1, 16), (2, 7, 9, 16), (CPU_TOKENS, 16), (1, CPU_TOKENS + 1, 16), (2, 3, 40, 30, 16)]
+
+
+@pytest.fixture(scope='module')
+def mlp():
+    torch.manual_seed(0)
+    return Mlp(16)
+
+
+def formula(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
+    hidden = x @ mlp.fc1.weight.T + mlp.fc1.bias
+    return F.gelu(hidden) @ mlp.fc2.weight.T + mlp.fc2.bias
+
+
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+def test_any_number_of_tokens(mlp, shape):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    mlp = mlp.double()
+    inputs = x, *mlp.parameters()
+    out, expected = mlp(x), formula(mlp, x)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(out)
+    grads, expected = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    torch.testing.assert_close(grads, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+def test_parts_change_no_bit(mlp, shape):
+    mlp, x = mlp.float(), torch.randn(shape)
+    with torch.no_grad():
+        assert torch.equal(mlp(x), mlp.fc2(F.gelu(mlp.fc1(x))))
+
+
+def test_hidden_channels_of_a_part_alone_are_in_memory(mlp):
+    mlp, sizes = mlp.float(), []
+    handle = mlp.act.register_forward_hook(lambda module, inputs, out: sizes.append(out.numel() // out.shape[-1]))
+    with torch.no_grad():
+        mlp(torch.randn(2, 40, 30, 16))
+    handle.remove()
+    assert sizes == [800, 800, 800]

@@ -241,7 +241,7 @@ def test_a_peer_that_is_not_installed_says_how_to_install_it(tool, side):
     ('arguments', 'message'),
     [
         (['--shapes', 'nano', 'huge'], '--shapes huge is not known; there are: nano, t_w8_256, '),
-        (['--contenders', 'theirs*'], "no contender fits --contenders 'theirs*'; there are: timm eager, "),
+        (['--contenders', 'ours*', 'theirs*'], "no contender fits --contenders 'theirs*'; there are: timm eager, "),
         (['--repeats', '0'], '--repeats must be at least 1, got 0'),
         (['--json', 'no_such/x.json'], 'there is no folder no_such for x.json'),
     ],

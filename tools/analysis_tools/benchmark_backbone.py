@@ -1,7 +1,7 @@
 """Speed and memory of whole Swin V2 backbones: ours beside timm, transformers and torchvision.
 
 python tools/analysis_tools/benchmark_backbone.py --json backbone.json --plot backbone.png
-python tools/analysis_tools/benchmark_backbone.py --shapes b_w24_384 --modes inference --contenders '*compiled'
+python tools/analysis_tools/benchmark_backbone.py --shapes b_w24_384 --modes inference --contenders 'ours sdpa*' 'timm*'
 python tools/analysis_tools/benchmark_backbone.py --ladder --shapes b_w16_256
 
 What is measured is the forward pass up to the last stage's features (`inference`), that and the backward pass

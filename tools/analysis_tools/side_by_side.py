@@ -46,7 +46,6 @@ LIMITS = {torch.float32: 3e-4, torch.float16: 0.03, torch.bfloat16: 0.1}
 GRADIENTS = 8  # times the limit
 DENSE_PEAKS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}  # FLOP/s in half precision, by part of the GPU's name
 GEMM = 2048  # rows and columns of the product that tells the peak of any other device
-LIBC = ctypes.CDLL('libc.so.6')
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3), in bytes
 WARM_UP = 2  # steps before the timed ones, beside the one that is checked
 
@@ -215,18 +214,17 @@ class Contender:
             yield Contender(name, self.family, self.prepare, compiled, self.dense)
 
 
-def choose(contenders: Iterable[Contender], pattern: str) -> list[Contender]:
-    """Contenders whose names fit a pattern of the shell.
+def choose(contenders: Sequence[Contender], patterns: Sequence[str]) -> list[Contender]:
+    """Keep those whose names fit one of some shell patterns.
 
     Raises:
-        ValueError: There are none.
+        ValueError: None fits a pattern.
     """
-    contenders = list(contenders)
-    chosen = [c for c in contenders if fnmatch.fnmatch(c.name, pattern)]
-    if not chosen:
-        names = ', '.join(c.name for c in contenders)
-        raise ValueError(f'no contender fits --contenders {pattern!r}; there are: {names}')
-    return chosen
+    for pattern in patterns:
+        if not fnmatch.filter([c.name for c in contenders], pattern):
+            names = ', '.join(c.name for c in contenders)
+            raise ValueError(f'no contender fits --contenders {pattern!r}; there are: {names}')
+    return [c for c in contenders if any(fnmatch.fnmatch(c.name, pattern) for pattern in patterns)]
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -263,7 +261,7 @@ def peak_memory(step: Callable[[], object]) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    LIBC.malloc_trim(0)  # else the step would take from what was freed but not given back
+    ctypes.CDLL('libc.so.6').malloc_trim(0)  # else the step would take from what was freed but not given back
     Path('/proc/self/clear_refs').write_text('5')  # VmHWM starts anew (proc(5))
     before = resident('VmRSS')
     step()
@@ -278,13 +276,17 @@ def leaving_no_heap() -> Iterator[None]:
     that they cost in a process of their own. Afterwards the limits are those at which the library's own adaptation to a
     program of large blocks ends (mallopt(3)).
     """
-    LIBC.mallopt(M_MMAP_THRESHOLD, 2**22)
+    if DEVICE == 'cuda':
+        yield
+        return
+    libc = ctypes.CDLL('libc.so.6')
+    libc.mallopt(M_MMAP_THRESHOLD, 2**22)
     try:
         yield
     finally:
-        LIBC.malloc_trim(0)
-        LIBC.mallopt(M_MMAP_THRESHOLD, 2**25)
-        LIBC.mallopt(M_TRIM_THRESHOLD, 2**26)
+        libc.malloc_trim(0)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**26)
 
 
 def available_memory() -> int:
@@ -690,7 +692,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu = DEVICE == 'cuda'
     parser.add_argument('--shapes', nargs='+', default=BY_DEFAULT, help=f'any of {", ".join(SHAPES)}')
     parser.add_argument('--modes', nargs='+', choices=MODES, default=list(MODES), help='default: all')
-    parser.add_argument('--contenders', metavar='GLOB', default='*', help="such as '*eager' (default: all)")
+    parser.add_argument(
+        '--contenders', metavar='GLOB', nargs='+', default=['*'], help="such as '*eager' (default: all)"
+    )
     parser.add_argument('--batch', type=int, help='images of a step (default: by shape and device)')
     parser.add_argument('--repeats', type=int, default=50 if gpu else 5, help='timed rounds (default: %(default)s)')
     parser.add_argument(
@@ -734,8 +738,10 @@ def run(args: argparse.Namespace, cases: Iterable[Callable[[], Case]]) -> None:
     torch.backends.cudnn.allow_tf32 = False  # as torch has it for products; float32 means float32 here
     dtype = DTYPES[args.dtype]
     peak = device_peak(dtype)
-    rows = list(itertools.chain(*(measure(case(), args.modes, dtype, args.repeats, peak) for case in cases)))
-    if args.json:
-        write_json(rows, peak, args.json)
-    if args.plot:
-        plot(rows, args.plot)
+    rows = []
+    for case in cases:
+        rows += measure(case(), args.modes, dtype, args.repeats, peak)
+        if args.json:  # after each case: a run of hours that is stopped keeps what it has
+            write_json(rows, peak, args.json)
+        if args.plot:
+            plot(rows, args.plot)

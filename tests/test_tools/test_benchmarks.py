@@ -174,6 +174,19 @@ def test_wrong_features_get_no_times(tool, side, capsys):
     assert 'WRONG' in capsys.readouterr().out
 
 
+def test_a_profile_accounts_for_a_step(tool, side, capsys):
+    case = nano_case(tool, ['ours sdpa eager', 'timm eager'])
+    rows = side.measure(case, ['inference'], torch.float32, rounds=3, peak=1e12, profile=True)
+    for row in rows:
+        assert {'aten::addmm', 'aten::gelu', 'aten::native_layer_norm'} < set(row.operators)
+        assert 0.2 * row.seconds < sum(row.operators.values()) < 20 * row.seconds  # a profiler costs time too
+    assert 'flash_attention' in ''.join(rows[1].operators)
+    table = capsys.readouterr().out.split('ms in operators')[1]
+    assert '| operator | timm eager | ours sdpa eager |' in table
+    first = next(iter(rows[0].operators))
+    assert f'| `{first}` | {1000 * rows[0].operators[first]:.1f} |' in table
+
+
 def test_wrong_features_of_one_image_are_found(tool, side):
     def swap_last_rows(model, x):
         features = model.forward_features(x)

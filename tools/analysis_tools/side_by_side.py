@@ -47,6 +47,7 @@ GRADIENTS = 8  # times the limit
 DENSE_PEAKS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}  # FLOP/s in half precision, by part of the GPU's name
 GEMM = 2048  # rows and columns of the product that tells the peak of any other device
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3), in bytes
+PROFILED = 12  # operators of a profile that get a line
 WARM_UP = 2  # steps before the timed ones, beside the one that is checked
 
 
@@ -348,6 +349,7 @@ class Row:
     peak_bytes: int | None = None
     share_of_peak: float | None = None
     compile_seconds: float | None = None
+    operators: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -538,7 +540,22 @@ def device_peak(dtype: torch.dtype) -> float:
     return known[0] if known and dtype != torch.float32 else gemm_rate(dtype)
 
 
-def measure(case: Case, modes: Sequence[str], dtype: torch.dtype, rounds: int, peak: float) -> list[Row]:
+def operators(step: Callable[[], object]) -> dict[str, float]:
+    """Seconds that a step spends in each of PyTorch's operators, or in each kernel of a GPU."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if DEVICE == 'cuda':
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        now()
+    attribute = 'self_device_time_total' if DEVICE == 'cuda' else 'self_cpu_time_total'
+    seconds = {event.key: 1e-6 * getattr(event, attribute) for event in profile.key_averages()}
+    return {name: value for name, value in sorted(seconds.items(), key=lambda item: -item[1]) if value}
+
+
+def measure(
+    case: Case, modes: Sequence[str], dtype: torch.dtype, rounds: int, peak: float, profile: bool = False
+) -> list[Row]:
     """Measure the contenders of a case, print a table for each mode, and free them."""
     torch._dynamo.reset()  # it holds on to the models of the case before
     gc.collect()
@@ -559,8 +576,11 @@ def measure(case: Case, modes: Sequence[str], dtype: torch.dtype, rounds: int, p
                 row.compile_seconds = max(0.0, runner.compile_seconds[mode != 'inference'] - row.seconds)
             runner.clear(bench.x)
             row.peak_bytes = peak_memory(step)
+            row.operators = operators(step) if profile else {}
         _compare(group)
         print_table(group)
+        if profile:
+            print_profile(group)
         rows += group
     return rows
 
@@ -633,6 +653,20 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
+def print_profile(group: list[Row]) -> None:
+    """Print where the time of each row goes, by the largest operators of all."""
+    rows = [row for row in group if row.operators]
+    largest = {name: max(row.operators.get(name, 0) for row in rows) for row in rows for name in row.operators}
+    names = sorted(largest, key=largest.get, reverse=True)[:PROFILED]
+    print(f'\n{group[0].case}, {group[0].mode}: ms in operators\n')
+    print('| operator |', ' | '.join(row.contender for row in rows), '|')
+    print('| --- |', ' | '.join('---' for _ in rows), '|')
+    for name in names:
+        print(f'| `{name}` |', ' | '.join(f'{1000 * row.operators.get(name, 0):.1f}' for row in rows), '|')
+    rest = [sum(value for name, value in row.operators.items() if name not in names) for row in rows]
+    print('| all others |', ' | '.join(f'{1000 * value:.1f}' for value in rest), '|', flush=True)
+
+
 def machine() -> dict:
     """What the figures depend on."""
     versions = {}
@@ -701,6 +735,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--dtype', choices=DTYPES, default='bfloat16' if gpu else 'float32', help='of autocast (default: %(default)s)'
     )
     parser.add_argument('--threads', type=int, help='CPU threads (default: as torch chooses)')
+    parser.add_argument('--profile', action='store_true', help='print the time in operators too')
     parser.add_argument('--json', metavar='OUT', help='write all rows to this file, in seconds and bytes')
     parser.add_argument('--plot', metavar='OUT', help='draw images per second relative to eager timm into this file')
 
@@ -740,7 +775,7 @@ def run(args: argparse.Namespace, cases: Iterable[Callable[[], Case]]) -> None:
     peak = device_peak(dtype)
     rows = []
     for case in cases:
-        rows += measure(case(), args.modes, dtype, args.repeats, peak)
+        rows += measure(case(), args.modes, dtype, args.repeats, peak, args.profile)
         if args.json:  # after each case: a run of hours that is stopped keeps what it has
             write_json(rows, peak, args.json)
         if args.plot:

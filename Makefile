@@ -16,7 +16,7 @@ demo-video:  ## the same for a small recognizer of motion
 	$(VENV)/bin/python tools/demo.py --task video
 
 test:  ## everything that needs no GPU, on all cores
-	$(VENV)/bin/python -m pytest -m 'not gpu' -n auto --dist loadfile --durations=10
+	$(VENV)/bin/python -m pytest -m 'not gpu' -n auto --dist loadfile --no-loadscope-reorder --durations=10
 
 lint:
 	$(VENV)/bin/ruff check .

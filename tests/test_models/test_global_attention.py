@@ -141,7 +141,7 @@ def test_a_large_map_makes_no_matrix_of_all_pairs():
     tokens = 48 * 48  # of an image of 1536x1536
     with LargestTensor() as largest:
         build()(stage_maps(48, 48, batch=1))[-1].sum().backward()
-    assert largest.elements == tokens * 4 * CHANNELS  # the hidden layer of the MLP
+    assert largest.elements == tokens * 3 * CHANNELS  # queries, keys and values
     assert largest.elements < tokens**2 / 10
 
 

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import itertools
 import re
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..models import block
 from ..ops import sdpa
 
 # what autocast computes in float32 on a GPU but not on a CPU, as far as Swin and the toolboxes' heads call it
@@ -126,13 +128,13 @@ def _widened(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def cuda_chunks() -> Iterator[None]:
-    """Let fused attention on a CPU take as many windows at a time as on a GPU."""
-    on_cpu = sdpa.CHUNKS['cpu']
-    sdpa.CHUNKS['cpu'] = sdpa.CHUNKS['cuda']
+    """Let fused attention and MLPs on a CPU take as many windows and tokens at a time as on a GPU."""
+    on_cpu = sdpa.CHUNKS['cpu'], block.CPU_TOKENS
+    sdpa.CHUNKS['cpu'], block.CPU_TOKENS = sdpa.CHUNKS['cuda'], sys.maxsize
     try:
         yield
     finally:
-        sdpa.CHUNKS['cpu'] = on_cpu
+        sdpa.CHUNKS['cpu'], block.CPU_TOKENS = on_cpu
 
 
 def make_fake(model: nn.Module) -> nn.Module:

@@ -11,6 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
 if 'PYTEST_XDIST_WORKER' in os.environ:  # each core has a worker; what tests start inherits the variable
     os.environ['OMP_NUM_THREADS'] = '1'
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'  # read when kernels are imported: they run on a CPU, slowly
 torch.set_num_threads(min(torch.get_num_threads(), int(os.environ.get('OMP_NUM_THREADS', 2))))
 
 

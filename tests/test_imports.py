@@ -1,6 +1,8 @@
 """Arrows between the packages point one way, and toolboxes are imported only by the file that extends them."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / 'swinv2_mm'
@@ -48,8 +50,14 @@ def test_folders_import_only_what_lies_below_them():
 
 
 def test_ops_need_torch_alone():
-    others = set.union(*(imports(path) for path in (PACKAGE / 'ops').glob('*.py')))
-    assert others - {'.ops'} == {'torch', 'math', 'itertools', 'collections', 'functools', 'logging', 'typing'}
+    found = {path.name: imports(path) - {'.ops'} - sys.stdlib_module_names for path in (PACKAGE / 'ops').glob('*.py')}
+    assert found.pop('kernels.py') == {'triton'}
+    assert set.union(*found.values()) == {'torch'}
+
+
+def test_triton_is_imported_only_when_its_kernels_run():
+    check = "import sys, swinv2_mm.ops, swinv2_mm; sys.exit('swinv2_mm.ops.kernels' in sys.modules)"
+    subprocess.run([sys.executable, '-c', check], check=True)
 
 
 def test_toolboxes_are_imported_only_by_the_files_that_extend_them():

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import reference, sdpa
+from . import fused, reference, sdpa
 
 
 class Backend(NamedTuple):
@@ -19,6 +19,7 @@ class Backend(NamedTuple):
 
 
 BACKENDS = {
+    'triton': Backend(fused.fused_window_attention, fused.can_run),
     'sdpa': Backend(sdpa.sdpa_window_attention, sdpa.can_run),
     'reference': Backend(reference.reference_window_attention, lambda qkv: None),
 }  # in the order in which 'auto' asks them
@@ -71,10 +72,10 @@ def window_attention(
         bias_table: (heads, prod(2 * window - 1)), added to the logits by relative position (see `LogCPB`).
         window_size: Tokens of a window along each axis of `*S`.
         shift_size: How far the windows are shifted along each axis, from 0 to the window size less 1.
-        backend: 'auto' for the fastest one that can run, or 'sdpa' or 'reference'.
+        backend: 'auto' for the fastest one that can run, or 'triton', 'sdpa' or 'reference'.
         sequential: Whether to attend in a few windows at a time, and to compute them again in the backward pass, so
-            that the attention weights of those alone are in memory (sequential self-attention, Sec. 3.4). The backend
-            'sdpa' does so in any case.
+            that the attention weights of those alone are in memory (sequential self-attention, Sec. 3.4). The backends
+            'triton' and 'sdpa' do so in any case.
 
     Returns:
         (B, *S, heads * head_dim), in image order.

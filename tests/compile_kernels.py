@@ -1,0 +1,85 @@
+"""Compile the Triton kernels for a GPU of Nvidia, without one: what the interpreter accepts need not compile.
+
+python tests/compile_kernels.py    # prints registers, spills and shared memory of each kernel as a table
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+
+os.environ.pop('TRITON_INTERPRET', None)
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from swinv2_mm.ops import blocks, fused, kernels
+
+TARGET = GPUTarget('cuda', 90, 32)
+TYPES = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
+CASES = [
+    ((8, 8), 32, torch.bfloat16),
+    ((7, 7), 32, torch.float16),
+    ((24, 24), 32, torch.bfloat16),
+    ((24, 24), 32, torch.float32),
+    ((64, 64), 32, torch.bfloat16),
+    ((8, 7, 7), 32, torch.bfloat16),
+    ((16, 16), 128, torch.bfloat16),
+    ((16, 16), 16, torch.float16),
+]
+MAPS = {'qkv', 'out', 'grad_out', 'grad_qkv'}
+NUMBERS = {'heads', 'windows', 'splits'}
+
+
+def compile_kernel(name: str, window: tuple[int, ...], head_dim: int, dtype: torch.dtype):
+    """A kernel compiled for shifted windows of a map that they do not divide."""
+    size = tuple(2 * w + 1 for w in window)
+    geometry = fused.Geometry(torch.empty(1, *size, 3, 4, head_dim, dtype=dtype), window, tuple(w // 2 for w in window))
+    constants = geometry.boxes(name)[2] if name == 'grad_bias' else geometry.runs(name)[1]
+    options = {key: constants.pop(key) for key in ('num_warps', 'num_stages', 'enable_fp_fusion')}
+    function = getattr(kernels, name)
+    signature, attributes = {}, {}
+    for place, argument in enumerate(function.arg_names):
+        if argument in constants:
+            signature[argument] = 'constexpr'
+        elif argument == 'size':
+            signature[argument] = ('i32', 'i32', 'i32')
+        elif argument in NUMBERS:
+            signature[argument] = 'i32'
+        else:
+            signature[argument] = '*' + (TYPES[dtype] if argument in MAPS else 'fp32')
+            attributes[(place,)] = [['tt.divisibility', 16]]
+    known = {key: value for key, value in constants.items() if key in function.arg_names}
+    source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in known.items()}, attributes)
+    return triton.compile(source, target=TARGET, options=options)
+
+
+def resources(cubin: bytes) -> str:
+    """Registers and spilled bytes of a thread, as the disassembler of the wheel tells them."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, '-res-usage', file.name], check=True, capture_output=True, text=True).stdout
+    registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', text).groups()
+    return f'{registers} | {stack}'
+
+
+def main() -> None:
+    """Run the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    print('| window | head size | type | kernel | warps | registers | bytes on the stack | shared memory |')
+    print('|---|---|---|---|---|---|---|---|')
+    for window, head_dim, dtype in CASES:
+        small = torch.Size(window).numel() <= 64
+        for name in ('attend', 'grad_all') if small else [k for k in blocks.KERNELS if k != 'grad_all']:
+            compiled = compile_kernel(name, window, head_dim, dtype)
+            used = f'{compiled.metadata.num_warps} | {resources(compiled.asm["cubin"])} | {compiled.metadata.shared}'
+            print(f'| {"x".join(map(str, window))} | {head_dim} | {TYPES[dtype]} | {name} | {used} |', flush=True)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,327 @@
+"""The Triton kernels against the reference in float64: on a GPU where there is one, else in Triton's interpreter."""
+
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from brute_force import brute_force_attention
+from test_sdpa import NAMES, draw
+from test_window_attention import CASES
+from test_window_attention import draw as draw_small
+
+pytest.importorskip('triton')
+import triton_interpreter
+
+from swinv2_mm.models import SwinTransformerV2
+from swinv2_mm.ops import blocks, fused, kernels, sdpa, window_attention
+from swinv2_mm.ops.reference import reference_window_attention
+from swinv2_mm.ops.windows import dense_bias_backward
+
+module = sys.modules['swinv2_mm.ops.window_attention']  # the package shows the function under this name
+COMPILE = Path(__file__).parents[1] / 'compile_kernels.py'
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+BACKENDS = {
+    'reference': reference_window_attention,
+    'sdpa': sdpa.sdpa_window_attention,
+    'triton': fused.fused_window_attention,
+}
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    """Without a GPU, the kernels run in Triton's interpreter."""
+    if DEVICE == 'cpu':
+        triton_interpreter.mend(monkeypatch)
+        monkeypatch.setattr(fused, 'choose_blocks', triton_interpreter.largest_blocks)
+
+
+def attention(*inputs_and_sizes):
+    """As `window_attention`, without asking whether the backend can run: in the interpreter it can on a CPU."""
+    *inputs, window, shift, backend = inputs_and_sizes
+    return BACKENDS[backend](*(t.to(DEVICE) for t in inputs), window, shift).cpu()
+
+
+def assert_as_exact_as_sdpa(inputs, window, shift, dtype=torch.float32):
+    """Error of each result against the reference in float64, beside that of `sdpa` in the same type."""
+    inputs = [t.to(dtype) if i == 0 else t for i, t in enumerate(inputs)]
+    exact = run(inputs, window, shift, 'reference', torch.float64)
+    peer, ours = (run(inputs, window, shift, backend, dtype) for backend in ('sdpa', 'triton'))
+    for name, expected in exact.items():
+        largest = expected.abs().max() or 1.0
+        assert ours[name].isfinite().all(), name
+        error, allowed = (float((t[name].double() - expected).abs().max() / largest) for t in (ours, peer))
+        # the gradient of the scale is a sum over tokens of q * grad_q, which cancels for the most part
+        rounding = 1e-4 if name == 'logit_scale' else (16 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
+        assert error < 3 * allowed + rounding, (name, error, allowed)
+
+
+def run(inputs, window, shift, backend, dtype):
+    """Results with the map in `dtype`; scale and table stay in float32, as parameters do, unless all is float64."""
+    exact = torch.promote_types(dtype, torch.float32)
+    qkv, scale, table = (
+        t.detach().to(dtype if i == 0 else exact, copy=True).requires_grad_() for i, t in enumerate(inputs)
+    )
+    out = attention(qkv, scale, table, window, shift, backend)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype))
+    return dict(zip(NAMES, (out.detach(), qkv.grad, scale.grad, table.grad), strict=True))
+
+
+@pytest.mark.parametrize(('size', 'window', 'shift'), CASES)
+def test_equals_a_loop_over_token_pairs(size, window, shift):
+    inputs = draw_small(size, window, batch=2)
+    out = attention(*(t.float() for t in inputs), window, shift, 'triton')
+    expected = torch.stack([brute_force_attention(sample, *inputs[1:], window, shift) for sample in inputs[0]])
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('window', [(7, 7), (8, 8), (4, 3, 5)])
+def test_is_as_exact_as_sdpa_at_every_kind_of_edge(window, dtype):
+    """Windows within the map, at each edge and in the corners, shifted and padded; scales at their clamp and below."""
+    size, shift = tuple(2 * w + w // 3 for w in window), tuple(w // 2 for w in window)
+    assert_as_exact_as_sdpa(draw(size, heads=2, window=window), window, shift, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('window', [(12, 12), (16, 16), (24, 24), (32, 32), (8, 7, 7)])
+def test_is_as_exact_as_sdpa_in_large_windows(window, dtype):
+    size, shift = tuple(w + w // 3 for w in window), tuple(w // 2 for w in window)
+    assert_as_exact_as_sdpa(draw(size, heads=1, window=window), window, shift, dtype)
+    assert_as_exact_as_sdpa(draw(window, heads=1, window=window), window, (0,) * len(window), dtype)
+
+
+@pytest.mark.slow
+def test_a_window_of_4096_tokens():
+    assert_as_exact_as_sdpa(draw((64, 64), heads=1, window=(64, 64), head_dim=16), (64, 64), (0, 0))
+
+
+@pytest.mark.parametrize('head_dim', [16, 24, 48, 64, 96, 128])
+def test_head_sizes(head_dim):
+    assert_as_exact_as_sdpa(draw((9, 14), heads=2, window=(9, 9), head_dim=head_dim), (9, 9), (4, 4))
+
+
+@pytest.mark.parametrize('size', [(4, 4), (1, 1), (5, 40), (13, 2), (1, 19)])
+def test_windows_that_shrink_to_the_map(size):
+    assert_as_exact_as_sdpa(draw(size, heads=2, window=(12, 12), head_dim=16), (12, 12), (6, 6))
+
+
+def test_a_scale_beyond_its_clamp_and_tokens_of_zeros():
+    qkv, _, table = draw((8, 8), heads=2)
+    qkv[0, :3] = 0
+    scale = torch.tensor([5.0, 2.0]).view(-1, 1, 1)
+    assert_as_exact_as_sdpa((qkv, scale, table), (4, 4), (2, 2))
+    assert run((qkv, scale, table), (4, 4), (2, 2), 'triton', torch.float32)['logit_scale'][0] == 0
+
+
+@pytest.mark.slow
+def test_more_windows_than_a_grid_of_cuda_has_blocks_along_its_other_axes(monkeypatch):
+    size, window = (257, 256), (1, 1)  # 65,792 windows of one token, which attends to itself
+    qkv, scale, table = draw(size, heads=1, window=window, head_dim=4)
+    monkeypatch.setattr(fused, 'PROGRAMS', 3)
+    ours = run((qkv, scale, table), window, (0, 0), 'triton', torch.float32)
+    torch.testing.assert_close(ours['out'], qkv[..., 2, 0, :])
+    expected = run((qkv, scale, table), window, (0, 0), 'reference', torch.float64)
+    torch.testing.assert_close(ours['qkv'].double(), expected['qkv'], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('window', [(8, 8), (12, 12)])
+def test_every_number_of_the_results_is_written(monkeypatch, window):
+    inputs = draw((10, 20), heads=1, window=window, head_dim=24)
+    monkeypatch.setattr(torch.utils.deterministic, 'fill_uninitialized_memory', True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        poisoned = run(inputs, window, (4, 4), 'triton', torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected = run(inputs, window, (4, 4), 'triton', torch.float32)
+    assert all(torch.equal(poisoned[name], expected[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize('window', [(8, 8), (12, 12)])
+def test_gradients_are_the_same_on_every_run(window):
+    inputs = draw((13, 20), heads=1, window=window)
+    first, second = (run(inputs, window, (4, 4), 'triton', torch.bfloat16) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ('window', 'block'), [((7, 7), 16), ((7, 7), 32), ((4, 3, 5), 32), ((3, 4, 2), 16), ((12, 12), 64)]
+)
+def test_the_size_of_blocks_changes_nothing_but_rounding(monkeypatch, window, block):
+    inputs = draw(tuple(w + 2 for w in window), heads=1, window=window, head_dim=16)
+    shift = tuple(w // 2 for w in window)
+    expected = run(inputs, window, shift, 'reference', torch.float64)
+    chosen = blocks.Blocks(block, block // 2 if block > 16 else 32, warps=4, stages=1)
+    monkeypatch.setattr(fused, 'choose_blocks', lambda *_: chosen)
+    monkeypatch.setattr(fused, 'PROGRAMS', block)
+    for name, ours in run(inputs, window, shift, 'triton', torch.float32).items():
+        limit = 1e-4 * float(expected[name].abs().max())
+        torch.testing.assert_close(ours.double(), expected[name], rtol=1e-4, atol=limit, msg=name)
+
+
+def test_inputs_that_are_not_contiguous():
+    qkv, scale, table = draw((9, 10), heads=2, window=(4, 4))
+    turned = qkv.transpose(1, 2).contiguous().transpose(1, 2)
+    table = table.t().contiguous().t()
+    ours = run((turned, scale, table), (4, 4), (2, 2), 'triton', torch.float32)
+    expected = run((qkv, scale, table.contiguous()), (4, 4), (2, 2), 'triton', torch.float32)
+    assert all(torch.equal(ours[name], expected[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize('window', [(7, 7), (12, 12), (24, 24), (32, 32), (64, 64), (8, 7, 7), (4, 3, 5), (1, 49)])
+@pytest.mark.parametrize('tokens', [16, 32, 64, 128])
+def test_boxes_hold_each_token_of_a_window_once(window, tokens):
+    window = (1,) * (3 - len(window)) + window
+    box, counts = blocks.cut_into_boxes(window, tokens)
+    assert math.prod(box) == tokens
+    assert all((n - 1) * side < w <= n * side for n, side, w in zip(counts, box, window, strict=True))
+
+
+@pytest.mark.parametrize(
+    ('window', 'box', 'boxes'), [((1, 7, 6), (1, 4, 2), (1, 2, 3)), ((3, 4, 5), (2, 1, 4), (2, 4, 2))]
+)
+def test_gradients_of_boxes_add_up_to_that_of_the_bias(window, box, boxes):
+    """Tiles of pairs of boxes, summed by displacement, against the gradient of the whole (N, N) bias."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(2, math.prod(window), math.prod(window), generator=generator, dtype=torch.float64)
+    steps = [2 * n - 1 for n in boxes]
+    tiles = torch.zeros(2, *steps, math.prod(box), math.prod(box), dtype=torch.float64)
+    places = torch.cartesian_prod(*(torch.arange(w) for w in window)).tolist()
+    for i, query in enumerate(places):
+        for j, key in enumerate(places):
+            at = [a // s - b // s + n - 1 for a, b, s, n in zip(query, key, box, boxes, strict=True)]
+            rows = [((p[0] % box[0]) * box[1] + p[1] % box[1]) * box[2] + p[2] % box[2] for p in (query, key)]
+            tiles[:, at[0], at[1], at[2], rows[0], rows[1]] += whole[:, i, j]
+    folded = fused._fold(tiles.flatten(1, 3), box, boxes, window)
+    torch.testing.assert_close(folded, dense_bias_backward(whole, window))
+
+
+@pytest.mark.parametrize('window', [(8, 8), (12, 12)])
+def test_the_operators_keep_their_contract_with_torch(window):
+    inputs = [t.to(DEVICE).requires_grad_() for t in draw((9, 6), heads=1, window=window, head_dim=16)]
+    # its numbers are compared elsewhere; here, that what it says of shapes and strides is so, and needs no new graph
+    torch.library.opcheck(torch.ops.swinv2_mm.fused_window_attention.default, (*inputs, list(window), [2, 2]))
+
+
+def test_compiled_it_is_one_graph_and_gives_the_same():
+    """The operator is kept whole, at a second size too."""
+    graphs = []
+
+    def watched(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(fused.fused_window_attention, fullgraph=True, dynamic=True, backend=watched)
+    for size in [(9, 14), (12, 10)]:
+        inputs = [t.to(DEVICE) for t in draw(size, heads=2, window=(4, 4), head_dim=16)]
+        expected = fused.fused_window_attention(*inputs, (4, 4), (2, 2))
+        assert torch.equal(compiled(*inputs, (4, 4), (2, 2)), expected)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+def test_no_tensor_is_as_large_as_the_attention_weights():
+    """What operators allocate for a window of 1024 tokens, forward and backward: no N x N numbers anywhere."""
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            tensors = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+            sizes.extend(t.numel() for t in tensors if t.dtype.is_floating_point)
+            return result
+
+    inputs = [t.to(DEVICE) for t in draw((32, 32), heads=1, window=(32, 32), head_dim=16)]
+    with Watch():
+        out, log_sums = fused.attend(*inputs, (32, 32), (0, 0))
+        fused.attend_backward(torch.ones_like(out), *inputs, out, log_sums, (32, 32), (0, 0))
+    # the gradient of the bias has a tile for each displacement of boxes: it grows with N, not with its square
+    assert max(sizes) < 1024**2 / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('window', [4, 10])
+def test_a_training_run_follows_that_of_the_reference(monkeypatch, window):
+    """Losses of a few steps of a whole backbone, whose maps have to be padded."""
+    monkeypatch.setitem(module.BACKENDS, 'triton', module.Backend(fused.fused_window_attention, lambda qkv: None))
+    images = torch.randn(2, 3, 52, 64, generator=torch.Generator().manual_seed(0), device='cpu').to(DEVICE)
+
+    def losses(backend):
+        torch.manual_seed(0)
+        arch = dict(embed_dims=16, depths=(2, 2), num_heads=(1, 2))
+        model = SwinTransformerV2(
+            arch, window_size=window, out_indices=(0, 1), drop_path_rate=0.0, attention_backend=backend
+        ).to(DEVICE)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        found = []
+        for _ in range(6):
+            loss = sum((x - 1).square().mean() for x in model(images))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(float(loss))
+        return found
+
+    ours, expected = losses('triton'), losses('reference')
+    assert ours == pytest.approx(expected, rel=1e-3)
+    assert expected[-1] < 0.8 * expected[0]
+
+
+@pytest.mark.skipif(DEVICE == 'cuda', reason='on a GPU it can run')
+def test_on_a_cpu_it_says_why_it_cannot_run_and_auto_tells_it_once(caplog):
+    inputs = draw((8, 8))
+    reason = r"its kernels are for GPUs, and the map is on 'cpu'"
+    with pytest.raises(ValueError, match=f"'triton' cannot run: {reason}; 'auto' takes another"):
+        window_attention(*inputs, (4, 4), (2, 2), 'triton')
+    module._tell.cache_clear()
+    with caplog.at_level(logging.INFO, logger='swinv2_mm'):
+        for _ in range(2):
+            window_attention(*inputs, (4, 4), (2, 2))
+    assert [r.getMessage() for r in caplog.records if 'triton' in r.getMessage()] == [
+        f"attention backend 'triton' is not used: {reason}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ('change', 'reason'),
+    [
+        (lambda qkv: qkv.double(), r'compute in float32, and the map is of type torch.float64'),
+        (lambda qkv: qkv[..., :1].expand(*qkv.shape[:-1], 160), 'heads of up to 128 channels, and these have 160'),
+        (lambda qkv: qkv[:, :, :, None, None], 'maps of up to 3 axes, and this one has 4'),
+    ],
+)
+def test_cases_that_it_cannot_run_are_named(change, reason):
+    qkv = torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu)
+    assert reason in fused.can_run(change(qkv))
+    assert fused.can_run(qkv) is None
+
+
+def test_without_triton_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(fused, 'HAS_TRITON', False)
+    assert 'triton is not installed' in fused.can_run(torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu))
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU; nothing is computed with it."""
+
+    is_cuda = True
+
+
+def test_kernels_are_interpreted_only_without_a_gpu():
+    assert type(kernels.attend).__name__ == ('InterpretedFunction' if DEVICE == 'cpu' else 'JITFunction')
+
+
+@pytest.mark.slow
+def test_all_kernels_compile_for_a_gpu():
+    """What the interpreter accepts need not compile; the compiler needs no GPU."""
+    env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    result = subprocess.run([sys.executable, COMPILE], env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {line.split(' | ')[3] for line in result.stdout.splitlines()[2:]} == set(blocks.KERNELS)

@@ -1,0 +1,110 @@
+"""The tool that finds the fastest blocks of the Triton kernels, in Triton's interpreter."""
+
+import json
+import sys
+
+import pytest
+import torch
+import triton_interpreter
+from tool_runs import TOOLS
+
+from swinv2_mm.ops import blocks, fused
+from swinv2_mm.ops.blocks import Blocks
+
+sys.path.insert(0, str(TOOLS / 'analysis_tools'))
+import tune_kernels
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='on a GPU the tool is run as it is')
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    """Small problems in the interpreter."""
+    triton_interpreter.mend(monkeypatch)
+    monkeypatch.setattr(tune_kernels, 'HEADS', 1)
+    monkeypatch.setattr(tune_kernels, 'INTERPRETED', 1)
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, 'argv', ['tune_kernels.py', *map(str, arguments)])
+    tune_kernels.main()
+
+
+def test_the_fastest_blocks_are_kept_and_then_chosen(monkeypatch, tmp_path, capsys):
+    """Times are made up: the more threads the better, but for one that gives a wrong result."""
+    wrong, kernel_attend = Blocks(32, 32, 8, 1), fused.attend
+
+    def attend(*args):
+        out, log_sums = kernel_attend(*args)
+        return out + (fused.choose_blocks() == wrong if hasattr(fused.choose_blocks, 'return_value') else 0), log_sums
+
+    monkeypatch.setattr(fused, 'attend', attend)
+    monkeypatch.setattr(
+        tune_kernels,
+        'milliseconds',
+        lambda call: call() and 10.0 / fused.choose_blocks().warps + fused.choose_blocks().stages,
+    )
+    file = tmp_path / 'blocks.json'
+    file.write_text('{"another GPU": {"attend 64 32 torch.float16": [64, 64, 4, 2]}}')
+    run(monkeypatch, '--windows', '4x4', '--dtypes', 'float32', '--head-dim', 16, '--out', file)
+    printed = capsys.readouterr().out
+    assert f'attend: {wrong} gives other results' in printed
+    assert '| 4x4 | float32 | attend | 7 | 4.500 | 3.250 | 32, 32, 8, 2 |' in printed
+    assert '| 4x4 | float32 | grad_all | 7 |' in printed
+    kept = json.loads(file.read_text())
+    assert kept == {
+        'another GPU': {'attend 64 32 torch.float16': [64, 64, 4, 2]},
+        'interpreter': {'attend 16 16 torch.float32': [32, 32, 8, 2], 'grad_all 16 16 torch.float32': [32, 32, 8, 1]},
+    }
+
+
+def test_what_was_measured_is_chosen_for_its_gpu_alone(monkeypatch, tmp_path):
+    file = tmp_path / 'blocks.json'
+    entries = {'attend 64 32 torch.bfloat16': [64, 32, 8, 3], 'attend 576 32 torch.bfloat16': [128, 64, 8, 2]}
+    file.write_text(json.dumps({'a GPU': entries}))
+    monkeypatch.setattr(blocks, 'TUNED', file)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: f'a{device.index or ""} GPU')
+    blocks._tuned.cache_clear()
+
+    def choose(tokens, device='cuda', dtype=torch.bfloat16, head_dim=32, kernel='attend'):
+        return blocks.choose_blocks(kernel, tokens, head_dim, dtype, torch.device(device))
+
+    assert choose(64) == choose(49) == (64, 32, 8, 3)
+    assert choose(16) == (16, 16, 8, 3)  # no larger than the window
+    assert choose(144) == choose(576) == choose(4096) == (128, 64, 8, 2)
+    assert choose(64, head_dim=24) == (64, 32, 8, 3)  # the same tiles as 32
+    for other in (dict(device='cuda:1'), dict(device='cpu'), dict(dtype=torch.float16), dict(kernel='grad_keys')):
+        chosen = choose(576, **other)
+        assert chosen == blocks.default_blocks(
+            other.get('kernel', 'attend'), 576, 32, other.get('dtype', torch.float16)
+        )
+    blocks._tuned.cache_clear()
+
+
+def test_it_stops_when_its_time_is_over(monkeypatch, tmp_path, capsys):
+    run(monkeypatch, '--windows', '4x4', '--minutes', 0, '--out', tmp_path / 'blocks.json')
+    assert 'attend of 4x4 and what follows: no time left of 0 minutes' in capsys.readouterr().out
+    assert not (tmp_path / 'blocks.json').exists()
+
+
+@pytest.mark.parametrize('window', ['0x4', '4x4x4x4', 'axb'])
+def test_windows_that_are_none_are_named(monkeypatch, window, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, '--windows', window)
+    assert f'{window!r} is no window of up to 3 axes; write it as in 24x24' in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_how_it_can_be_tried(monkeypatch, capsys):
+    monkeypatch.delenv('TRITON_INTERPRET')
+    with pytest.raises(SystemExit):
+        run(monkeypatch)
+    assert 'there is no GPU to tune kernels for; TRITON_INTERPRET=1 tries' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('tokens', [49, 64, 144, 576, 4096])
+@pytest.mark.parametrize('kernel', blocks.KERNELS)
+def test_candidates_can_run_a_window(kernel, tokens):
+    found = list(blocks.candidates(kernel, tokens))
+    assert len(found) == len(set(found))
+    assert all(c.block & (c.block - 1) == 0 <= blocks.SMALLEST <= c.step for c in found)
+    assert found or (kernel == 'grad_all' and tokens > 128)

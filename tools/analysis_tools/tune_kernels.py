@@ -1,0 +1,185 @@
+"""Find the blocks with which the Triton kernels of window attention are fastest on this GPU, and keep them.
+
+python tools/analysis_tools/tune_kernels.py
+
+It takes up to `--minutes`, and may be stopped at any time: what was found is written after each kernel. Kernels look
+for it in `swinv2_mm/ops/blocks.json`, by the name of the GPU; what is not there goes by rule. Blocks whose results
+differ from those by rule are left out. With TRITON_INTERPRET=1 the tool can be tried without a GPU; its times mean
+nothing then.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from swinv2_mm.engine import launch
+from swinv2_mm.ops import blocks, fused
+from swinv2_mm.ops.blocks import Blocks
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+# windows of the released models and the paper's systems, the most used ones first
+WINDOWS = ('24x24', '16x16', '8x8', '32x32', '12x12', '8x7x7', '7x7', '56x56')
+LOGITS = 2**28  # of a measurement: some milliseconds of a large GPU
+INTERPRETED = 2**12
+HEADS = 8
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--windows', nargs='+', default=WINDOWS, help='tokens along each axis, as in 24x24')
+    parser.add_argument('--kernels', nargs='+', default=blocks.KERNELS, choices=blocks.KERNELS)
+    parser.add_argument('--dtypes', nargs='+', default=['bfloat16'], choices=DTYPES)
+    parser.add_argument('--head-dim', type=int, default=32)
+    parser.add_argument('--minutes', type=float, default=9, help='begin no kernel after so long')
+    parser.add_argument('--out', type=Path, default=blocks.TUNED)
+    return parser.parse_args()
+
+
+class Problem:
+    """Attention of shifted windows on a map, and a call of each kernel on it alone."""
+
+    def __init__(self, window: tuple[int, ...], head_dim: int, dtype: torch.dtype) -> None:
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        logits = LOGITS if device == 'cuda' else INTERPRETED
+        batch = max(1, logits // (HEADS * 2 ** len(window) * math.prod(window) ** 2))
+        size, self.sizes = [2 * w for w in window], (window, tuple(w // 2 for w in window))
+        torch.manual_seed(0)
+        qkv = torch.randn(batch, *size, 3, HEADS, head_dim, device=device, dtype=dtype)
+        scale = torch.full((HEADS, 1, 1), math.log(10), device=device)
+        table = 16 * torch.rand(HEADS, math.prod(2 * w - 1 for w in window), device=device)
+        self.inputs, self.grad_qkv = (qkv, scale, table), torch.zeros_like(qkv)
+        out, log_sums = fused.attend(*self.inputs, *self.sizes)
+        self.given = [torch.randn_like(out), *self.inputs, out, log_sums]
+        self.geometry = fused.Geometry(qkv, *self.sizes)
+        _, self.common = fused.grad_queries(self.geometry, self.given, self.grad_qkv)
+
+    def run(self, kernel: str) -> list[Tensor]:
+        """Call a kernel, and return what it writes."""
+        if kernel == 'attend':
+            return list(fused.attend(*self.inputs, *self.sizes))
+        if kernel == 'grad_bias':
+            return [fused.grad_bias(self.geometry, self.given, self.common)]
+        if kernel == 'grad_keys':
+            fused.grad_keys(self.geometry, self.given, self.common, self.grad_qkv)
+            return [self.grad_qkv]
+        return [*getattr(fused, kernel)(self.geometry, self.given, self.grad_qkv), self.grad_qkv]
+
+
+def is_needed(kernel: str, tokens: int) -> bool:
+    """Tell whether windows of so many tokens run a kernel."""
+    return kernel == 'attend' or (kernel == 'grad_all') == (tokens <= 64)
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median time of a call."""
+    if torch.cuda.is_available():
+        from triton.testing import do_bench
+
+        return do_bench(call, warmup=20, rep=100, return_mode='median')
+    start = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - start)
+
+
+def measure(problem: Problem, kernel: str, chosen: Blocks, expected: list[Tensor]) -> float:
+    """Time of a kernel with these blocks, or infinity where they do not work."""
+    from triton import TritonError
+
+    with mock.patch.object(fused, 'choose_blocks', return_value=chosen):
+        try:
+            results = problem.run(kernel)
+        except TritonError:  # more shared memory or registers than there are
+            return math.inf
+        limit = 4 * torch.finfo(problem.grad_qkv.dtype).eps
+        pairs = zip(results, expected, strict=True)
+        if not all(float((a - b).abs().max()) <= limit * float(b.abs().max()) for a, b in pairs):
+            print(f'  {kernel}: {chosen} gives other results and is left out')
+            return math.inf
+        return milliseconds(functools.partial(problem.run, kernel))
+
+
+def tune(problem: Problem, kernel: str) -> tuple[float, dict[Blocks, float]]:
+    """Time of a kernel with the blocks by rule, and with each of the candidates."""
+    geometry = problem.geometry
+    rule = blocks.default_blocks(kernel, geometry.tokens, geometry.head_dim, geometry.dtype)
+    with mock.patch.object(fused, 'choose_blocks', return_value=rule):
+        expected = [t.clone() for t in problem.run(kernel)]
+    times = {c: measure(problem, kernel, c, expected) for c in {rule, *blocks.candidates(kernel, geometry.tokens)}}
+    return times[rule], times
+
+
+def keep(path: Path, device: str, found: dict[str, Blocks]) -> None:
+    """Add what was found to the file, whole or not at all."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known.setdefault(device, {}).update(found)
+    text = ',\n'.join(
+        f'  {json.dumps(name)}: {{\n'
+        + ',\n'.join(f'    {json.dumps(key)}: {json.dumps(value)}' for key, value in sorted(entries.items()))
+        + '\n  }'
+        for name, entries in known.items()
+    )
+    part = path.with_suffix('.part')
+    part.write_text(f'{{\n{text}\n}}\n')
+    part.replace(path)
+
+
+def check(args: argparse.Namespace) -> list[tuple[int, ...]]:
+    """Windows that were asked for.
+
+    Raises:
+        ValueError: One is no window, or there is nothing to run the kernels on.
+    """
+    if not fused.HAS_TRITON:
+        raise ValueError('the package triton is not installed: pip install triton')
+    if not torch.cuda.is_available() and os.environ.get('TRITON_INTERPRET') != '1':
+        raise ValueError('there is no GPU to tune kernels for; TRITON_INTERPRET=1 tries the tool out without one')
+    windows = []
+    for text in args.windows:
+        sides = text.split('x')
+        if len(sides) > fused.MAX_AXES or not all(side.isdecimal() and int(side) > 0 for side in sides):
+            raise ValueError(f'--windows: {text!r} is no window of up to {fused.MAX_AXES} axes; write it as in 24x24')
+        windows.append(tuple(map(int, sides)))
+    return windows
+
+
+def main() -> None:
+    """Run the script."""
+    args = parse_args()
+    with launch.one_line_errors(ValueError):
+        windows = check(args)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'interpreter'
+    end = time.monotonic() + 60 * args.minutes
+    print('| window | type | kernel | blocks tried | by rule, ms | best, ms | block, step, warps, stages |')
+    print('|---|---|---|---|---|---|---|')
+    for window in windows:
+        for dtype in args.dtypes:
+            problem = Problem(window, args.head_dim, DTYPES[dtype])
+            tokens = problem.geometry.tokens
+            for kernel in (k for k in args.kernels if is_needed(k, tokens)):
+                name = 'x'.join(map(str, window))
+                if time.monotonic() > end:
+                    print(f'{kernel} of {name} and what follows: no time left of {args.minutes:g} minutes')
+                    return
+                by_rule, times = tune(problem, kernel)
+                best = min(times, key=times.get)
+                print(
+                    f'| {name} | {dtype} | {kernel} | {len(times)} | {by_rule:.3f} | {times[best]:.3f} '
+                    f'| {", ".join(map(str, best))} |',
+                    flush=True,
+                )
+                head_dim = blocks.next_power_of_2(args.head_dim)
+                keep(args.out, device, {f'{kernel} {tokens} {head_dim} {DTYPES[dtype]}': best})
+
+
+if __name__ == '__main__':
+    main()

@@ -35,7 +35,8 @@ def call(self, *args, **kwargs):
 
 def largest_blocks(kernel, tokens, *_):
     """Tiles as large as they can be: the interpreter takes about as long for a small one."""
-    size = min(64 if kernel == 'grad_all' else 128, max(blocks.SMALLEST, blocks.next_power_of_2(tokens)))
+    largest = 64 if kernel == 'grad_all' else 128 if tokens <= 256 else 256
+    size = min(largest, max(blocks.SMALLEST, blocks.next_power_of_2(tokens)))
     return blocks.Blocks(size, size, warps=4, stages=1)
 
 

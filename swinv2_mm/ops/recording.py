@@ -4,6 +4,8 @@ import torch
 
 # of torch 2.3; `torch.compile` of older ones gets the reference if it is named
 is_compiling = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda: False)
+# Decorates what is to run when a model is compiled, and not to be a part of it
+at_compilation = getattr(getattr(torch, 'compiler', None), 'assume_constant_result', lambda function: function)
 
 
 def is_tracing() -> bool:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import fused, reference, sdpa
+from .recording import at_compilation
 
 
 class Backend(NamedTuple):
@@ -47,8 +48,13 @@ def _choose(name: str, qkv: Tensor) -> Backend:
     raise AssertionError('the reference runs everywhere')
 
 
-@functools.cache
+@at_compilation
 def _tell(name: str, reason: str) -> None:
+    _tell_once(name, reason)
+
+
+@functools.cache
+def _tell_once(name: str, reason: str) -> None:
     logging.getLogger('swinv2_mm').info('attention backend %r is not used: %s', name, reason)
 
 

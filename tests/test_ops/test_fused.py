@@ -276,7 +276,7 @@ def test_a_training_run_follows_that_of_the_reference(monkeypatch, window):
 
     ours, expected = losses('triton'), losses('reference')
     assert ours == pytest.approx(expected, rel=1e-3)
-    assert expected[-1] < 0.8 * expected[0]
+    assert expected[-1] < 0.95 * expected[0]
 
 
 @pytest.mark.skipif(DEVICE == 'cuda', reason='on a GPU it can run')
@@ -285,7 +285,7 @@ def test_on_a_cpu_it_says_why_it_cannot_run_and_auto_tells_it_once(caplog):
     reason = r"its kernels are for GPUs, and the map is on 'cpu'"
     with pytest.raises(ValueError, match=f"'triton' cannot run: {reason}; 'auto' takes another"):
         window_attention(*inputs, (4, 4), (2, 2), 'triton')
-    module._tell.cache_clear()
+    module._tell_once.cache_clear()
     with caplog.at_level(logging.INFO, logger='swinv2_mm'):
         for _ in range(2):
             window_attention(*inputs, (4, 4), (2, 2))

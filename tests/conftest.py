@@ -23,7 +23,13 @@ def _configs_are_not_laid_out(monkeypatch):
 
 
 # Each file goes to one core; with these first, none is left to run alone at the end.
-LONGEST = ('test_sharded_training.py', 'test_train_and_test.py', 'test_coco_mini.py', 'test_deepspeed.py', 'test_fused.py')
+LONGEST = (
+    'test_sharded_training.py',
+    'test_train_and_test.py',
+    'test_coco_mini.py',
+    'test_fused.py',
+    'test_deepspeed.py',
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,20 +40,20 @@ def compile_kernel(name: str, window: tuple[int, ...], head_dim: int, dtype: tor
     constants = geometry.boxes(name)[2] if name == 'grad_bias' else geometry.runs(name)[1]
     options = {key: constants.pop(key) for key in ('num_warps', 'num_stages', 'enable_fp_fusion')}
     function = getattr(kernels, name)
-    signature, attributes = {}, {}
+    signature, attributes, known = {}, {}, {}
     for place, argument in enumerate(function.arg_names):
         if argument in constants:
             signature[argument] = 'constexpr'
-        elif argument == 'size':
-            signature[argument] = ('i32', 'i32', 'i32')
+            known[(place,)] = constants[argument]
+        elif argument == 'size':  # a number that is 1 becomes a constant when the kernel is called
+            signature[argument] = tuple('constexpr' if n == 1 else 'i32' for n in geometry.size)
+            known |= {(place, axis): 1 for axis, n in enumerate(geometry.size) if n == 1}
         elif argument in NUMBERS:
             signature[argument] = 'i32'
         else:
             signature[argument] = '*' + (TYPES[dtype] if argument in MAPS else 'fp32')
             attributes[(place,)] = [['tt.divisibility', 16]]
-    known = {key: value for key, value in constants.items() if key in function.arg_names}
-    source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in known.items()}, attributes)
-    return triton.compile(source, target=TARGET, options=options)
+    return triton.compile(ASTSource(function, signature, known, attributes), target=TARGET, options=options)
 
 
 def resources(cubin: bytes) -> str:

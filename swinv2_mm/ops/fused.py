@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from .blocks import choose_blocks, cut_into_boxes
-from .recording import is_tracing
+from .blocks import SMALLEST, choose_blocks, cut_into_boxes, next_power_of_2
+from .recording import at_compilation, is_tracing
 from .reference import MAX_LOGIT_SCALE
 from .windows import (
     Size,
@@ -25,6 +25,7 @@ from .windows import (
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 MAX_HEAD_DIM = 128  # larger ones do not fit the registers of a program
 MAX_AXES = 3
+CAPABILITY = 8  # of the oldest GPUs, Ampere, that multiply bfloat16
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 PROGRAMS = 1024  # of the kernels that sum over windows; a GPU has some 100 processors
 
@@ -45,7 +46,15 @@ def can_run(qkv: Tensor) -> str | None:
         return f'its kernels know maps of up to {MAX_AXES} axes, and this one has {qkv.dim() - 4}'
     if qkv.shape[-1] > MAX_HEAD_DIM:
         return f'its kernels take heads of up to {MAX_HEAD_DIM} channels, and these have {qkv.shape[-1]}'
+    major, minor = _capability(qkv.device)
+    if major < CAPABILITY:
+        return f'its kernels are for GPUs of compute capability {CAPABILITY} or more, and this one has {major}.{minor}'
     return None
+
+
+@at_compilation
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def fused_window_attention(
@@ -81,7 +90,7 @@ class Geometry:
             'SHIFT': self.shift,
             'TABLE': self.table,
             'DIM': self.head_dim,
-            'BLOCK_DIM': max(16, 1 << (self.head_dim - 1).bit_length()),
+            'BLOCK_DIM': max(SMALLEST, next_power_of_2(self.head_dim)),
             # of products in float32: as PyTorch's own are at its present setting
             'PRECISION': 'ieee' if torch.get_float32_matmul_precision() == 'highest' else 'tf32',
             'enable_fp_fusion': True,

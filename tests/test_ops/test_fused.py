@@ -302,10 +302,19 @@ def test_on_a_cpu_it_says_why_it_cannot_run_and_auto_tells_it_once(caplog):
         (lambda qkv: qkv[:, :, :, None, None], 'maps of up to 3 axes, and this one has 4'),
     ],
 )
-def test_cases_that_it_cannot_run_are_named(change, reason):
+def test_cases_that_it_cannot_run_are_named(monkeypatch, change, reason):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
     qkv = torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu)
     assert reason in fused.can_run(change(qkv))
     assert fused.can_run(qkv) is None
+
+
+def test_old_gpus_are_refused_when_models_are_compiled_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
+    reason = fused.can_run(torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu))
+    assert reason == 'its kernels are for GPUs of compute capability 8 or more, and this one has 7.5'
+    major = torch.compile(lambda x: x + fused._capability(x.device)[0], fullgraph=True, backend='eager')
+    assert major(torch.zeros(1)) == 7
 
 
 def test_without_triton_it_cannot_run(monkeypatch):

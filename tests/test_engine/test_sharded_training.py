@@ -70,7 +70,7 @@ def check_agreement(folder, reference, images, start, exact):
         assert apart == 0
     else:
         torch.testing.assert_close(losses[:3], expected[:3], rtol=1e-5, atol=0)
-        torch.testing.assert_close(losses, expected, rtol=5e-3, atol=0)
+        torch.testing.assert_close(losses, expected, rtol=2e-2, atol=0)
         torch.testing.assert_close(norms[:3], norms_expected[:3], rtol=1e-4, atol=0)
         assert apart < 0.02 * moved
 
@@ -83,6 +83,7 @@ def test_two_processes_train_like_one(one_process, two_processes, data, saver):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # six trainings, of twice as many processes as many a machine has cores
 def test_four_processes_train_like_one(one_process, data, tmp_path):
     savers = [*SAVERS, *DEEPSPEED]
     nano.train(tmp_path, data, *savers, processes=4)

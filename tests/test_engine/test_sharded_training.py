@@ -11,7 +11,7 @@ from tool_runs import REPOSITORY, environment, free_port
 from swinv2_mm.checkpoints.files import read_checkpoint
 
 SAVERS = ['ddp', 'zero1', 'fsdp']
-DEEPSPEED = [f'deepspeed_zero{stage}' for stage in (1, 2, 3)] if importlib.util.find_spec('deepspeed') else []
+DEEPSPEED = ['deepspeed_zero3'] if importlib.util.find_spec('deepspeed') else []  # more in test_deepspeed.py
 
 
 @pytest.fixture(scope='module')
@@ -83,9 +83,9 @@ def test_two_processes_train_like_one(one_process, two_processes, data, saver):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # six trainings, of twice as many processes as many a machine has cores
+@pytest.mark.timeout(1200)  # of twice as many processes as many a machine has cores
 def test_four_processes_train_like_one(one_process, data, tmp_path):
-    savers = [*SAVERS, *DEEPSPEED]
+    savers = ['zero1', 'fsdp', *DEEPSPEED]
     nano.train(tmp_path, data, *savers, processes=4)
     for saver in savers:
         check_agreement(tmp_path / saver, one_process(4), 4, data / nano.START, exact=False)

@@ -253,9 +253,8 @@ def test_no_tensor_is_as_large_as_the_attention_weights(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('window', [4, 10])
-def test_a_training_run_follows_that_of_the_reference(monkeypatch, window):
-    """Losses of a few steps of a whole backbone, whose maps have to be padded."""
+def test_a_training_run_follows_that_of_the_reference(monkeypatch):
+    """Losses of a few steps of a backbone, whose map is padded in one stage and fits into a window in the other."""
     monkeypatch.setitem(module.BACKENDS, 'triton', module.Backend(fused.fused_window_attention, lambda qkv: None))
     images = torch.randn(2, 3, 52, 64, generator=torch.Generator().manual_seed(0), device='cpu').to(DEVICE)
 
@@ -263,7 +262,7 @@ def test_a_training_run_follows_that_of_the_reference(monkeypatch, window):
         torch.manual_seed(0)
         arch = dict(embed_dims=16, depths=(2, 2), num_heads=(1, 2))
         model = SwinTransformerV2(
-            arch, window_size=window, out_indices=(0, 1), drop_path_rate=0.0, attention_backend=backend
+            arch, window_size=10, out_indices=(0, 1), drop_path_rate=0.0, attention_backend=backend
         ).to(DEVICE)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         found = []

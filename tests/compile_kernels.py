@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from swinv2_mm.ops import blocks, fused, kernels
+from swinv2_mm.ops import fused, kernels
 
 TARGET = GPUTarget('cuda', 90, 32)
 TYPES = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
@@ -33,10 +33,14 @@ MAPS = {'qkv', 'out', 'grad_out', 'grad_qkv'}
 NUMBERS = {'heads', 'windows', 'splits'}
 
 
-def compile_kernel(name: str, window: tuple[int, ...], head_dim: int, dtype: torch.dtype):
-    """A kernel compiled for shifted windows of a map that they do not divide."""
-    size = tuple(2 * w + 1 for w in window)
-    geometry = fused.Geometry(torch.empty(1, *size, 3, 4, head_dim, dtype=dtype), window, tuple(w // 2 for w in window))
+def shifted_windows(window: tuple[int, ...], head_dim: int, dtype: torch.dtype) -> fused.Geometry:
+    """Windows of a map that they do not divide."""
+    qkv = torch.empty(1, *(2 * w + 1 for w in window), 3, 4, head_dim, dtype=dtype)
+    return fused.Geometry(qkv, window, tuple(w // 2 for w in window))
+
+
+def compile_kernel(name: str, geometry: fused.Geometry) -> triton.compiler.CompiledKernel:
+    """A kernel, compiled for such windows."""
     constants = geometry.boxes(name)[2] if name == 'grad_bias' else geometry.runs(name)[1]
     options = {key: constants.pop(key) for key in ('num_warps', 'num_stages', 'enable_fp_fusion')}
     function = getattr(kernels, name)
@@ -51,7 +55,7 @@ def compile_kernel(name: str, window: tuple[int, ...], head_dim: int, dtype: tor
         elif argument in NUMBERS:
             signature[argument] = 'i32'
         else:
-            signature[argument] = '*' + (TYPES[dtype] if argument in MAPS else 'fp32')
+            signature[argument] = '*' + (TYPES[geometry.dtype] if argument in MAPS else 'fp32')
             attributes[(place,)] = [['tt.divisibility', 16]]
     return triton.compile(ASTSource(function, signature, known, attributes), target=TARGET, options=options)
 
@@ -74,9 +78,9 @@ def main() -> None:
     print('| window | head size | type | kernel | warps | registers | bytes on the stack | shared memory |')
     print('|---|---|---|---|---|---|---|---|')
     for window, head_dim, dtype in CASES:
-        small = torch.Size(window).numel() <= 64
-        for name in ('attend', 'grad_all') if small else [k for k in blocks.KERNELS if k != 'grad_all']:
-            compiled = compile_kernel(name, window, head_dim, dtype)
+        geometry = shifted_windows(window, head_dim, dtype)
+        for name in geometry.kernels():
+            compiled = compile_kernel(name, geometry)
             used = f'{compiled.metadata.num_warps} | {resources(compiled.asm["cubin"])} | {compiled.metadata.shared}'
             print(f'| {"x".join(map(str, window))} | {head_dim} | {TYPES[dtype]} | {name} | {used} |', flush=True)
 

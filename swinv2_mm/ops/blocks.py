@@ -45,11 +45,10 @@ def choose_blocks(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype, d
 
 def default_blocks(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype) -> Blocks:
     """Blocks whose tiles fit the registers of a program, as the compiler reports them."""
-    wide = head_dim * dtype.itemsize > 128 or dtype.itemsize > 2
-    block = 32 if wide else 64
-    if kernel == 'grad_all':
-        block = 64
-    return _fit(Blocks(block, block, warps=4 if wide and kernel != 'grad_all' else 8, stages=2), tokens)
+    # `grad_all` holds a whole window, whatever it takes
+    wide = kernel != 'grad_all' and (head_dim * dtype.itemsize > 128 or dtype.itemsize > 2)
+    block, warps = (32, 4) if wide else (64, 8)
+    return _fit(Blocks(block, block, warps, stages=2), tokens)
 
 
 def candidates(kernel: str, tokens: int) -> Iterator[Blocks]:

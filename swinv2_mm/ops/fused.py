@@ -113,6 +113,12 @@ class Geometry:
         """Whether one program can hold a window."""
         return self.runs('grad_all')[0] == 1
 
+    def kernels(self) -> tuple[str, ...]:
+        """Kernels that run for such windows, forward and backward."""
+        if self.fits_one_tile():
+            return 'attend', 'grad_all'
+        return 'attend', 'grad_queries', 'grad_keys', 'grad_bias'
+
     def widen(self, grad_table: Tensor) -> Tensor:
         """Gradient of the whole bias table, from that of the window in effect."""
         return crop_bias_table_backward(grad_table, self.table, self.window)

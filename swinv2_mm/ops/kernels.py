@@ -69,6 +69,20 @@ def _box_of_tokens(
 
 
 @triton.jit
+def _block_of_program(heads, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """Head, first token and window of a program of (windows, blocks of BLOCK tokens, heads)."""
+    BLOCKS: tl.constexpr = (TOKENS + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    return program % heads, program // heads % BLOCKS * BLOCK, program // (heads * BLOCKS)
+
+
+@triton.jit
+def _maps_of(qkv, head, heads, DIM: tl.constexpr):
+    """Addresses of the queries, keys and values of a head, or of their gradients."""
+    return qkv + head * DIM, qkv + (heads + head) * DIM, qkv + (2 * heads + head) * DIM
+
+
+@triton.jit
 def _load(maps, rows, known, stride, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """Tokens of a map, zero where there is none."""
     dims = tl.arange(0, BLOCK_DIM)
@@ -81,6 +95,14 @@ def _store(maps, tile, rows, known, stride, DIM: tl.constexpr, BLOCK_DIM: tl.con
     dims = tl.arange(0, BLOCK_DIM)
     mask = known[:, None] & (dims < DIM)[None, :]
     tl.store(maps + rows[:, None] * stride + dims[None, :], tile.to(maps.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_tile(tiles, tile, BLOCK: tl.constexpr):
+    """Write the gradient of logits that a program has summed up."""
+    place = tl.arange(0, BLOCK)
+    tiles += tl.program_id(0).to(tl.int64) * (BLOCK * BLOCK)
+    tl.store(tiles + place[:, None] * BLOCK + place[None, :], tile)
 
 
 @triton.jit
@@ -153,11 +175,9 @@ def attend(
 ):
     """Attention of BLOCK queries, over STEP keys at a time. Programs: (windows, blocks of queries, heads)."""
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    BLOCKS: tl.constexpr = (TOKENS + BLOCK - 1) // BLOCK
-    program = tl.program_id(0)
-    head, first, window = program % heads, program // heads % BLOCKS * BLOCK, program // (heads * BLOCKS)
+    head, first, window = _block_of_program(heads, TOKENS, BLOCK)
     stride = 3 * heads * DIM
-    q_map, k_map, v_map = qkv + head * DIM, qkv + (heads + head) * DIM, qkv + (2 * heads + head) * DIM
+    q_map, k_map, v_map = _maps_of(qkv, head, heads, DIM)
     scale, table = _scale(logit_scale, head), _table_of(bias_table, head, TABLE)
 
     q_rows, q_known, q_regions, q_entries = _run_of_tokens(first, window, size, WINDOW, SHIFT, TABLE, BLOCK)
@@ -226,11 +246,9 @@ def grad_queries(
     result, whose error would add up in the gradient of the scale: there it is replaced by its sum over the keys.
     """
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    BLOCKS: tl.constexpr = (TOKENS + BLOCK - 1) // BLOCK
-    program = tl.program_id(0)
-    head, first, window = program % heads, program // heads % BLOCKS * BLOCK, program // (heads * BLOCKS)
+    head, first, window = _block_of_program(heads, TOKENS, BLOCK)
     stride = 3 * heads * DIM
-    q_map, k_map, v_map = qkv + head * DIM, qkv + (heads + head) * DIM, qkv + (2 * heads + head) * DIM
+    q_map, k_map, v_map = _maps_of(qkv, head, heads, DIM)
     scale, table = _scale(logit_scale, head), _table_of(bias_table, head, TABLE)
 
     q_rows, q_known, q_regions, q_entries = _run_of_tokens(first, window, size, WINDOW, SHIFT, TABLE, BLOCK)
@@ -262,7 +280,7 @@ def grad_queries(
         grad_q += tl.dot(grad_logits.to(k.dtype), _units(k, k_norms), input_precision=PRECISION)
     grad_q = _orthogonal(grad_q * scale, q, q_norms)
     _store(grad_qkv + head * DIM, grad_q, q_rows, q_known, stride, DIM, BLOCK_DIM)
-    tl.store(grad_scale + program, tl.sum(along - sum_of_grads * mean_cosine, 0))
+    tl.store(grad_scale + tl.program_id(0), tl.sum(along - sum_of_grads * mean_cosine, 0))
 
 
 @triton.jit
@@ -290,11 +308,9 @@ def grad_keys(
     Its tiles of logits are (keys, queries): both products take them as they are.
     """
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    BLOCKS: tl.constexpr = (TOKENS + BLOCK - 1) // BLOCK
-    program = tl.program_id(0)
-    head, first, window = program % heads, program // heads % BLOCKS * BLOCK, program // (heads * BLOCKS)
+    head, first, window = _block_of_program(heads, TOKENS, BLOCK)
     stride = 3 * heads * DIM
-    q_map, k_map, v_map = qkv + head * DIM, qkv + (heads + head) * DIM, qkv + (2 * heads + head) * DIM
+    q_map, k_map, v_map = _maps_of(qkv, head, heads, DIM)
     scale, table = _scale(logit_scale, head), _table_of(bias_table, head, TABLE)
 
     k_rows, k_known, k_regions, k_entries = _run_of_tokens(first, window, size, WINDOW, SHIFT, TABLE, BLOCK)
@@ -362,7 +378,7 @@ def grad_bias(
     # pairs of boxes that lie so far apart
     n0, n1, n2 = BOXES[0] - tl.abs(d0), BOXES[1] - tl.abs(d1), BOXES[2] - tl.abs(d2)
     stride = 3 * heads * DIM
-    q_map, k_map, v_map = qkv + head * DIM, qkv + (heads + head) * DIM, qkv + (2 * heads + head) * DIM
+    q_map, k_map, v_map = _maps_of(qkv, head, heads, DIM)
     scale, table = _scale(logit_scale, head), _table_of(bias_table, head, TABLE)
 
     BLOCK: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
@@ -391,9 +407,7 @@ def grad_bias(
             )  # fmt: skip
             weights = tl.exp2(logits * LOG2_E - (sums * LOG2_E)[:, None])
             total += weights * (tl.dot(given, tl.trans(v), input_precision=PRECISION) - common[:, None])
-    place = tl.arange(0, BLOCK)
-    tile = grad_tiles + program.to(tl.int64) * (BLOCK * BLOCK)
-    tl.store(tile + place[:, None] * BLOCK + place[None, :], total)
+    _store_tile(grad_tiles, total, BLOCK)
 
 
 @triton.jit
@@ -423,7 +437,7 @@ def grad_all(
     program = tl.program_id(0)
     head, part = program % heads, program // heads
     stride = 3 * heads * DIM
-    q_map, k_map, v_map = qkv + head * DIM, qkv + (heads + head) * DIM, qkv + (2 * heads + head) * DIM
+    q_map, k_map, v_map = _maps_of(qkv, head, heads, DIM)
     scale, table = _scale(logit_scale, head), _table_of(bias_table, head, TABLE)
 
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -455,6 +469,4 @@ def grad_all(
         grad_k = _orthogonal(grad_k, k, k_norms)
         _store(grad_qkv + (heads + head) * DIM, grad_k, rows, known, stride, DIM, BLOCK_DIM)
     tl.store(grad_scale + program, tl.sum(total_along, 0))
-    place = tl.arange(0, BLOCK)
-    tile = grad_tiles + program.to(tl.int64) * (BLOCK * BLOCK)
-    tl.store(tile + place[:, None] * BLOCK + place[None, :], total)
+    _store_tile(grad_tiles, total, BLOCK)

@@ -75,11 +75,6 @@ class Problem:
         return [*getattr(fused, kernel)(self.geometry, self.given, self.grad_qkv), self.grad_qkv]
 
 
-def is_needed(kernel: str, tokens: int) -> bool:
-    """Tell whether windows of so many tokens run a kernel."""
-    return kernel == 'attend' or (kernel == 'grad_all') == (tokens <= 64)
-
-
 def milliseconds(call: Callable[[], object]) -> float:
     """Median time of a call."""
     if torch.cuda.is_available():
@@ -165,7 +160,7 @@ def main() -> None:
         for dtype in args.dtypes:
             problem = Problem(window, args.head_dim, DTYPES[dtype])
             tokens = problem.geometry.tokens
-            for kernel in (k for k in args.kernels if is_needed(k, tokens)):
+            for kernel in (k for k in problem.geometry.kernels() if k in args.kernels):
                 name = 'x'.join(map(str, window))
                 if time.monotonic() > end:
                     print(f'{kernel} of {name} and what follows: no time left of {args.minutes:g} minutes')

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import mmengine.config.config
@@ -13,6 +14,11 @@ if 'PYTEST_XDIST_WORKER' in os.environ:  # each core has a worker; what tests st
     os.environ['OMP_NUM_THREADS'] = '1'
 if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'  # read when kernels are imported: they run on a CPU, slowly
+if 'TORCH_EXTENSIONS_DIR' not in os.environ:
+    # Anew for each run, what DeepSpeed compiles for a CPU: a process that is killed meanwhile leaves a lock there, for
+    # which all others wait forever.
+    EXTENSIONS = tempfile.TemporaryDirectory(prefix='torch_extensions')
+    os.environ['TORCH_EXTENSIONS_DIR'] = EXTENSIONS.name
 torch.set_num_threads(min(torch.get_num_threads(), int(os.environ.get('OMP_NUM_THREADS', 2))))
 
 

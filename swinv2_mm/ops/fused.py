@@ -229,13 +229,13 @@ def grad_all(geometry: Geometry, given: list[Tensor], grad_qkv: Tensor) -> tuple
     tiles = grad_qkv.new_empty(splits, heads, block, block, dtype=torch.float32)
     sizes = geometry.size, heads, windows, splits
     kernels.grad_all[(splits * heads,)](*given, grad_qkv, grad_scale, tiles, *sizes, **constants)
-    grad_bias = tiles.sum(0)[:, :tokens, :tokens]
+    grad_bias = tiles.sum(0)[:, :tokens, :tokens].flip(1)
     return grad_scale.sum(0), geometry.widen(dense_bias_backward(grad_bias, geometry.window))
 
 
 def _fold(tiles: Tensor, box: Size, boxes: Size, window: Size) -> Tensor:
     """Sum gradients of the bias between boxes, (heads, displacements, tokens, tokens), onto the table of a window."""
-    offsets = dense_bias_backward(tiles.flatten(0, 1), box)  # of each displacement, by offset within boxes
+    offsets = dense_bias_backward(tiles.flatten(0, 1).flip(1), box)  # of each displacement, by offset within boxes
     displacements = [2 * n - 1 for n in boxes]
     offsets = offsets.view(-1, *displacements, *(2 * side - 1 for side in box))
     covered = tuple(n * side for n, side in zip(boxes, box, strict=True))

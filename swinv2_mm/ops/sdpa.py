@@ -20,6 +20,7 @@ from .reference import MAX_LOGIT_SCALE
 from .windows import (
     Size,
     WindowGroup,
+    WindowGroups,
     crop_bias_table,
     crop_bias_table_backward,
     dense_bias,
@@ -77,21 +78,22 @@ class RecomputedAttention(torch.autograd.Function):
 
 def attend(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, window_size: Size, shift_size: Size) -> Tensor:
     """Attention within windows, without autograd; arguments and result as of `swinv2_mm.ops.window_attention`."""
-    window, groups = _windows_of(qkv, window_size, shift_size)
+    window, windows = _windows_of(qkv, window_size, shift_size)
     heads, head_dim = qkv.shape[-2:]
     # a GPU has fused kernels for half precision, which accumulate in float32; a CPU gains nothing from it
     dtype = qkv.dtype if qkv.is_cuda else _exact(qkv.dtype)
     out = qkv.new_empty(len(qkv), math.prod(qkv.shape[1:-3]), heads, head_dim)
     with torch.autocast(qkv.device.type, enabled=False):
         table = crop_bias_table(bias_table, window_size, window).to(dtype)
-        inputs = [_normalize(_gather(qkv.flatten(1, -4), group).to(dtype), logit_scale)[0] for group in groups]
-        results = [[] for _ in groups]  # of each group, and the parts of the heads
+        inputs = [_gather_qkv(qkv, group).to(dtype) for group in windows.groups]
+        for tokens in inputs:
+            _normalize(tokens[:, :2], _scales(logit_scale, _exact(dtype)))
+        results = [[] for _ in inputs]  # of each group, and the parts of the heads
         for part in _slices(heads, math.prod(window) ** 2, qkv.device):
             bias = dense_bias(table[part], window)
-            for group, tokens, result in zip(groups, inputs, results, strict=True):
+            for group, tokens, result in zip(windows.groups, inputs, results, strict=True):
                 result.append(_fused(tokens[:, :, :, part], _bias_of(group, bias)))
-        for group, result in zip(groups, results, strict=True):
-            _scatter(torch.cat(result, 2) if len(result) > 1 else result[0], group, out)
+        _put([_cat(result, 2) for result in results], windows.queries, out)
     return out.view(*qkv.shape[:-3], heads * head_dim)
 
 
@@ -99,7 +101,7 @@ def attend_backward(
     grad: Tensor, qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, window_size: Size, shift_size: Size
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend` for its first three arguments, given the one for its result."""
-    window, groups = _windows_of(qkv, window_size, shift_size)
+    window, windows = _windows_of(qkv, window_size, shift_size)
     heads, head_dim = qkv.shape[-2:]
     dtype = _exact(qkv.dtype)
     grad = grad.flatten(1, -2).unflatten(-1, (heads, head_dim))
@@ -108,19 +110,22 @@ def attend_backward(
     with torch.autocast(qkv.device.type, enabled=False):
         table = crop_bias_table(bias_table, window_size, window).to(dtype)
         grad_table = torch.empty_like(table, memory_format=torch.contiguous_format)
-        inputs = [_normalize(_gather(qkv.flatten(1, -4), group).to(dtype), logit_scale) for group in groups]
-        given = [_gather(grad, group).to(dtype) for group in groups]
-        grads = [torch.empty_like(tokens) for tokens, _ in inputs]
+        scales = _scales(logit_scale, dtype)
+        inputs = [_gather_qkv(qkv, group).to(dtype) for group in windows.groups]
+        factors = [_normalize(tokens[:, :2], scales) for tokens in inputs]
+        given = [_gather(grad, group.queries).to(dtype) for group in windows.groups]
+        grads = [torch.empty_like(tokens) for tokens in inputs]
         for part in _slices(heads, math.prod(window) ** 2, qkv.device):
             bias = dense_bias(table[part], window)
             grad_bias = torch.zeros_like(bias)
-            for group, (tokens, _), grad_out, grad_tokens in zip(groups, inputs, given, grads, strict=True):
+            for group, tokens, grad_out, grad_tokens in zip(windows.groups, inputs, given, grads, strict=True):
                 these = [grad_out[:, :, part], tokens[:, :, :, part], grad_tokens[:, :, :, part]]
                 _add_to_bias_of(group, grad_bias, _unfused_backward(*these, _bias_of(group, bias)))
             grad_table[part] = dense_bias_backward(grad_bias, window)
-        for group, normalized, grad_tokens in zip(groups, inputs, grads, strict=True):
-            grad_scale += _normalize_backward(grad_tokens, *normalized, logit_scale)
-            _scatter(grad_tokens, group, grad_qkv.flatten(1, -4))
+        for tokens, grad_tokens, multiplied_by in zip(inputs, grads, factors, strict=True):
+            along = _normalize_backward(grad_tokens[:, :2], tokens[:, :2], multiplied_by, scales)
+            grad_scale += along[:, 0].sum((0, 1))[..., None]
+        _put(grads, windows.qkv, grad_qkv.view(len(qkv), -1, heads, head_dim))
     grad_scale = torch.where(logit_scale <= MAX_LOGIT_SCALE, grad_scale, 0.0)
     grad_table = crop_bias_table_backward(grad_table, window_size, window)
     return grad_qkv, grad_scale.to(logit_scale.dtype), grad_table.to(bias_table.dtype)
@@ -163,7 +168,7 @@ if hasattr(torch.library, 'custom_op'):
     _register()
 
 
-def _windows_of(qkv: Tensor, window_size: Size, shift_size: Size) -> tuple[Size, tuple[WindowGroup, ...]]:
+def _windows_of(qkv: Tensor, window_size: Size, shift_size: Size) -> tuple[Size, WindowGroups]:
     map_size = tuple(qkv.shape[1:-3])
     window, shift = fit_window(map_size, window_size, shift_size)
     # fake tensors, which know no values, must neither get real ones nor leave their own behind
@@ -182,77 +187,88 @@ def _slices(size: int, numbers: int, device: torch.device) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, size, step))
 
 
-def _gather(maps: Tensor, group: WindowGroup) -> Tensor:
-    """Copy the windows of a group from maps (B, prod(S), ...): (B * n, N, ...)."""
-    windows = maps.index_select(1, group.tokens.flatten())
-    return windows.view(-1, group.tokens.shape[1], *maps.shape[2:])
+def _gather(maps: Tensor, tokens: Tensor) -> Tensor:
+    """Copy what is at places (n, N) of maps (B, prod(S), ...): (B * n, N, ...)."""
+    return maps.index_select(1, tokens.flatten()).view(-1, tokens.shape[1], *maps.shape[2:])
 
 
-def _scatter(windows: Tensor, group: WindowGroup, maps: Tensor) -> None:
-    """Write windows (B * n, N, ...) to their places in maps (B, prod(S), ...)."""
-    maps.index_copy_(1, group.tokens.flatten(), windows.to(maps.dtype).reshape(len(maps), -1, *maps.shape[2:]))
+def _gather_qkv(qkv: Tensor, group: WindowGroup) -> Tensor:
+    """Copy the windows of a group: (B * n, 3, N, heads, head_dim)."""
+    return _gather(qkv.flatten(1, -3), group.qkv).unflatten(1, (3, -1))
 
 
-def _scale(logit_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return logit_scale.to(dtype).clamp(max=MAX_LOGIT_SCALE).exp().squeeze(-1)
+def _put(groups: list[Tensor], places: Tensor, maps: Tensor) -> None:
+    """Write what `_gather` has copied for each of the groups to where it was.
+
+    `places` tells where it is found for each token of the maps: reading from there is several times as fast as writing
+    to where the tokens of windows belong.
+    """
+    windows = _cat([group.to(maps.dtype).reshape(len(maps), -1, *maps.shape[2:]) for group in groups], 1)
+    torch.index_select(windows, 1, places, out=maps)
 
 
-def _normalize(tokens: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Make unit vectors of queries and keys, and scale the queries, in place: (n, N, 3, heads, head_dim).
+def _cat(parts: list[Tensor], dim: int) -> Tensor:
+    """Join tensors, and copy nothing if there is but one."""
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
+
+def _scales(logit_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lengths that queries and keys get: (2, 1, heads, 1)."""
+    of_queries = logit_scale.to(dtype).clamp(max=MAX_LOGIT_SCALE).exp().view(1, -1, 1)
+    return torch.stack([of_queries, torch.ones_like(of_queries)])
+
+
+def _normalize(x: Tensor, scales: Tensor) -> Tensor:
+    """Give queries and keys (n, 2, N, heads, head_dim) their lengths, in place; return what they were multiplied by."""
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=scales.dtype)
+    factors = scales / torch.where(norms < 1e-12, 1.0, norms)
+    x.mul_(factors)
+    return factors
+
+
+def _normalize_backward(grad: Tensor, x: Tensor, factors: Tensor, scales: Tensor) -> Tensor:
+    """Turn the gradient of the vectors that `_normalize` has left into that of the former ones, in place.
+
+    It is orthogonal to them, since their length has no effect.
 
     Returns:
-        The tokens, and the norms of queries and keys (n, N, 2, heads, 1), 1 instead of 0.
+        The gradient of the logarithm of each vector's length, (n, 2, N, heads, 1).
     """
-    norms = torch.linalg.vector_norm(tokens[:, :, :2], dim=-1, keepdim=True, dtype=_exact(tokens.dtype))
-    norms = torch.where(norms < 1e-12, 1.0, norms)
-    tokens[:, :, 0].mul_(_scale(logit_scale, norms.dtype) / norms[:, :, 0])
-    tokens[:, :, 1].div_(norms[:, :, 1])
-    return tokens, norms
-
-
-def _normalize_backward(grads: Tensor, tokens: Tensor, norms: Tensor, logit_scale: Tensor) -> Tensor:
-    """Turn gradients of the results of `_normalize` into those of its tokens, in place; return that of `logit_scale`.
-
-    The gradient of a vector is orthogonal to it, since its length has no effect.
-    """
-    scale = _scale(logit_scale, grads.dtype)
-    (grad_q, grad_k, _), (q, k, _) = grads.unbind(2), tokens.unbind(2)
-    along = (q * grad_q).sum(-1, keepdim=True)
-    grad_q.mul_(scale).sub_(q * (along / scale)).div_(norms[:, :, 0])
-    grad_k.sub_(k * (k * grad_k).sum(-1, keepdim=True)).div_(norms[:, :, 1])
-    return along.sum((0, 1))[..., None]
+    along = (x * grad).sum(-1, keepdim=True)
+    grad.addcmul_(x, along / scales**2, value=-1).mul_(factors)
+    return along
 
 
 def _bias_of(group: WindowGroup, bias: Tensor) -> Tensor:
     """Bias and mask of a group's windows (heads, N, N), from the bias of a whole window."""
-    if group.positions is not None:
-        bias = bias[:, group.positions[:, None], group.positions]
+    if group.rows is not None:
+        bias = bias[:, group.rows[:, None], group.columns]
     return bias if group.mask is None else bias + group.mask
 
 
 def _add_to_bias_of(group: WindowGroup, bias: Tensor, addend: Tensor) -> None:
     """Add what concerns a group's windows to the bias of a whole window."""
-    if group.positions is None:
+    if group.rows is None:
         bias += addend
     else:
-        bias[:, group.positions[:, None], group.positions] += addend
+        bias[:, group.rows[:, None], group.columns] += addend
 
 
 def _fused(tokens: Tensor, bias: Tensor) -> Tensor:
-    """Attend within windows of normalized tokens (n, N, 3, heads, head_dim): (n, N, heads, head_dim)."""
+    """Attend within windows of normalized tokens (n, 3, N, heads, head_dim): (n, N, heads, head_dim)."""
     parts = [
-        F.scaled_dot_product_attention(*part.permute(2, 0, 3, 1, 4), attn_mask=bias[None], scale=1.0)
+        F.scaled_dot_product_attention(*_by_head(part), attn_mask=bias[None], scale=1.0).transpose(1, 2)
         for part in tokens.split(MAX_BATCH)
     ]
-    return torch.cat(parts).transpose(1, 2) if len(parts) > 1 else parts[0].transpose(1, 2)
+    return _cat(parts, 0)
 
 
 def _unfused_backward(grad_out: Tensor, tokens: Tensor, grads: Tensor, bias: Tensor) -> Tensor:
     """Write the gradient of `_fused` for its tokens to `grads`, and return that for its bias."""
     grad_bias = torch.zeros_like(bias)
     for windows in _slices(len(tokens), bias.numel(), bias.device):
-        q, k, v = tokens[windows].permute(2, 0, 3, 1, 4)
-        grad_q, grad_k, grad_v = grads[windows].permute(2, 0, 3, 1, 4)
+        q, k, v = _by_head(tokens[windows])
+        grad_q, grad_k, grad_v = _by_head(grads[windows])
         given = grad_out[windows].transpose(1, 2)
         weights = (q @ k.mT).add_(bias).softmax(-1)
         grad_v.copy_(weights.mT @ given)
@@ -261,3 +277,8 @@ def _unfused_backward(grad_out: Tensor, tokens: Tensor, grads: Tensor, bias: Ten
         grad_k.copy_(grad_logits.mT @ q)
         grad_bias += grad_logits.sum(0)
     return grad_bias
+
+
+def _by_head(tokens: Tensor) -> Tensor:
+    """View tokens (n, 3, N, heads, head_dim) as queries, keys and values (3, n, heads, N, head_dim)."""
+    return tokens.permute(1, 0, 3, 2, 4)

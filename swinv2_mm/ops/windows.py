@@ -115,11 +115,24 @@ def attention_mask(regions: Tensor) -> Tensor:
 
 
 class WindowGroup(NamedTuple):
-    """Windows of a map that hold tokens at the same places, and so have bias and mask in common."""
+    """Windows of a map that hold tokens at the same places, and so have bias and mask in common.
 
-    tokens: Tensor  # (n, N): where the N tokens of its n windows lie in the flattened map
-    positions: Tensor | None  # (N,): where they lie in a whole window; None if the windows are whole
+    Keys are in the order of the map, queries in the reverse one, as in `dense_bias`.
+    """
+
+    queries: Tensor  # (n, N): where the queries of its n windows of N tokens lie in the flattened map
+    qkv: Tensor  # (n, 3 * N): where their queries, keys and values do, if those of each token follow each other
+    rows: Tensor | None  # (N,): where the queries lie in the bias of a whole window; None if the windows are whole
+    columns: Tensor | None  # (N,): where the keys do
     mask: Tensor | None  # (N, N): what to add to the logits, 0 or -100; None if it is 0 throughout
+
+
+class WindowGroups(NamedTuple):
+    """All windows of a map; each of its tokens is in one window of one group."""
+
+    groups: tuple[WindowGroup, ...]
+    queries: Tensor  # (prod(S),): where each token of the map is in `queries` of all groups, one after another
+    qkv: Tensor  # (3 * prod(S),): the same for `qkv`
 
 
 class AxisGroup(NamedTuple):
@@ -130,12 +143,12 @@ class AxisGroup(NamedTuple):
     wrapped: list[bool]  # whether the roll carried the token from one end of the axis to the other
 
 
-# A training at many sizes meets them again and again. One entry takes 8 bytes a token and 4 N^2 for the masks; a
+# A training at many sizes meets them again and again. One entry takes 64 bytes a token and 4 N^2 for the masks; a
 # backbone has two in each stage.
 @functools.lru_cache(maxsize=64)
 def window_groups(
     map_size: Size, window_size: Size, shift_size: Size, device: torch.device | None = None
-) -> tuple[WindowGroup, ...]:
+) -> WindowGroups:
     """Sort the shifted windows of a map by the tokens that they hold; the map need not be padded for it.
 
     Tokens that padding would add are in no group: nothing attends to them. So the windows at the end of an axis are
@@ -147,13 +160,13 @@ def window_groups(
         window_size: Tokens of a window, at most those of the map.
         shift_size: Shift of the windows.
         device: Where the tensors are to be.
-
-    Returns:
-        The groups; each token of the map is in one window of one group.
     """
     axes = [_axis_groups(*sizes) for sizes in zip(map_size, window_size, shift_size, strict=True)]
     with torch.inference_mode(False):  # what is made here may be used in training too
-        return tuple(_combine(parts, map_size, window_size, device) for parts in itertools.product(*axes))
+        groups = tuple(_combine(parts, map_size, window_size, device) for parts in itertools.product(*axes))
+        # the inverse of a permutation sorts it
+        places = [torch.cat([getattr(g, role).flatten() for g in groups]).argsort() for role in ('queries', 'qkv')]
+        return WindowGroups(groups, *places)
 
 
 def _axis_groups(size: int, window: int, shift: int) -> list[AxisGroup]:
@@ -180,11 +193,15 @@ def _combine(parts: tuple[AxisGroup, ...], map_size: Size, window_size: Size, de
         ends = wrapped[axis].flatten()
         crossing = crossing | (ends[:, None] != ends)
     mask = torch.where(crossing, CROSSING, 0.0)
-    whole = positions.numel() == math.prod(window_size)
+    tokens, positions = tokens.reshape(-1, positions.numel()).to(device), positions.flatten().to(device)
+    last = math.prod(window_size) - 1
+    whole = len(positions) == last + 1
     return WindowGroup(
-        tokens.reshape(-1, positions.numel()).to(device),
-        None if whole else positions.flatten().to(device),
-        mask.to(device) if any(len(set(part.wrapped)) > 1 for part in parts) else None,
+        tokens.flip(1),
+        torch.cat([3 * tokens.flip(1), 3 * tokens + 1, 3 * tokens + 2], 1),
+        None if whole else last - positions.flip(0),
+        None if whole else positions,
+        mask.flip(0).to(device) if any(len(set(part.wrapped)) > 1 for part in parts) else None,
     )
 
 
@@ -194,25 +211,28 @@ def _at(axis: int, axes: int, sizes: torch.Size) -> list[int]:
 
 
 def dense_bias(bias_table: Tensor, window_size: Size) -> Tensor:
-    """Bias of each query and key of a whole window, (heads, N, N), from the table (heads, prod(2W-1)).
+    """Bias of each query and key of a whole window, from the table (heads, prod(2W-1)): (heads, N, N).
 
-    Row by row the table is read forwards, so this is a copy of contiguous runs and needs no index.
+    The queries are in reverse order. Along each axis, the entry is then at the sum of both places instead of at their
+    difference, and every row of the result is a run of the table. This needs no index, and writes the result once.
     """
+    first, *others = window_size
     table = bias_table.unflatten(1, [2 * w - 1 for w in window_size])
-    table = table.flip(*range(1, table.dim()))  # by key - query; the queries are in reverse then
-    for axis, w in enumerate(window_size, start=1):
-        table = table.unfold(axis, w, 1)
+    table = table.flip(*range(1, table.dim()))  # by key - query
+    for axis, w in enumerate(others, start=2):
+        table = table.unfold(axis, w, 1)  # in the end (heads, 2 * first - 1, *query, *key) without the first axis
+    table = table.movedim(1, len(others) + 1).contiguous()  # small; a row is one run of memory now
+    table = table.unfold(len(others) + 1, first, 1).movedim((len(others) + 1, -1), (1, len(others) + 2))
     n = math.prod(window_size)
-    return table.reshape(-1, n, n).flip(1)
+    return table.reshape(-1, n, n)
 
 
 def dense_bias_backward(grad: Tensor, window_size: Size) -> Tensor:
-    """Sum a gradient (heads, N, N) over the entries that share one of the table (heads, prod(2W-1)).
+    """Sum a gradient (heads, N, N), queries in reverse order, over the entries that share one of the table.
 
     Axis by axis, without a scatter to colliding addresses: fast and in the same order on every run.
     """
-    grad = grad.flip(1).unflatten(2, window_size).unflatten(1, window_size)
-    grad = add_overlapping(grad, (1,) * len(window_size))
+    grad = add_overlapping(grad.unflatten(2, window_size).unflatten(1, window_size), (1,) * len(window_size))
     return grad.flip(*range(1, grad.dim())).flatten(1)
 
 

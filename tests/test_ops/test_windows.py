@@ -77,21 +77,30 @@ def test_groups_hold_every_token_once_and_the_masks_of_the_official_code(size, w
         mask = None if regions is None else windows.attention_mask(regions[i : i + 1])[0][there][:, there].tolist()
         expected[tuple(tokens[there] - 1)] = there.nonzero()[:, 0].tolist(), mask
     expected = {tuple(map(int, tokens)): value for tokens, value in expected.items()}
-    groups = windows.window_groups(size, window, shift)
-    found = [tuple(tokens) for group in groups for tokens in group.tokens.tolist()]
-    assert sorted(found) == sorted(expected)
-    for group in groups:
-        n = math.prod(window) if group.positions is None else len(group.positions)
-        positions = list(range(n)) if group.positions is None else group.positions.tolist()
-        mask = torch.zeros(n, n).tolist() if group.mask is None else group.mask.tolist()
-        for tokens in group.tokens.tolist():
-            assert expected[tuple(tokens)][0] == positions
-            assert (expected[tuple(tokens)][1] or torch.zeros(n, n).tolist()) == mask
+    groups, *places = windows.window_groups(size, window, shift)
+    keys = [group.queries.flip(1) for group in groups]
+    assert sorted(tuple(tokens) for group in keys for tokens in group.tolist()) == sorted(expected)
+    for role, place in zip(('queries', 'qkv'), places, strict=True):
+        order = torch.cat([getattr(group, role).flatten() for group in groups])
+        assert torch.equal(order[place], torch.arange(len(order)))
+    for group, tokens_of_windows in zip(groups, keys, strict=True):
+        n = len(group.queries[0])
+        of_q, of_k, of_v = group.qkv.unflatten(1, (3, n)).unbind(1)
+        assert torch.equal(of_q, 3 * group.queries)
+        assert torch.equal(of_k, 3 * tokens_of_windows + 1)
+        assert torch.equal(of_v, 3 * tokens_of_windows + 2)
+        whole = torch.arange(n)
+        columns, rows = (whole if where is None else where for where in (group.columns, group.rows))
+        assert torch.equal(math.prod(window) - 1 - rows.flip(0), columns)
+        mask = torch.zeros(n, n) if group.mask is None else group.mask.flip(0)
+        for tokens in tokens_of_windows.tolist():
+            assert expected[tuple(tokens)][0] == columns.tolist()
+            assert (expected[tuple(tokens)][1] or torch.zeros(n, n).tolist()) == mask.tolist()
 
 
 def test_windows_within_the_map_share_a_group_without_a_mask():
-    groups = windows.window_groups((64, 64), (8, 8), (4, 4))
-    assert [(len(g.tokens), g.mask is None) for g in groups] == [(49, True), (7, False), (7, False), (1, False)]
+    groups = windows.window_groups((64, 64), (8, 8), (4, 4)).groups
+    assert [(len(g.queries), g.mask is None) for g in groups] == [(49, True), (7, False), (7, False), (1, False)]
 
 
 def test_groups_of_many_sizes_do_not_fill_the_memory():
@@ -114,5 +123,5 @@ def test_bias_is_gathered_and_its_gradient_scattered_by_relative_position(window
             entry = entry * (2 * w - 1) + a - b + w - 1
         dense[:, i, j] = table[:, entry]
         summed[:, entry] += grad[:, i, j]
-    assert torch.equal(windows.dense_bias(table, window), dense)
-    torch.testing.assert_close(windows.dense_bias_backward(grad, window), summed, rtol=1e-12, atol=1e-12)
+    assert torch.equal(windows.dense_bias(table, window).flip(1), dense)
+    torch.testing.assert_close(windows.dense_bias_backward(grad.flip(1), window), summed, rtol=1e-12, atol=1e-12)

@@ -200,8 +200,8 @@ def _gather_qkv(qkv: Tensor, group: WindowGroup) -> Tensor:
 def _put(groups: list[Tensor], places: Tensor, maps: Tensor) -> None:
     """Write what `_gather` has copied for each of the groups to where it was.
 
-    `places` tells where it is found for each token of the maps: reading from there is several times as fast as writing
-    to where the tokens of windows belong.
+    `places` tells where it is found for each token of the maps: on a CPU, reading by index is faster than writing by
+    index to where the tokens of windows belong.
     """
     windows = _cat([group.to(maps.dtype).reshape(len(maps), -1, *maps.shape[2:]) for group in groups], 1)
     torch.index_select(windows, 1, places, out=maps)

@@ -45,10 +45,14 @@ def choose_blocks(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype, d
 
 def default_blocks(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype) -> Blocks:
     """Blocks whose tiles fit the registers of a program, as the compiler reports them."""
-    # `grad_all` holds a whole window, whatever it takes
-    wide = kernel != 'grad_all' and (head_dim * dtype.itemsize > 128 or dtype.itemsize > 2)
-    block, warps = (32, 4) if wide else (64, 8)
-    return _fit(Blocks(block, block, warps, stages=2), tokens)
+    large = head_dim * dtype.itemsize > 128 or dtype.itemsize > 2
+    if large and kernel != 'grad_all':  # which holds a whole window, whatever it takes
+        blocks = Blocks(32, 32, warps=4, stages=2)
+    elif kernel in ('grad_bias', 'grad_all'):
+        blocks = Blocks(64, 64, warps=8, stages=2)
+    else:  # on Hopper, eight warps would compute the 64 rows of a product twice
+        blocks = Blocks(64, 32, warps=4, stages=2)
+    return _fit(blocks, tokens)
 
 
 def candidates(kernel: str, tokens: int) -> Iterator[Blocks]:

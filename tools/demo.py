@@ -18,6 +18,7 @@ import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -334,21 +335,21 @@ def demo(task: Task, work_dir: Path, processes: int) -> list[str]:
     return wrong
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--task', choices=TASKS, default='det', help='default: %(default)s')
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/demo, demo_seg or demo_video')
     parser.add_argument('--processes', type=int, default=2, help='default: %(default)s, one for each core')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.processes < 1:
         parser.error(f'--processes is {args.processes}, give at least 1')
     return args
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    args = parse_args()
+    args = parse_args(argv)
     task = TASKS[args.task]
     work_dir = args.work_dir or ROOT / 'work_dirs' / ('demo' if args.task == 'det' else f'demo_{args.task}')
     try:

@@ -5,6 +5,7 @@ python tools/test.py configs/det/htc_swinv2_t.py work_dirs/htc/epoch_36.pth
 
 import argparse
 import copy
+from collections.abc import Sequence
 
 from mmengine.config import Config, ConfigDict
 
@@ -16,7 +17,7 @@ VIDEO_HOOK = 'swinv2_mm.engine.video_visualization.VideoVisualizationHook'
 TRAINING_ONLY = ('runner_type', 'strategy', 'model_wrapper_cfg')
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line: the flags of the three toolboxes' own scripts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('config', help='config file')
@@ -34,7 +35,7 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='test-time augmentation: tta_model and tta_pipeline of the config; for boxes, flips if it has none',
     )
-    return launch.parse_args(parser)
+    return launch.parse_args(parser, argv)
 
 
 def configure(args: argparse.Namespace, cfg: Config) -> None:
@@ -159,9 +160,9 @@ def check(args: argparse.Namespace, cfg: Config) -> None:
     checks.check_processes(args.preflight)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
-    args = parse_args()
+    args = parse_args(argv)
     with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError):
         cfg = launch.load_config(args.config, args.cfg_options)
     with launch.one_line_errors(FileNotFoundError, ImportError, ValueError):

@@ -5,6 +5,7 @@ python tools/train.py configs/det/htc_swinv2_t.py --work-dir work_dirs/htc
 
 import argparse
 import os
+from collections.abc import Sequence
 
 from mmengine.config import Config
 
@@ -12,7 +13,7 @@ import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in t
 from swinv2_mm.engine import checks, launch
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line: the flags of the three toolboxes' own scripts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('config', help='config file')
@@ -33,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seed', type=int, help='seed of all random numbers')
     parser.add_argument('--diff-rank-seed', action='store_true', help='a different seed for each process')
     parser.add_argument('--deterministic', action='store_true', help='use deterministic GPU kernels alone')
-    return launch.parse_args(parser)
+    return launch.parse_args(parser, argv)
 
 
 def configure(args: argparse.Namespace, cfg: Config) -> None:
@@ -92,9 +93,9 @@ def check(args: argparse.Namespace, cfg: Config) -> None:
     checks.check_processes(args.preflight)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
-    args = parse_args()
+    args = parse_args(argv)
     with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError):
         cfg = launch.load_config(args.config, args.cfg_options)
     with launch.one_line_errors(FileNotFoundError, ImportError, ValueError):

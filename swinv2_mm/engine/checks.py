@@ -224,8 +224,9 @@ def check_processes(preflight: int | None) -> None:
         ValueError: Too few GPUs, or a port in use; only the first machine of several opens the port.
     """
     check_gpus(preflight or int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
-    if preflight and os.environ.get('NODE_RANK', '0') == '0':
-        check_port(int(os.environ.get('PORT', 29500)))
+    port = os.environ.get('PORT')  # without it, dist_*.sh take a free one
+    if preflight and port and os.environ.get('NODE_RANK', '0') == '0':
+        check_port(int(port))
 
 
 def seen_from(path: str) -> str:

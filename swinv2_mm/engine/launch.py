@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -45,8 +45,8 @@ def _rank() -> int:
 # ---------------------------------------------------------------- command line and configs
 
 
-def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Read the command line, with the arguments that training and testing have in common."""
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line, or `argv`, with the arguments that training and testing have in common."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -58,7 +58,7 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     # for dist_*.sh: check everything for that many processes, then leave
     parser.add_argument('--preflight', type=int, metavar='GPUS', help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
 

@@ -185,7 +185,7 @@ def cal_train_time(logs: list[Log], args: argparse.Namespace) -> None:
         print(f'average iter time: {np.mean(list(times.values())):.4f} s/iter\n')
 
 
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest='task', required=True)
@@ -204,7 +204,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     plot.add_argument('--style', choices=STYLES, default='dark', help='style of the figure (default: dark)')
     plot.add_argument('--out', help='file to write instead of opening a window')
     times.add_argument('--include-outliers', action='store_true', help='count the first line of every epoch as well')
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -231,9 +231,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError('there is no display for a window: use --out FILE.png')
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
-    args = parse_args()
+    args = parse_args(argv)
     with launch.one_line_errors(FileNotFoundError, ImportError, ValueError):
         check(args)
         logs = [read_log(path) for path in args.json_logs]

@@ -16,7 +16,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,7 +135,7 @@ def report(runs: list[Figures], unit: str) -> str:
 # ---------------------------------------------------------------- command line
 
 
-def parse_args() -> tuple[argparse.Namespace, list[str]]:
+def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Read the command line; what is not known here is for mmdet's script."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -155,7 +155,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument('--fuse-conv-bn', action='store_true', help='fuse convolutions with batch norms')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='change the config: key=value')
-    args, others = parser.parse_known_args()
+    args, others = parser.parse_known_args(argv)
     if others and args.task not in MMDET_TASKS:
         parser.error(f'unrecognized arguments: {" ".join(others)}')
     return args, others
@@ -190,9 +190,9 @@ def mmdet_arguments(args: argparse.Namespace) -> list[str]:
     return [word for name in names for word in (f'--{name.replace("_", "-")}', str(getattr(args, name)))]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
-    args, others = parse_args()
+    args, others = parse_args(argv)
     with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError, ValueError):
         cfg = launch.load_config(args.config, args.cfg_options)
         shape = check(args, cfg)

@@ -11,6 +11,7 @@ at 1536x1536; on a CPU it runs only if it is named. `--shapes nano` is for tryin
 
 import argparse
 import functools
+from collections.abc import Sequence
 
 import peers
 from side_by_side import (
@@ -43,11 +44,11 @@ def case(name: str, stage: int, batch: int | None, contenders: list[Contender]) 
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with launch.one_line_errors(FileNotFoundError, ValueError):
         check_arguments(args)
         contenders = choose(peers.contenders(DTYPES[args.dtype], ('torchvision',)), args.contenders)

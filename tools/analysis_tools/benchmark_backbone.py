@@ -22,7 +22,7 @@ thing after another is changed.
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 import peers
@@ -126,12 +126,12 @@ def ladder(dtype: torch.dtype) -> list[Contender]:
 # ---------------------------------------------------------------- command line
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument('--ladder', action='store_true', help='measure what each step brought')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with launch.one_line_errors(FileNotFoundError, ValueError):
         check_arguments(args)
         dtype = DTYPES[args.dtype]

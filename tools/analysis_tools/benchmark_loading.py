@@ -24,7 +24,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -333,14 +333,14 @@ def benchmark(arch: str, layout: str, file_format: str, folder: Path) -> bool:
     return good
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--arch', choices=ARCHS, default='huge', help='size of the backbone (default: %(default)s)')
     parser.add_argument('--layouts', nargs='+', choices=LAYOUTS, default=list(LAYOUTS), help='names of the tensors')
     parser.add_argument('--formats', nargs='+', choices=FORMATS, default=list(FORMATS), help='kinds of files')
     parser.add_argument('--dir', help='folder for the files, on a disk (default: the one for temporary files)')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace, folder: Path) -> None:
@@ -362,9 +362,9 @@ def check(args: argparse.Namespace, folder: Path) -> None:
         print(f'Files of --arch {args.arch} are below 2 GiB: what a loader needs for any file counts in these figures.')
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
-    args = parse_args()
+    args = parse_args(argv)
     with launch.one_line_errors(FileNotFoundError, ValueError):
         if sys.platform != 'linux':
             raise ValueError('this benchmark reads /proc, which Linux alone has')

@@ -22,7 +22,7 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -261,7 +261,7 @@ def plot(rows: list[dict], title: str, path: str) -> None:
 # ---------------------------------------------------------------- command line
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--task', choices=['savers', 'sizes', 'full'], default='savers')
@@ -273,7 +273,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--json', metavar='OUT', help='write all figures to this file, in bytes and seconds')
     parser.add_argument('--plot', metavar='OUT', help='draw the figures of `sizes` into this file')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -300,9 +300,9 @@ def check(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f'there is no folder {Path(path).parent} for {Path(path).name}')
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
-    args = parse_args()
+    args = parse_args(argv)
     with launch.one_line_errors(FileNotFoundError, ValueError):
         check(args)
     torch.manual_seed(0)

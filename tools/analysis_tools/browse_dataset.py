@@ -14,7 +14,7 @@ import os
 import runpy
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +118,7 @@ def change_arguments(visualizer: type, change: Callable[[dict], None]) -> None:
     visualizer.add_datasample = add_datasample
 
 
-def parse_args() -> tuple[argparse.Namespace, list[str]]:
+def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Read the command line; what is not known here is for the toolbox's script."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -128,7 +128,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument('--not-show', action='store_true', help='open no window (mmaction never does)')
     parser.add_argument('--show-interval', type=float, default=2, help='seconds for each window (default: 2)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='change the config: key=value')
-    return parser.parse_known_args()
+    return parser.parse_known_args(argv)
 
 
 def script_arguments(args: argparse.Namespace, others: list[str], toolbox: str) -> list[str]:
@@ -145,9 +145,9 @@ def script_arguments(args: argparse.Namespace, others: list[str], toolbox: str) 
     return [*places, *['--not-show'] * args.not_show, '--show-interval', str(args.show_interval), *others]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
-    args, others = parse_args()
+    args, others = parse_args(argv)
     with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError, ValueError):
         cfg = launch.load_config(args.config, args.cfg_options)
         toolbox = cfg.get('default_scope')

@@ -10,7 +10,7 @@ mmengine.analysis, without post-processing.
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -265,7 +265,7 @@ def report(result: Complexity, shape: tuple[int, ...]) -> str:
     return '\n'.join(lines)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='config file')
@@ -278,12 +278,12 @@ def parse_args() -> argparse.Namespace:
         '(default: 800 1280 for mmdet, 1024 2048 for mmseg, 32 224 224 for clips, 224 224 for frames)',
     )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='change the config: key=value')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
-    args = parse_args()
+    args = parse_args(argv)
     with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError, ValueError):
         cfg = launch.load_config(args.config, args.cfg_options)
         shape = input_shape(cfg, args.shape)

@@ -400,7 +400,7 @@ def _notes(cfg: Config, counts: Counts) -> list[str]:
     return notes
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='config file')
@@ -414,7 +414,7 @@ def parse_args() -> argparse.Namespace:
         help='size of a sample: one side of a square, H W, or for video T H W (default: what the config trains at)',
     )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='change the config: key=value')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace, cfg: Config) -> tuple[int, ...]:
@@ -436,9 +436,9 @@ def check(args: argparse.Namespace, cfg: Config) -> tuple[int, ...]:
     return shape
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
-    args = parse_args()
+    args = parse_args(argv)
     with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError, ValueError):
         cfg = launch.load_config(args.config, args.cfg_options)
         shape = check(args, cfg)

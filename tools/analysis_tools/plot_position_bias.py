@@ -137,7 +137,7 @@ def _times(window: Sequence[int]) -> str:
     return ' x '.join(map(str, window))
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint', help='weights in any known layout: a file, or swinv2://NAME')
@@ -152,7 +152,7 @@ def parse_args() -> argparse.Namespace:
         metavar='N',
         help='window that each stage was pre-trained with, where the checkpoint does not say it',
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -171,9 +171,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f'--out {args.out}: the file must end in one of .{", .".join(kinds)}')
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
-    args = parse_args()
+    args = parse_args(argv)
     with launch.one_line_errors(FileNotFoundError, ValueError):
         check(args)
         state_dict = load_swinv2_state_dict(args.checkpoint)

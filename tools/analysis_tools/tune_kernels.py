@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -33,7 +33,7 @@ INTERPRETED = 2**12
 HEADS = 8
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--windows', nargs='+', default=WINDOWS, help='tokens along each axis, as in 24x24')
@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--head-dim', type=int, default=32)
     parser.add_argument('--minutes', type=float, default=9, help='begin no kernel after so long')
     parser.add_argument('--out', type=Path, default=blocks.TUNED)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 class Problem:
@@ -147,9 +147,9 @@ def check(args: argparse.Namespace) -> list[tuple[int, ...]]:
     return windows
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
-    args = parse_args()
+    args = parse_args(argv)
     with launch.one_line_errors(ValueError):
         windows = check(args)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'interpreter'

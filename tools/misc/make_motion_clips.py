@@ -14,6 +14,7 @@ files and classes of each folder, as mmaction's VideoDataset reads them. The sam
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def make_dataset(out: Path, train: int, val: int, size: int, seed: int) -> None:
         (root / MARK).write_text(f'--train {train} --val {val} --size {size} --seed {seed}\n')
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line and refuses what cannot work."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('out', type=Path, help='folder to make')
@@ -128,7 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Makes the data set that the command line asks for."""
     args = parse_args(argv)
     make_dataset(args.out, args.train, args.val, args.size, args.seed)

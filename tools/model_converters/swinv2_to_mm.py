@@ -7,6 +7,7 @@ holds more than data.
 
 import argparse
 import re
+from collections.abc import Sequence
 from collections import OrderedDict
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from swinv2_mm.checkpoints.windows import set_windows
 from swinv2_mm.engine.launch import one_line_errors
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('src', help='file, http(s) address, or swinv2://NAME of a release')
@@ -32,7 +33,7 @@ def parse_args() -> argparse.Namespace:
         help='window of pre-training of each stage, for a file that does not tell, such as 12 12 12 6',
     )
     parser.add_argument('--trust', action='store_true', help='let the file execute code while it is read')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def check_target(dst: Path) -> None:
@@ -57,9 +58,9 @@ def save(weights: dict[str, torch.Tensor], dst: Path) -> None:
         torch.save({'state_dict': OrderedDict((n, v.clone()) for n, v in weights.items()), 'meta': {}}, dst)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
-    args = parse_args()
+    args = parse_args(argv)
     with one_line_errors(CheckpointError, FileNotFoundError, ValueError):
         check_target(args.dst)
         weights = load_swinv2_state_dict(args.src, trust=args.trust)

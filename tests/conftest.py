@@ -1,5 +1,7 @@
 """Shared by all tests."""
 
+import copy
+import functools
 import os
 import sys
 import tempfile
@@ -8,6 +10,8 @@ from pathlib import Path
 import mmengine.config.config
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.utils import ManagerMixin
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
 if 'PYTEST_XDIST_WORKER' in os.environ:  # each core has a worker; what tests start inherits the variable
@@ -21,12 +25,73 @@ if 'TORCH_EXTENSIONS_DIR' not in os.environ:
     os.environ['TORCH_EXTENSIONS_DIR'] = EXTENSIONS.name
 torch.set_num_threads(min(torch.get_num_threads(), int(os.environ.get('OMP_NUM_THREADS', 2))))
 
+from tool_runs import REPOSITORY, make_shapes  # noqa: E402  a helper beside the tests
+
+# ---------------------------------------------------------------- what mmengine does again and again
+
+# A Runner lays out its config with yapf five times, which takes longer than a step of a nano model.
+mmengine.config.config.FormatCode = lambda text, **_: (text, True)
+
+file2dict = Config._file2dict
+
+
+@functools.cache
+def read_once(filename: str, *args, **kwargs):
+    """What mmengine makes of a config file that no test changes."""
+    return file2dict(filename, *args, **kwargs)
+
+
+def read_config(filename: str, *args, **kwargs):
+    """As mmengine does, but a config of this repository, or a base of it in a toolbox, is read once."""
+    path = os.path.abspath(filename)
+    stays = path.startswith((f'{REPOSITORY}/configs/', f'{REPOSITORY}/tests/', sys.prefix))
+    return copy.deepcopy(read_once(filename, *args, **kwargs)) if stays else file2dict(filename, *args, **kwargs)
+
+
+Config._file2dict = staticmethod(read_config)
+
+
+# ---------------------------------------------------------------- no test sees what another has left
+
+
+def managers(base: type = ManagerMixin):
+    """The classes of which mmengine keeps instances by name: loggers, scopes, visualizers."""
+    for manager in base.__subclasses__():
+        yield manager
+        yield from managers(manager)
+
 
 @pytest.fixture(autouse=True)
-def _configs_are_not_laid_out(monkeypatch):
-    """A Runner lays out its config with yapf five times, which takes longer than a step of a nano model."""
-    monkeypatch.setattr(mmengine.config.config, 'FormatCode', lambda text, **_: (text, True))
+def _leave_no_trace():
+    """Take back what a Runner or a tool's `main` leaves in the process."""
+    instances = {manager: manager._instance_dict.copy() for manager in managers()}
+    environment, folder, argv, threads = dict(os.environ), os.getcwd(), sys.argv, torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    for manager in managers():
+        kept = instances.get(manager, {})
+        manager._instance_dict.clear()
+        manager._instance_dict.update(kept)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = argv
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
 
+
+# ---------------------------------------------------------------- data, made once
+
+
+@pytest.fixture(scope='session')
+def shapes(tmp_path_factory) -> Path:
+    """Eight images of shapes for training and five for validation, in COCO's layout; for test_tools/tiny/det.py."""
+    folder = tmp_path_factory.mktemp('shapes')
+    make_shapes(folder, train=8, val=5, size=64)
+    return folder
+
+
+# ---------------------------------------------------------------- order
 
 # Each file goes to one core; with these first, none is left to run alone at the end.
 LONGEST = (

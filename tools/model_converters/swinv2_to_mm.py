@@ -7,8 +7,8 @@ holds more than data.
 
 import argparse
 import re
-from collections.abc import Sequence
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch

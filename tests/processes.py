@@ -1,0 +1,103 @@
+"""Processes that tests start: forked from one that has imported everything, so that starting them costs nothing.
+
+They meet in a file, so that no port is taken. What torchrun does beyond that is tested with torchrun itself.
+"""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+
+CONTEXT = multiprocessing.get_context('forkserver')
+CONTEXT.set_forkserver_preload(['imported_once'])
+
+
+class ProcessError(AssertionError):
+    """A process has failed; `log` is what all of them have printed."""
+
+    def __init__(self, code: int, log: str):
+        super().__init__(f'a process ended with code {code}:\n{log[-3000:]}')
+        self.code, self.log = code, log
+
+
+def run_processes(target: Callable, *args, processes: int = 2, folder: Path, **env: str) -> str:
+    """Call `target(*args)` in several processes that can talk through gloo; returns what they have printed.
+
+    Args:
+        target: A function of a module.
+        args: What can be pickled.
+        processes: How many; with 1, there is a process group too.
+        folder: Where they run.
+        env: Variables, beside those of torchrun.
+
+    Raises:
+        ProcessError: One of them failed; the others are ended.
+    """
+    with tempfile.TemporaryDirectory(prefix='meet') as meet:
+        log = Path(meet, 'log')
+        started = []
+        for rank in range(processes):
+            place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
+            variables = {name: str(value) for name, value in {**os.environ, **env, **place}.items()}
+            process = CONTEXT.Process(target=_enter, args=(target, args, str(folder), variables, meet))
+            process.start()
+            started.append(process)
+        code = _join(started)
+        printed = log.read_text(errors='replace')
+    if code:
+        raise ProcessError(code, printed)
+    return printed
+
+
+def _join(processes: list) -> int:
+    """Wait for all, and end all as soon as one has failed; returns the first exit code other than 0."""
+    running = list(processes)
+    while running:
+        wait([process.sentinel for process in running])
+        failed = [process for process in running if process.exitcode]
+        if failed:
+            for process in running:
+                process.kill()
+            for process in running:
+                process.join()
+            return failed[0].exitcode
+        running = [process for process in running if process.exitcode is None]
+    return 0
+
+
+def _enter(target: Callable, args: tuple, folder: str, variables: dict[str, str], meet: str) -> None:
+    """What each process does."""
+    log = os.open(f'{meet}/log', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(log, stream.fileno())
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variables)
+    code = 1
+    try:
+        torch.distributed.init_process_group(
+            'gloo',
+            init_method=f'file://{meet}/store',
+            rank=int(variables['RANK']),
+            world_size=int(variables['WORLD_SIZE']),
+            timeout=timedelta(minutes=10),
+        )
+        target(*args)
+        torch.distributed.barrier()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else bool(end.code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)  # without waiting for threads of gloo, which abort a process now and then

@@ -1,7 +1,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: setup demo demo-seg demo-video test lint
+PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=10
+
+.PHONY: setup demo demo-seg demo-video test test-all lint
 
 setup:  ## make $(VENV) with torch, the OpenMMLab stack and this package
 	PYTHON=$(PYTHON) VENV=$(VENV) tools/misc/setup_env.sh
@@ -15,8 +17,11 @@ demo-seg:  ## the same for a small segmentor
 demo-video:  ## the same for a small recognizer of motion
 	$(VENV)/bin/python tools/demo.py --task video
 
-test:  ## everything that needs no GPU, on all cores
-	$(VENV)/bin/python -m pytest -m 'not gpu' -n auto --dist loadfile --no-loadscope-reorder --durations=10
+test:  ## what every change has to pass, on all cores; ARGS=tests/test_ops takes a part of it
+	$(PYTEST) -m 'not slow and not gpu' $(ARGS)
+
+test-all:  ## that and all that is slow: see docs/testing.md for its parts
+	$(PYTEST) -m 'not gpu' $(ARGS)
 
 lint:
 	$(VENV)/bin/ruff check .

@@ -13,10 +13,12 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pytest
 from processes import run_processes
 
 REPOSITORY = Path(__file__).parents[1]
 TOOLS = REPOSITORY / 'tools'
+PLACE = ('NNODES', 'NODE_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'PORT', 'RANK', 'LOCAL_RANK', 'WORLD_SIZE')
 
 
 @functools.cache
@@ -25,8 +27,19 @@ def load_tool(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f'tool_{path.stem}', path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up by its name
-    spec.loader.exec_module(module)
+    with beside(path):
+        spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def beside(path: Path):
+    """Let tools import their neighbours, as Python does for a script."""
+    sys.path.insert(0, str(path.parent))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(path.parent))
 
 
 def free_port():
@@ -42,7 +55,9 @@ def command(script, *args):
 
 
 def environment(**more):
-    return {**os.environ, 'PYTHON': sys.executable, 'PORT': str(free_port()), **more}
+    """Variables for a process: those of this one, without what would make it a part of another run."""
+    ours = {name: value for name, value in os.environ.items() if name not in PLACE}
+    return {**ours, 'PYTHON': sys.executable, **more}
 
 
 def call(folder: Path, script: str, *args) -> str:
@@ -51,17 +66,34 @@ def call(folder: Path, script: str, *args) -> str:
     The fixtures of conftest.py take back what it changes. Use it for whatever a tool does; once for each tool, use
     `run`, which starts a process as a user does.
     """
-    main = load_tool(TOOLS / script).main
     printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        status = _call(folder, script, args)
+    assert not status, printed.getvalue()[-3000:]
+    return printed.getvalue()
+
+
+def _call(folder: Path, script: str, args: tuple) -> int | None:
+    main = load_tool(TOOLS / script).main
     former = os.getcwd()
     os.chdir(folder)
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            status = main([str(arg) for arg in args])
+        with beside(TOOLS / script):
+            return main([str(arg) for arg in args])
     finally:
         os.chdir(former)
-    assert not status, printed.getvalue()[-3000:]
-    return printed.getvalue()
+
+
+def refuse(folder: Path, script: str, *args) -> str:
+    """Call a tool's `main` on a mistake, in this process; returns the one line that it prints and leaves with code 2."""
+    errors = io.StringIO()
+    with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(errors):
+        _call(folder, script, args)
+    assert end.value.code == 2, errors.getvalue()[-3000:]
+    lines = errors.getvalue().strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith('error: ')
+    return lines[0]
 
 
 def call_together(folder: Path, script: str, *args, processes: int = 2, **env: str) -> str:

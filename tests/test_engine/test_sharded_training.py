@@ -187,7 +187,9 @@ def check_same_weights(folder, expected):
 @pytest.mark.slow
 def test_two_machines_train_like_two_processes_of_one(two_processes, config_file, tmp_path):
     """Each of two launchers believes that it is on a machine of its own."""
-    place = environment(NNODES='2', MASTER_ADDR='127.0.0.1', PYTHONPATH=str(REPOSITORY / 'tests'))
+    place = environment(
+        NNODES='2', MASTER_ADDR='127.0.0.1', PORT=str(free_port()), PYTHONPATH=str(REPOSITORY / 'tests')
+    )
     machines = [
         subprocess.Popen(
             [REPOSITORY / 'tools/dist_train.sh', config_file, '1', '--work-dir', tmp_path],

@@ -14,11 +14,23 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
+from mmengine.utils import ManagerMixin
 from processes import run_processes
 
 REPOSITORY = Path(__file__).parents[1]
 TOOLS = REPOSITORY / 'tools'
-PLACE = ('NNODES', 'NODE_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'PORT', 'RANK', 'LOCAL_RANK', 'WORLD_SIZE')
+PLACE = (
+    'NNODES',
+    'NODE_RANK',
+    'MASTER_ADDR',
+    'MASTER_PORT',
+    'PORT',
+    'RANK',
+    'LOCAL_RANK',
+    'WORLD_SIZE',
+    'LOCAL_WORLD_SIZE',
+)
 
 
 @functools.cache
@@ -42,10 +54,54 @@ def beside(path: Path):
         sys.path.remove(str(path.parent))
 
 
+# ---------------------------------------------------------------- what runs leave
+
+
+def managers(base: type = ManagerMixin):
+    """The classes of which mmengine keeps instances by name: loggers, scopes, visualizers."""
+    for manager in base.__subclasses__():
+        yield manager
+        yield from managers(manager)
+
+
+@contextlib.contextmanager
+def no_trace():
+    """Take back what a Runner or a tool's `main` leaves in the process."""
+    instances = {manager: manager._instance_dict.copy() for manager in managers()}
+    environment, folder, argv, threads = dict(os.environ), os.getcwd(), sys.argv, torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        for manager in managers():
+            kept = instances.get(manager, {})
+            manager._instance_dict.clear()
+            manager._instance_dict.update(kept)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        sys.argv = argv
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+# ---------------------------------------------------------------- processes
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(('', 0))
         return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def taken_port(port: int = 0):
+    """Hold a port, or any; one that another program holds already is taken as well."""
+    with socket.socket() as holder:
+        with contextlib.suppress(OSError):
+            holder.bind(('', port))
+            holder.listen()
+        yield port or holder.getsockname()[1]
 
 
 def command(script, *args):
@@ -63,8 +119,8 @@ def environment(**more):
 def call(folder: Path, script: str, *args) -> str:
     """Call a tool's `main` in this process, in a folder that is not the repository's; returns what it prints.
 
-    The fixtures of conftest.py take back what it changes. Use it for whatever a tool does; once for each tool, use
-    `run`, which starts a process as a user does.
+    What it changes in the process is taken back. Use it for whatever a tool does; once for each tool, use `run`, which
+    starts a process as a user does.
     """
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -75,17 +131,13 @@ def call(folder: Path, script: str, *args) -> str:
 
 def _call(folder: Path, script: str, args: tuple) -> int | None:
     main = load_tool(TOOLS / script).main
-    former = os.getcwd()
-    os.chdir(folder)
-    try:
-        with beside(TOOLS / script):
-            return main([str(arg) for arg in args])
-    finally:
-        os.chdir(former)
+    with no_trace(), beside(TOOLS / script):  # a later run in the same second would take the loggers of this one
+        os.chdir(folder)
+        return main([str(arg) for arg in args])
 
 
 def refuse(folder: Path, script: str, *args) -> str:
-    """Call a tool's `main` on a mistake, in this process; returns the one line that it prints and leaves with code 2."""
+    """Call a tool's `main` on a mistake, in this process; returns the one line that it prints, leaving with code 2."""
     errors = io.StringIO()
     with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(errors):
         _call(folder, script, args)

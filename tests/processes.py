@@ -10,6 +10,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def run_processes(target: Callable, *args, processes: int = 2, folder: Path, **e
     Raises:
         ProcessError: One of them failed; the others are ended.
     """
+    _start_server()
     with tempfile.TemporaryDirectory(prefix='meet') as meet:
         log = Path(meet, 'log')
         started = []
@@ -54,6 +56,19 @@ def run_processes(target: Callable, *args, processes: int = 2, folder: Path, **e
     if code:
         raise ProcessError(code, printed)
     return printed
+
+
+def _start_server() -> None:
+    """Start the process to fork from, once. Before Python 3.13 it is given no `sys.path`, and imports what it finds."""
+    former = os.environ.get('PYTHONPATH')
+    os.environ['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parent), *([former] if former else [])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if former is None:
+            del os.environ['PYTHONPATH']
+        else:
+            os.environ['PYTHONPATH'] = former
 
 
 def _join(processes: list) -> int:
@@ -83,6 +98,7 @@ def _enter(target: Callable, args: tuple, folder: str, variables: dict[str, str]
     os.environ.update(variables)
     code = 1
     try:
+        assert 'imported_once' in sys.modules, 'each process would import all by itself'
         torch.distributed.init_process_group(
             'gloo',
             init_method=f'file://{meet}/store',

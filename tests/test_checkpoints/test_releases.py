@@ -1,11 +1,7 @@
 """Names of releases, their addresses, and downloads from a server on this machine in place of the public ones."""
 
 import hashlib
-import os
 import re
-import socket
-import subprocess
-import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +11,7 @@ import oracles
 import pytest
 import torch
 from mmengine.runner import load_checkpoint
+from processes import run_processes
 
 from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict, releases
 from swinv2_mm.models import SwinTransformerV2
@@ -82,6 +79,19 @@ def test_there_are_as_many_releases_as_were_published():
         ('hub/models--timm--swinv2_large_window12_192.ms_in22k/snapshots/0a1b/pytorch_model.bin', (12, 12, 12, 6)),
         ('microsoft/swinv2-tiny-patch4-window16-256/model.safetensors', (16, 16, 16, 8)),
         ('microsoft/swinv2-base-patch4-window12-192-22k/resolve/main/pytorch_model.bin', (12, 12, 12, 6)),
+        ('swinv2_small_patch4_window16_256.pth', (16, 16, 16, 8)),
+        ('swinv2_base_patch4_window12_192_22k.pth', (12, 12, 12, 6)),
+        ('swinv2_base_patch4_window12to16_192to256_22kto1k_ft.pth', (12, 12, 12, 6)),
+        ('swinv2_base_window8_256.ms_in1k.pth', (8, 8, 8, 8)),
+        ('swinv2_tiny_window16_256.ms_in1k.safetensors', (16, 16, 16, 8)),
+        ('swinv2_large_window12_192.ms_in22k.safetensors', (12, 12, 12, 6)),
+        ('swinv2_base_window12to16_192to256.ms_in22k_ft_in1k.safetensors', (12, 12, 12, 6)),
+        ('swinv2_base_window12to24_192to384.ms_in22k_ft_in1k.pth', (12, 12, 12, 6)),
+        ('swinv2-tiny-patch4-window16-256.safetensors', (16, 16, 16, 8)),
+        ('swinv2-large-patch4-window12to24-192to384-22kto1k-ft.bin', (12, 12, 12, 6)),
+        ('my_swinv2.pth', None),
+        ('best_window8.pth', None),
+        ('swinv2_tiny_patch4_window7_224.pth', None),
         ('swinv2_tiny_patch4_window8_256/epoch_12.pth', None),
         ('swinv2_tiny_patch4_window8_256_mine.pth', None),
         ('a/b/c/model.safetensors', None),
@@ -211,36 +221,50 @@ def test_an_unknown_release_is_told_what_there_is():
         load_swinv2_state_dict('swinv2://tiny')
 
 
-TWO_PROCESSES = """
-import os, sys, torch
-from swinv2_mm.checkpoints import releases
-torch.distributed.init_process_group('gloo')
-try:
-    print('OK', releases.download(sys.argv[1]).stat().st_size)
-except ValueError as error:
-    print('ERROR', error)
-"""
+@pytest.mark.parametrize(('rank', 'shares_the_disk'), [(0, True), (1, True), (1, False)])
+def test_the_first_process_downloads_before_the_others(server, monkeypatch, rank, shares_the_disk):
+    """The others wait, and download where they do not see its file."""
+    folder, address, asked = server
+    publish(folder / 'a.pth')
+    url = f'{address}/a.pth'
+
+    def other_process_arrives():
+        asked.append('barrier')
+        if rank == 1 and shares_the_disk:
+            publish(releases.cached_path(url))
+
+    monkeypatch.setattr(releases, 'get_dist_info', lambda: (rank, 2))
+    monkeypatch.setattr(releases, 'barrier', other_process_arrives)
+    assert releases.download(url).is_file()
+    downloads_later = [] if shares_the_disk else ['/a.pth']
+    assert asked == (['/a.pth', 'barrier'] if rank == 0 else ['barrier', *downloads_later])
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_process_that_cannot_download_meets_the_others_before_it_fails(server, monkeypatch, rank):
+    _, address, asked = server
+    monkeypatch.setattr(releases, 'get_dist_info', lambda: (rank, 2))
+    monkeypatch.setattr(releases, 'barrier', lambda: asked.append('barrier'))
+    with pytest.raises(CheckpointError, match='put it at'):
+        releases.download(f'{address}/a.pth')
+    assert 'barrier' in asked
+
+
+def download_or_say_why(url: str) -> None:
+    """What each process does."""
+    try:
+        print('OK', releases.download(url).stat().st_size)
+    except CheckpointError as error:
+        print('ERROR', error)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('is_there', [True, False])
-def test_of_several_processes_one_downloads_and_none_waits_for_ever(server, is_there):
+def test_of_several_processes_one_downloads_and_none_waits_for_ever(server, tmp_path, is_there):
     folder, address, asked = server
     if is_there:
         publish(folder / 'a.pth')
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, '-c', TWO_PROCESSES, f'{address}/a.pth'],
-            env=os.environ | dict(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert all(('OK' if is_there else 'put it at') in output for output in outputs)
+    printed = run_processes(download_or_say_why, f'{address}/a.pth', folder=tmp_path)
+    assert printed.count('OK' if is_there else 'put it at') == 2
     if is_there:
         assert asked == ['/a.pth']

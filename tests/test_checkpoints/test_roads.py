@@ -10,8 +10,6 @@ import functools
 import http.server
 import itertools
 import math
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +21,19 @@ from mmengine.hooks import Hook
 from mmengine.model import ExponentialMovingAverage
 from mmengine.runner import Runner, load_checkpoint
 from oracles import randomize
+from processes import run_processes
+from tool_runs import call
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import StateDictType
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from swinv2_mm.checkpoints import load_swinv2_state_dict
 from swinv2_mm.engine import launch
 from swinv2_mm.models import SwinTransformerV2
+from swinv2_mm.models.block import SwinBlock
 
-TESTS = Path(__file__).parents[1]
-TINY = TESTS / 'test_tools' / 'tiny'
+TINY = Path(__file__).parents[1] / 'test_tools' / 'tiny'
 ARCH = dict(embed_dims=16, depths=(2, 1, 2, 1), num_heads=(1, 2, 4, 8))
 PRETRAINED = (6, 6, 6, 3)
 WINDOW = 8
@@ -83,11 +86,9 @@ def backbone_part(path) -> dict[str, Tensor]:
     return {key.removeprefix('backbone.'): value for key, value in weights.items() if key.startswith('backbone.')}
 
 
-def make_shapes(folder: Path) -> Path:
-    """A few generated images for the tiny detector."""
-    arguments = ['--train', '2', '--val', '2', '--size', '64', '--seed', '0']
-    script = TESTS.parent / 'tools' / 'misc' / 'make_shapes_coco.py'
-    subprocess.run([sys.executable, script, folder, *arguments], check=True, capture_output=True)
+def folder_with_shapes(folder: Path, shapes: Path) -> Path:
+    """A folder for `detector_config`."""
+    (folder / 'shapes').symlink_to(shapes)
     return folder
 
 
@@ -109,6 +110,7 @@ def detector_config(folder: Path, **backbone) -> Config:
     cfg.model.backbone.update(ALL_STAGES | backbone)
     cfg.model.neck.update(in_channels=[16, 32, 64, 128], start_level=1)
     cfg.train_dataloader.num_workers = 0
+    cfg.train_dataloader.dataset.dataset.indices = 2  # one iteration
     cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
@@ -233,16 +235,8 @@ def by_init_recognizer(path, folder, **options):
 
 def by_converter(path, folder, **options):
     written = folder / 'written.pth'
-    result = convert(path, written)
-    assert result.returncode == 0, result.stderr
+    call(folder, 'model_converters/swinv2_to_mm.py', path, written)
     return by_load_checkpoint(written, folder, **options)
-
-
-def convert(*args) -> subprocess.CompletedProcess:
-    """Run tools/model_converters/swinv2_to_mm.py, in a folder that is not the repository's."""
-    script = TESTS.parent / 'tools' / 'model_converters' / 'swinv2_to_mm.py'
-    command = [sys.executable, script, *map(str, args)]
-    return subprocess.run(command, cwd='/', capture_output=True, text=True, check=False)
 
 
 ROADS = {road.__name__.removeprefix('by_'): road for road in (
@@ -294,10 +288,8 @@ def assert_arrived(backbone: nn.Module, expected: SwinTransformerV2) -> None:
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('roads')
-    make_shapes(folder / 'shapes')
-    return folder
+def folder(tmp_path_factory, shapes):
+    return folder_with_shapes(tmp_path_factory.mktemp('roads'), shapes)
 
 
 @pytest.fixture(scope='module')
@@ -323,7 +315,11 @@ def test_an_official_file_arrives(road, official, folder):
     assert_arrived(ROADS[road](official, folder), source_backbone())
 
 
-@pytest.mark.parametrize('road', [*ROADS, 'resume'])
+# a whole detector, its backbone in three ways, and all that a training stores
+OWN_ROADS = ('init_detector', 'load_state_dict_of_the_dict', 'load_checkpoint', 'init_cfg_with_prefix', 'resume')
+
+
+@pytest.mark.parametrize('road', OWN_ROADS)
 def test_our_own_checkpoint_arrives_with_the_window_of_its_first_training(road, trained, folder):
     """Pre-trained at 6, trained at 8, now used at 12: the bias is still that of 6."""
     backbone = (ROADS | dict(resume=by_resume))[road](trained, folder, window_size=12)
@@ -338,8 +334,17 @@ def test_the_backbone_takes_the_dict_of_an_official_file():
     assert_arrived(backbone, source_backbone())
 
 
-@pytest.mark.parametrize('prefix', ['module.', 'backbone.', 'module.backbone.'])
-@pytest.mark.parametrize('wrapper', ['model', 'state_dict', None])
+@pytest.mark.parametrize(
+    ('wrapper', 'prefix'),
+    [
+        ('model', 'module.'),
+        ('model', 'backbone.'),
+        ('state_dict', 'module.'),
+        ('state_dict', 'module.backbone.'),
+        (None, 'module.'),
+        (None, 'backbone.'),
+    ],
+)
 def test_prefixes_and_wrappers_do_not_matter(prefix, wrapper, folder, tmp_path):
     weights = {prefix + name: value for name, value in official_weights(source_backbone()).items()}
     torch.save({wrapper: weights, 'meta': {}} if wrapper else weights, tmp_path / 'a.pth')
@@ -376,8 +381,11 @@ def test_a_model_on_the_meta_device_takes_the_tensors_themselves():
 # ---------------------------------------------------------------- EMA
 
 
-@pytest.mark.parametrize('road', ['init_cfg', 'load_from'])
-@pytest.mark.parametrize('options', [dict(), dict(update_buffers=True), dict(begin_iter=1)], ids=str)
+@pytest.mark.parametrize(
+    ('road', 'options'),
+    [('init_cfg', dict()), ('init_cfg', dict(begin_iter=1)), ('load_from', dict(update_buffers=True))],
+    ids=str,
+)
 def test_the_averaged_copy_computes_with_the_window_of_pretraining(road, options, official, folder, tmp_path):
     """EMAHook copies the model before init_cfg is loaded, and never copies again."""
     cfg = detector_config(folder)
@@ -420,73 +428,57 @@ def test_resuming_from_weights_alone_says_to_use_load_from(wrapper, folder, tmp_
 
 # ---------------------------------------------------------------- FSDP
 
-FSDP = """
-import sys
-import torch
-from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP, StateDictType
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-
-from swinv2_mm.models import SwinTransformerV2
-from swinv2_mm.models.block import SwinBlock
-
-folder = sys.argv[1]
 NEW = ('norm0.', 'norm1.', 'norm2.', 'backbone.norm0.', 'backbone.norm1.', 'backbone.norm2.', 'head.')
 
 
 class Net(nn.Module):
-    def __init__(self, backbone):
+    """A model around a backbone."""
+
+    def __init__(self, backbone: nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(2, 2)
 
 
-def work(rank):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
-    options, official, image = torch.load(f'{folder}/input.pt')
-    outputs = []
-    for original, nested in ((True, True), (False, True), (True, False)):
-        for net in (False, True):
-            torch.manual_seed(0)
-            model, weights = SwinTransformerV2(**options), official
-            if net:
-                model, weights = Net(model), {f'backbone.{name}': value for name, value in official.items()}
-            policy = ModuleWrapPolicy({SwinBlock}) if nested else None
-            cpu = torch.device('cpu')
-            model = FSDP(model.eval(), auto_wrap_policy=policy, use_orig_params=original, device_id=cpu)
-            with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT):
-                missing, unexpected = model.load_state_dict(weights, strict=False)
-                assert not unexpected, unexpected
-                assert all(name.startswith(NEW) for name in missing), missing
-                state = model.state_dict()
-            with torch.no_grad():
-                features = None if net else model(image)
-            outputs.append((state, features))
-    if rank == 0:
-        torch.save(outputs, f'{folder}/output.pt')
-    torch.distributed.barrier()  # a process that leaves early aborts the other one
-    torch.distributed.destroy_process_group()
+def load_in_shards(official: dict[str, Tensor], nested: bool, original: bool, net: bool) -> tuple[dict, list | None]:
+    """Load an official file into a sharded model; returns what it holds and computes after that."""
+    torch.manual_seed(0)
+    model, weights = SwinTransformerV2(**ALL_STAGES), official
+    if net:
+        model, weights = Net(model), {f'backbone.{name}': value for name, value in official.items()}
+    policy = ModuleWrapPolicy({SwinBlock}) if nested else None
+    model = FSDP(model.eval(), auto_wrap_policy=policy, use_orig_params=original, device_id=torch.device('cpu'))
+    with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        assert not unexpected, unexpected
+        assert all(name.startswith(NEW) for name in missing), missing
+        state = model.state_dict()
+    return state, None if net else features(model)
 
 
-if __name__ == '__main__':
-    torch.multiprocessing.spawn(work, nprocs=2)
-"""
+SHARDS = [  # nested, original, net
+    (nested, original, net)
+    for nested, original in ((True, True), (True, False), (False, True))
+    for net in (False, True)
+]
+
+
+def load_in_shards_of_every_kind(folder: Path) -> None:
+    """What each process does."""
+    official = official_weights(source_backbone())
+    outputs = [load_in_shards(official, *kind) for kind in SHARDS]
+    if torch.distributed.get_rank() == 0:
+        torch.save(outputs, folder / 'output.pt')
 
 
 @pytest.mark.slow
 def test_a_model_in_shards_loads(tmp_path):
     """FullyShardedDataParallel on two processes: with and without units inside, a backbone and a model around it."""
+    run_processes(load_in_shards_of_every_kind, tmp_path, folder=tmp_path)
     source = source_backbone()
-    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    torch.save((ALL_STAGES, official_weights(source), image), tmp_path / 'input.pt')
-    (tmp_path / 'script.py').write_text(FSDP)
-    command = [sys.executable, tmp_path / 'script.py', tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd='/')
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     wanted = source.state_dict()
     outputs = torch.load(tmp_path / 'output.pt')
-    assert len(outputs) == 6
+    assert len(outputs) == len(SHARDS)
     for state, maps in outputs:
         state = {name.removeprefix('backbone.'): value for name, value in state.items() if not name.startswith('head')}
         assert state.keys() == wanted.keys()

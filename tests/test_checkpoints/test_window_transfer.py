@@ -1,5 +1,6 @@
 """Weights in windows that they were not learnt with: the pre-training window is known, told, or refused."""
 
+import functools
 import math
 import re
 from itertools import product
@@ -16,6 +17,7 @@ from mmengine.runner.checkpoint import save_checkpoint
 from safetensors.torch import save_file
 
 from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict
+from swinv2_mm.checkpoints import windows as checkpoint_windows
 from swinv2_mm.models import SwinTransformerV2
 
 # no stage of one head: PyTorch multiplies by a single row in another order for each number of rows, one bit off
@@ -34,8 +36,14 @@ def build(window, pretrained=None, arch=ARCH, path=None, attention_backend='auto
     return backbone.eval()
 
 
-def weights_of(arch=ARCH):
+@functools.cache
+def weights_once(**arch):
     return layouts.canonical(oracles.randomize(build(8, arch=arch)))
+
+
+def weights_of(arch=ARCH):
+    """Random weights; the dict may be changed, not the tensors."""
+    return dict(weights_once(**arch))
 
 
 def official_file(path, windows, pretrained, arch=ARCH):
@@ -90,9 +98,10 @@ def timm_model(size, window, pretrained):
     return model.eval()
 
 
-@pytest.mark.parametrize(('size', 'window'), [(256, 16), (384, 24)])
-@pytest.mark.parametrize('file', ['timm', 'official'])
-@pytest.mark.parametrize('per_stage', [True, False])
+@pytest.mark.parametrize(
+    ('size', 'window', 'file', 'per_stage'),
+    [(256, 16, 'timm', True), (256, 16, 'official', False), (384, 24, 'official', True)],
+)
 @torch.no_grad()
 def test_windows_of_12_become_16_and_24_as_in_timm(file, size, window, per_stage, tmp_path):
     """The last stage goes from 6 to 8 and 12, whether it is told so or has a map no larger than that."""
@@ -114,19 +123,19 @@ def test_windows_of_12_become_16_and_24_as_in_timm(file, size, window, per_stage
 def test_a_wrong_window_changes_the_features(tmp_path):
     """What the errors below protect from: the weights load as well with any other window."""
     path = silent_file(tmp_path / 'model.pth')
-    right, wrong = (build(16, p, path=path)(image(256)) for p in ((12, 12, 12, 6), 16))
+    right, wrong = (build(8, p, path=path)(image(64)) for p in ((12, 12, 12, 6), 8))
     assert all((r - w).abs().max() > 1e-3 for r, w in zip(right, wrong, strict=True))
 
 
 @torch.no_grad()
 def test_windows_may_grow_in_steps(tmp_path):
-    """8 -> 16 -> 24 through saved files is 8 -> 24: what counts is the window that the bias was learnt with."""
-    first, second = official_file(tmp_path / 'w8.pth', (8,) * 4, (8,) * 4), tmp_path / 'w16.pth'
-    torch.save(build(16, path=first).state_dict(), second)
-    steps, direct = (build(24, path=path, attention_backend='reference') for path in (second, first))
+    """8 -> 12 -> 16 through saved files is 8 -> 16: what counts is the window that the bias was learnt with."""
+    first, second = official_file(tmp_path / 'w8.pth', (8,) * 4, (8,) * 4), tmp_path / 'w12.pth'
+    torch.save(build(12, path=first).state_dict(), second)
+    steps, direct = (build(16, path=path, attention_backend='reference') for path in (second, first))
     assert windows_of(steps) == windows_of(direct) == square(8, 8, 8, 8)
-    expected = oracles.timm_features(timm_model(384, 24, (8,) * 4), direct, image(384))
-    for a, b, c in zip(steps(image(384)), direct(image(384)), expected, strict=True):
+    expected = oracles.timm_features(timm_model(256, 16, (8,) * 4), direct, image(256))
+    for a, b, c in zip(steps(image(256)), direct(image(256)), expected, strict=True):
         assert torch.equal(a, b)
         assert (b - c).abs().max() == 0.0
 
@@ -157,25 +166,26 @@ def test_a_detector_remembers_the_windows_of_its_weights(tmp_path):
 # What a stored table says
 
 
-def stored_windows(path, windows, pretrained, dtype=torch.float32):
-    weights = layouts.official(weights_of(TINY), windows, pretrained)
-    weights = {k: v.to(dtype) for k, v in weights.items() if v.is_floating_point()}  # the indices would be large
-    save_file(weights, path)
-    return windows_in(load_swinv2_state_dict(str(path)))
+def stored_windows(windows, pretrained, dtype):
+    """Pre-training windows as the tables of four stages tell them."""
+    tables = {
+        f'layers.{stage}.blocks.0.attn.relative_coords_table': layouts.coords_table(*pair).to(dtype)
+        for stage, pair in enumerate(zip(windows, pretrained, strict=True))
+    }
+    return checkpoint_windows.stored_windows(tables, release=None)
 
 
 PAIRS = list(product((2, 3, 7, 8, 14, 24, 31, 64), (2, 3, 6, 8, 12, 13, 30, 64)))
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
-def test_a_table_tells_the_window_exactly(dtype, tmp_path):
-    """Each file has four stages with two axes of their own: eight pairs."""
+def test_a_table_tells_the_window_exactly(dtype):
+    """Four stages with two axes of their own: eight pairs at once."""
     for start in range(0, len(PAIRS), 8):
         pairs = PAIRS[start : start + 8]
         windows = [(pairs[i][0], pairs[i + 1][0]) for i in range(0, 8, 2)]
         pretrained = [(pairs[i][1], pairs[i + 1][1]) for i in range(0, 8, 2)]
-        found = stored_windows(tmp_path / 'model.safetensors', windows, pretrained, dtype)
-        assert found == dict(enumerate(pretrained)), (windows, pretrained)
+        assert stored_windows(windows, pretrained, dtype) == pretrained, (windows, pretrained)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +202,15 @@ def test_a_table_tells_the_window_exactly(dtype, tmp_path):
     ],
 )
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
-def test_windows_of_released_files_are_told_by_their_tables(windows, pretrained, dtype, tmp_path):
-    found = stored_windows(tmp_path / 'model.safetensors', windows, pretrained, dtype)
-    assert found == dict(enumerate(square(*pretrained)))
+def test_windows_of_released_files_are_told_by_their_tables(windows, pretrained, dtype):
+    assert stored_windows(windows, pretrained, dtype) == square(*pretrained)
+
+
+def test_tables_of_a_file_in_half_precision_are_read_as_they_are(tmp_path):
+    weights = layouts.official(weights_of(TINY), (14, 14, 14, 7), (12, 12, 12, 6))
+    save_file({k: v.half() for k, v in weights.items() if v.is_floating_point()}, tmp_path / 'model.safetensors')
+    found = windows_in(load_swinv2_state_dict(str(tmp_path / 'model.safetensors')))
+    assert found == dict(enumerate(square(12, 12, 12, 6)))
 
 
 def test_non_square_windows_are_told_apart_in_a_backbone(tmp_path):
@@ -225,40 +241,40 @@ def linear(windows, scale):
     ],
     ids=['linear by 8', 'linear', 'natural', 'no whole window', 'reversed', 'axes swapped', 'NaN', 'zeros'],
 )
-def test_a_table_that_is_not_log_spaced_is_refused(table, tmp_path):
-    weights = layouts.official(weights_of(), (8,) * 4, (8,) * 4)
+def test_a_table_that_is_not_log_spaced_is_refused(table):
+    weights = layouts.official(weights_of(TINY), (8,) * 4, (8,) * 4)
     weights['layers.1.blocks.0.attn.relative_coords_table'] = table
-    torch.save(weights, tmp_path / 'model.pth')
-    with pytest.raises(CheckpointError, match=r'relative_coords_table|coordinate'):
-        build(8, path=tmp_path / 'model.pth')
+    with pytest.raises(CheckpointError, match=r'layers\.1\.blocks\.0\.attn\.relative_coords_table'):
+        build(8, arch=TINY).load_state_dict(weights)
 
 
-def test_blocks_of_a_stage_must_agree(tmp_path):
+def test_blocks_of_a_stage_must_agree():
     weights = layouts.official(weights_of(), (8,) * 4, (8,) * 4)
     weights['layers.1.blocks.1.attn.relative_coords_table'] = layouts.coords_table(8, 6)
-    torch.save(weights, tmp_path / 'model.pth')
-    with pytest.raises(CheckpointError, match=r'layers\.1|stage 1'):
-        build(8, path=tmp_path / 'model.pth')
+    with pytest.raises(
+        CheckpointError, match=r'stage 1: 8 says layers\.1\.blocks\.0\..*, 6 says layers\.1\.blocks\.1\.'
+    ):
+        build(8).load_state_dict(weights)
 
 
 # The order of the sources
 
 
 def test_what_the_config_leaves_open_comes_from_the_file(tmp_path):
-    path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4))
+    path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4), TINY)
     for told in (None, 0, (0, 8, 0, 0), (8, 8, 8, 4), ((8, 0), 8, 0, (0, 4))):
-        assert windows_of(build(16, told, path=path)) == square(8, 8, 8, 4), told
+        assert windows_of(build(16, told, arch=TINY, path=path)) == square(8, 8, 8, 4), told
 
 
 @pytest.mark.parametrize('told', [(8, 8, 8, 8), 16, (0, 0, 0, 6), ((8, 8), (8, 8), (8, 8), (4, 5))])
 @pytest.mark.parametrize('stored', ['table', 'our own'])
 def test_a_config_that_contradicts_the_file_is_an_error(told, stored, tmp_path):
-    path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4))
+    path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4), TINY)
     if stored == 'our own':
-        torch.save(build(16, path=path).state_dict(), path)
+        torch.save(build(16, arch=TINY, path=path).state_dict(), path)
     stage, value = {16: (0, '16')}.get(told) or (3, {8: '8', 6: '6'}.get(told[3], '5'))
     with pytest.raises(CheckpointError) as error:
-        build(16, told, path=path)
+        build(16, told, arch=TINY, path=path)
     message = str(error.value)
     assert re.search(rf'stage {stage}\b', message), message
     numbers = re.findall(r'\d+', message)
@@ -266,58 +282,42 @@ def test_a_config_that_contradicts_the_file_is_an_error(told, stored, tmp_path):
 
 
 def test_our_own_file_needs_no_config(tmp_path):
-    source = build(8, (8, 8, 8, 4))
+    source = build(8, (8, 8, 8, 4), arch=TINY)
     torch.save(source.state_dict(), tmp_path / 'ours.pth')
     assert windows_in(load_swinv2_state_dict(str(tmp_path / 'ours.pth'))) == dict(enumerate(square(8, 8, 8, 4)))
-    assert windows_of(build(16, path=tmp_path / 'ours.pth')) == square(8, 8, 8, 4)
+    assert windows_of(build(16, arch=TINY, path=tmp_path / 'ours.pth')) == square(8, 8, 8, 4)
 
 
 @pytest.mark.parametrize('told', [None, 8, (16, 16, 16, 8)])
 def test_a_name_that_contradicts_the_table_is_an_error(told, tmp_path):
     """Somebody has renamed the file, so that neither is to be believed."""
-    path = official_file(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', (8,) * 4, (8,) * 4)
+    path = official_file(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', (8,) * 4, (8,) * 4, TINY)
     with pytest.raises(CheckpointError, match=r'stage 0: 8 .*relative_coords_table, 16 .*name of the file'):
-        build(16, told, path=path)
+        build(16, told, arch=TINY, path=path)
 
 
 @pytest.mark.parametrize('told', [8, (16, 16, 16, 16), (0, 0, 0, 16)])
 def test_a_config_that_contradicts_the_name_of_the_file_is_an_error(told, tmp_path):
-    path = silent_file(tmp_path / 'swinv2_tiny_patch4_window16_256.pth')
+    path = silent_file(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', TINY)
     with pytest.raises(CheckpointError, match=r'stage \d.*pretrained_window_sizes'):
-        build(16, told, path=path)
-    assert windows_of(build(16, (0, 16, 16, 8), path=path)) == square(16, 16, 16, 8)
+        build(16, told, arch=TINY, path=path)
+    assert windows_of(build(16, (0, 16, 16, 8), arch=TINY, path=path)) == square(16, 16, 16, 8)
 
 
-RELEASES = {
-    'swinv2_tiny_patch4_window8_256.pth': (8, 8, 8, 8),
-    'swinv2_small_patch4_window16_256.pth': (16, 16, 16, 8),
-    'swinv2_base_patch4_window12_192_22k.pth': (12, 12, 12, 6),
-    'swinv2_base_patch4_window12to16_192to256_22kto1k_ft.pth': (12, 12, 12, 6),
-    'swinv2_large_patch4_window12to24_192to384_22kto1k_ft.pth': (12, 12, 12, 6),
-    'swinv2_base_window8_256.ms_in1k.pth': (8, 8, 8, 8),
-    'swinv2_tiny_window16_256.ms_in1k.safetensors': (16, 16, 16, 8),
-    'swinv2_large_window12_192.ms_in22k.safetensors': (12, 12, 12, 6),
-    'swinv2_base_window12to16_192to256.ms_in22k_ft_in1k.safetensors': (12, 12, 12, 6),
-    'swinv2_base_window12to24_192to384.ms_in22k_ft_in1k.pth': (12, 12, 12, 6),
-    'swinv2-tiny-patch4-window16-256.safetensors': (16, 16, 16, 8),
-    'swinv2-base-patch4-window12-192-22k.safetensors': (12, 12, 12, 6),
-    'swinv2-large-patch4-window12to24-192to384-22kto1k-ft.bin': (12, 12, 12, 6),
-}
-
-
-@pytest.mark.parametrize('name', RELEASES)
+@pytest.mark.parametrize(
+    'name', ['swinv2_tiny_window16_256.ms_in1k.safetensors', 'swinv2_tiny_patch4_window16_256.pth']
+)
 def test_the_name_of_a_released_file_tells_its_windows(name, tmp_path):
+    """For other names, see `test_releases.py`."""
     weights = layouts.timm_new(weights_of(TINY))
     save = save_file if name.endswith('.safetensors') else torch.save
     save(weights, tmp_path / name)
-    expected = square(*RELEASES[name])
+    expected = square(16, 16, 16, 8)
     assert windows_in(load_swinv2_state_dict(str(tmp_path / name))) == dict(enumerate(expected))
     assert windows_of(build(32, arch=TINY, path=tmp_path / name)) == expected
 
 
-@pytest.mark.parametrize(
-    'name', ['model.pth', 'my_swinv2.pth', 'best_window8.pth', 'swinv2_tiny_patch4_window7_224.pth', 'epoch_12.pth']
-)
+@pytest.mark.parametrize('name', ['model.pth', 'swinv2_tiny_patch4_window7_224.pth'])
 def test_where_nothing_is_known_the_error_says_what_to_pass(name, tmp_path):
     path = silent_file(tmp_path / name, TINY)
     assert windows_in(load_swinv2_state_dict(str(path))) == {}
@@ -337,9 +337,9 @@ def test_what_is_known_of_some_stages_alone_is_not_enough(tmp_path):
 
 
 def test_the_log_tells_the_transfer_of_each_stage(tmp_path):
-    path = official_file(tmp_path / 'model.pth', (12, 12, 12, 6), (12, 12, 12, 6))
+    path = official_file(tmp_path / 'model.pth', (12, 12, 12, 6), (12, 12, 12, 6), TINY)
     with layouts.recorded_log() as messages:
-        build((24, 24, 24, 12), path=path)
+        build((24, 24, 24, 12), arch=TINY, path=path)
     for stage, before, after in ((0, 12, 24), (1, 12, 24), (2, 12, 24), (3, 6, 12)):
         (line,) = [m for m in messages if re.search(rf'\bstage {stage}\b', m)]
         assert f'{before}x{before}' in line
@@ -353,9 +353,9 @@ def test_the_log_tells_the_transfer_of_each_stage(tmp_path):
     ('window', 'says'), [(8, 'no extrapolation'), (7, 'no extrapolation'), (9, 'extrapolates by ')]
 )
 def test_the_log_says_whether_there_is_any_extrapolation(window, says, tmp_path):
-    path = official_file(tmp_path / 'model.pth', (8,) * 4, (8,) * 4)
+    path = official_file(tmp_path / 'model.pth', (8,) * 4, (8,) * 4, TINY)
     with layouts.recorded_log() as messages:
-        build(window, path=path)
+        build(window, arch=TINY, path=path)
     assert len([m for m in messages if says in m]) == 4
 
 

@@ -1,6 +1,7 @@
 """Configs at a size that a CPU trains in a second: what they have in common."""
 
 import argparse
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -42,6 +43,39 @@ def train_a_step(cfg: Config) -> Runner:
     assert all(p in stepped for p in trainable), 'some parameters got no gradient'
     assert all(p.isfinite().all() for p in trainable)
     return runner
+
+
+# Numbers that change no step of a training but what it computes; the tests of each folder's recipes know them.
+NUMBERS = {
+    *('window_size', 'pretrained_window_sizes', 'patch_size', 'drop_path_rate'),
+    *('lr', 'weight_decay', 'batch_size', 'base_batch_size', 'indices', 'begin', 'end', 'T_max', 'interval'),
+    *('scale', 'crop_size', 'size', 'clip_len', 'frame_interval'),
+}
+SAVERS = {'with_cp', 'sequential_stages'}  # with which the backbone does the same, as its own tests tell
+
+
+def closest(cfg: Config, trained: list[Config]) -> list[str]:
+    """Where a config does another training than all of these, apart from `NUMBERS` and `SAVERS`: entries, or none."""
+    mine = what_a_runner_reads(cfg)
+    others = [what_a_runner_reads(other) for other in trained]
+    return min((sorted(key for key in mine | other if mine.get(key) != other.get(key)) for other in others), key=len)
+
+
+def what_a_runner_reads(cfg: Config) -> dict:
+    """Entries of a config by their dotted names."""
+    read = inspect.signature(Runner).parameters
+    return dict(entry for key in cfg if key in read for entry in entries(cfg[key], key))
+
+
+def entries(value, name: str):
+    """Dotted names and values of what a config value holds, without `NUMBERS` and `SAVERS`."""
+    if not isinstance(value, (dict, list, tuple)):
+        yield name, value
+        return
+    yield name, 'entries'
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if key not in NUMBERS | SAVERS:
+            yield from entries(item, f'{name}.{key}')
 
 
 def trial_arguments(configs: Path) -> list[str]:

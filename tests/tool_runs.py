@@ -69,7 +69,7 @@ def no_trace():
     """Take back what a Runner or a tool's `main` leaves in the process."""
     instances = {manager: manager._instance_dict.copy() for manager in managers()}
     environment, folder, argv, threads = dict(os.environ), os.getcwd(), sys.argv, torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic, paths = torch.are_deterministic_algorithms_enabled(), sys.path.copy()
     try:
         yield
     finally:
@@ -81,6 +81,7 @@ def no_trace():
         os.environ.update(environment)
         os.chdir(folder)
         sys.argv = argv
+        sys.path[:] = paths  # started processes get it, and import the torchvision of the oracles if they see it
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
 

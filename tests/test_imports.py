@@ -1,9 +1,10 @@
 """Arrows between the packages point one way, and toolboxes are imported only by the file that extends them."""
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
+
+from bare_python import run_python
 
 PACKAGE = Path(__file__).parents[1] / 'swinv2_mm'
 # what each folder may import from this package
@@ -55,9 +56,20 @@ def test_ops_need_torch_alone():
     assert set.union(*found.values()) == {'torch'}
 
 
-def test_triton_is_imported_only_when_its_kernels_run():
-    check = "import sys, swinv2_mm.ops, swinv2_mm; sys.exit('swinv2_mm.ops.kernels' in sys.modules)"
-    subprocess.run([sys.executable, '-c', check], check=True)
+def test_importing_the_package_imports_no_toolbox():
+    result = run_python('import sys, swinv2_mm; print(*sys.modules)')
+    loaded = set(result.stdout.split())
+    assert 'swinv2_mm.compat' in loaded, result.stderr
+    assert not (TOOLBOXES | {'pkg_resources', 'mmcv.ops', 'triton'}) & loaded
+
+
+def test_importing_its_folders_imports_no_toolbox_no_compiled_op_and_no_kernel():
+    """Triton's kernels are imported when they run."""
+    folders = ', '.join(f'swinv2_mm.{folder}' for folder in ALLOWED)
+    result = run_python(f'import sys, {folders}; print(*sys.modules)')
+    loaded = set(result.stdout.split())
+    assert {f'swinv2_mm.{folder}' for folder in ALLOWED} <= loaded, result.stderr
+    assert not (TOOLBOXES | {'torchvision', 'mmcv._ext', 'instaboostfast', 'swinv2_mm.ops.kernels'}) & loaded
 
 
 def test_toolboxes_are_imported_only_by_the_files_that_extend_them():

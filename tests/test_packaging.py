@@ -6,10 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from bare_python import run_python
+from tool_runs import make_shapes
 
-pytest.importorskip('mmdet')
+for toolbox in ('mmdet', 'mmseg', 'mmaction'):
+    pytest.importorskip(toolbox)
 REPOSITORY = Path(__file__).parents[1]
 
+CONFIGS = {
+    'det/htc_swinv2_t.py': 'HybridTaskCascade',
+    'seg/upernet_swinv2_t.py': 'EncoderDecoder',
+    'video/swinv2_t_k400_224x224x32.py': 'Recognizer3D',
+}
 USER_CONFIG = """
 _base_ = {base}
 model = dict(backbone=dict(drop_path_rate=0.125))
@@ -17,11 +25,14 @@ pipeline = [*_base_.train_pipeline]  # what a base's variable becomes depends on
 train_dataloader = dict(dataset=dict(pipeline=pipeline))
 """
 CHECK = """
-import copy, sys, torch, swinv2_mm
+import sys, torch, swinv2_mm
 from mmengine.config import Config
 from mmengine.dataset import Compose
+from mmengine.hub import get_config, get_model
 from mmengine.registry import MODELS, init_default_scope
-print('package', swinv2_mm.__file__)
+print('package', swinv2_mm.__path__[0])
+name = 'swinv2_mm::det/htc_swinv2_demo.py'
+print('hub', get_config(name).model.type, type(get_model(name)).__name__)
 for path in sys.argv[1:]:
     cfg = Config.fromfile(path)
     init_default_scope(cfg.default_scope)
@@ -41,56 +52,47 @@ def wheel_site(tmp_path_factory) -> Path:
     return folder / 'site'
 
 
-@pytest.fixture(params=['editable', 'wheel'])
-def environment(request) -> dict[str, str]:
-    """Environment variables under which `import swinv2_mm` takes that installation."""
-    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
-    if request.param == 'wheel':
-        env['PYTHONPATH'] = str(request.getfixturevalue('wheel_site'))
-    return env
-
-
-def run(arguments: list, folder: Path, env: dict[str, str]) -> str:
-    result = subprocess.run(
-        [str(a) for a in arguments], cwd=folder, env=env, text=True, capture_output=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result.stdout
-
-
-@pytest.mark.parametrize(
-    ('config', 'model'),
-    [
-        ('det/htc_swinv2_t.py', 'HybridTaskCascade'),
-        ('seg/upernet_swinv2_t.py', 'EncoderDecoder'),
-        ('video/swinv2_t_k400_224x224x32.py', 'Recognizer3D'),
-    ],
-)
-def test_every_way_to_name_a_base_config_works(environment, config, model, tmp_path):
-    package = run(
-        [sys.executable, '-c', 'import swinv2_mm; print(swinv2_mm.__path__[0])'], tmp_path, environment
-    ).strip()
-    assert ('site' in package) == ('PYTHONPATH' in environment)
-    bases = dict(
-        relative=repr(os.path.relpath(f'{package}/.mim/configs/{config}', tmp_path)),
-        by_function=f"[__import__('swinv2_mm').config_path('{config}')]",
-        by_scope=f"'swinv2_mm::{config}'",
-    )
-    paths = []
-    for name, base in bases.items():
-        paths.append(tmp_path / f'{name}.py')
+def check_names(package: Path, folder: Path, path: tuple = ()) -> None:
+    """Every way to name a config works in an interpreter that takes the package from there."""
+    _, seg, video = CONFIGS
+    bases = [(config, f"'swinv2_mm::{config}'") for config in CONFIGS]
+    bases.append((seg, repr(os.path.relpath(f'{package}/.mim/configs/{seg}', folder))))
+    bases.append((video, f"[__import__('swinv2_mm').config_path('{video}')]"))
+    paths, expected = [], [f'package {package}', 'hub HybridTaskCascade HybridTaskCascade']
+    for number, (config, base) in enumerate(bases):
+        paths.append(folder / f'{number}.py')
         paths[-1].write_text(USER_CONFIG.format(base=base))
-    lines = run([sys.executable, '-c', CHECK, *paths], tmp_path, environment).splitlines()
-    assert lines[-3:] == [f'{path} {model} 0.125' for path in paths]
+        expected.append(f'{paths[-1]} {CONFIGS[config]} 0.125')
+    result = run_python(CHECK, *paths, cwd=folder, path=path)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert set(expected) <= set(result.stdout.splitlines())
 
 
-def test_get_config_and_get_model_find_configs_by_name(environment, tmp_path):
-    code = (
-        'import swinv2_mm; from mmengine.hub import get_config, get_model; '
-        "print(get_config('swinv2_mm::det/cascade_mask_rcnn_swinv2_t.py').model.type, "
-        "type(get_model('swinv2_mm::det/cascade_mask_rcnn_swinv2_t.py')).__name__)"
-    )
-    assert run([sys.executable, '-c', code], tmp_path, environment).split()[-2:] == ['CascadeRCNN', 'CascadeRCNN']
+def test_every_way_to_name_a_config_works_with_an_editable_install(tmp_path):
+    check_names(REPOSITORY / 'swinv2_mm', tmp_path)
+
+
+@pytest.mark.slow
+def test_every_way_to_name_a_config_works_with_a_wheel(wheel_site, tmp_path):
+    check_names(wheel_site / 'swinv2_mm', tmp_path, path=(wheel_site,))
+
+
+@pytest.mark.filterwarnings('ignore::setuptools.warnings.SetuptoolsDeprecationWarning')
+def test_a_wheel_holds_all_modules_configs_and_tools(monkeypatch):
+    """As setuptools tells without making one."""
+    setuptools = pytest.importorskip('setuptools')
+    monkeypatch.chdir(REPOSITORY)
+    distribution = setuptools.Distribution(dict(script_name='setup.py'))
+    distribution.parse_config_files()
+    build = distribution.get_command_obj('build_py')
+    build.ensure_finalized()
+    held = {Path(path).resolve() for _, _, path in build.find_all_modules()}
+    held |= {Path(source, name).resolve() for _, source, _, names in build.data_files for name in names}
+    files = [REPOSITORY / 'model-index.yml']
+    for folder in ('configs', 'tools', 'swinv2_mm'):
+        files += [path for path in (REPOSITORY / folder).rglob('*') if path.suffix in ('.py', '.sh', '.yml', '.md')]
+    assert len(files) > 100
+    assert {path.resolve() for path in files} <= held
 
 
 def test_an_unknown_config_is_named_with_those_there_are():
@@ -103,36 +105,13 @@ def test_an_unknown_config_is_named_with_those_there_are():
 @pytest.mark.slow
 def test_mim_trains_from_the_wheel(wheel_site, tmp_path):
     """`mim train` looks a package up beside its metadata, so it works with a wheel and not with an editable install."""
-    run(
-        [
-            sys.executable,
-            wheel_site / 'swinv2_mm/.mim/tools/misc/make_shapes_coco.py',
-            'data',
-            '--train',
-            '4',
-            '--val',
-            '2',
-        ],
-        tmp_path,
-        os.environ | dict(PYTHONPATH=str(wheel_site)),
-    )
+    env = os.environ | dict(PYTHONPATH=str(wheel_site))
+    make_shapes(tmp_path / 'data', train=4, val=2, size=64)
     (tmp_path / 'mine.py').write_text("_base_ = 'swinv2_mm::det/htc_swinv2_demo.py'\n")
-    run(
-        [
-            Path(sys.executable).parent / 'mim',
-            'train',
-            'swinv2_mm',
-            'mine.py',
-            '--gpus',
-            '0',
-            '--work-dir',
-            'out',
-            '--cfg-options',
-            'data_root=data/',
-            'train_cfg.max_epochs=1',
-            'train_dataloader.batch_size=2',
-        ],
-        tmp_path,
-        os.environ | dict(PYTHONPATH=str(wheel_site)),
+    options = ['data_root=data/', 'train_cfg.max_epochs=1', 'train_dataloader.batch_size=2']
+    mim = [Path(sys.executable).parent / 'mim', 'train', 'swinv2_mm', 'mine.py', '--gpus', '0', '--work-dir', 'out']
+    result = subprocess.run(
+        [*mim, '--cfg-options', *options], cwd=tmp_path, env=env, text=True, capture_output=True, check=False
     )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert (tmp_path / 'out' / 'last_checkpoint').exists()

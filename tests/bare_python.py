@@ -1,0 +1,76 @@
+"""Code in interpreters that have not imported this package: forked from one that has imported what it must import.
+
+An interpreter of its own takes seconds for torch; what is imported beyond that is what tests look at.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+
+def run_python(code: str, *args: str | Path, cwd: str | Path = '/', path: tuple = ()) -> subprocess.CompletedProcess:
+    """As `python -c CODE ARGS`, with `path` in PYTHONPATH, and with mmcv, mmengine and torch imported already."""
+    with tempfile.TemporaryDirectory(prefix='bare') as folder:
+        request = dict(code=code, argv=['-c', *map(str, args)], cwd=str(cwd), path=[str(p) for p in path])
+        server = _server()
+        server.stdin.write(json.dumps(request | dict(environment=dict(os.environ), folder=folder)) + '\n')
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        out, err = (Path(folder, name).read_text(errors='replace') for name in ('out', 'err'))
+    return subprocess.CompletedProcess(request['argv'], status, out, err)
+
+
+@functools.cache
+def _server() -> subprocess.Popen:
+    """The process to fork from; it ends with this one, which holds its input open."""
+    return subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd='/'
+    )
+
+
+def serve() -> None:
+    """Carry out what comes in, one after the other."""
+    answers = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)  # nothing that an import prints is an answer
+    import mmcv  # noqa: F401
+    import mmengine  # noqa: F401
+    import torch  # noqa: F401
+
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            _execute(**json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+
+
+def _execute(code: str, argv: list[str], cwd: str, path: list[str], environment: dict[str, str], folder: str) -> None:
+    """What the child does, and no more than that."""
+    for name, stream in (('out', 1), ('err', 2)):
+        os.dup2(os.open(f'{folder}/{name}', os.O_WRONLY | os.O_CREAT), stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    status = 1
+    try:
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(cwd)
+        sys.argv = argv
+        sys.path[:1] = ['', *path]
+        exec(compile(code, '<string>', 'exec'), dict(__name__='__main__'))
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else bool(end.code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == '__main__':
+    serve()

@@ -72,73 +72,73 @@ def test_frames_smaller_than_the_crop_are_named(size, crop):
 # Files that are no videos
 
 
-@pytest.fixture
-def dataset(tmp_path):
-    """Five names in a list, of which only the last is that of a video, as training or test data."""
-    (tmp_path / 'empty.avi').write_bytes(b'')
-    (tmp_path / 'text.avi').write_text('no video at all')
-    good = write_video(tmp_path / 'good.avi').read_bytes()
-    (tmp_path / 'cut.avi').write_bytes(good[:200])
-    names = ['missing.avi', 'empty.avi', 'text.avi', 'cut.avi', 'good.avi']
-    (tmp_path / 'list.txt').write_text(''.join(f'{name} {label}\n' for label, name in enumerate(names)))
-
-    def build(**options):
-        pipeline = [
-            dict(type='DecordInit'),
-            dict(type='SampleFrames', clip_len=4, frame_interval=1, num_clips=1),
-            dict(type='DecordDecode'),
-            dict(type='FormatShape', input_format='NCTHW'),
-            dict(type='PackActionInputs'),
-        ]
-        with DefaultScope.overwrite_default_scope('mmaction'):
-            return VideoDataset(
-                ann_file='list.txt',
-                data_root=str(tmp_path),
-                data_prefix=dict(video=''),
-                pipeline=pipeline,
-                **options,
-            )
-
-    return build
+BROKEN = ['missing', 'empty', 'text', 'cut']
 
 
-BROKEN = list(enumerate(['missing', 'empty', 'text', 'cut']))
+@pytest.fixture(scope='module')
+def films(tmp_path_factory):
+    """Five names in a list, of which only the last is that of a video."""
+    folder = tmp_path_factory.mktemp('films')
+    good = write_video(folder / 'good.avi').read_bytes()
+    for name, content in dict(empty=b'', text=b'no video at all', cut=good[:200]).items():
+        (folder / f'{name}.avi').write_bytes(content)
+    (folder / 'list.txt').write_text(''.join(f'{name}.avi {i}\n' for i, name in enumerate([*BROKEN, 'good'])))
+    return folder
 
 
-@pytest.mark.parametrize(('number', 'name'), BROKEN)
-def test_a_file_that_is_no_video_is_named(dataset, number, name):
+def dataset(folder, ann_file='list.txt', **options):
+    """The films as training or test data."""
+    pipeline = [
+        dict(type='DecordInit'),
+        dict(type='SampleFrames', clip_len=4, frame_interval=1, num_clips=1),
+        dict(type='DecordDecode'),
+        dict(type='FormatShape', input_format='NCTHW'),
+        dict(type='PackActionInputs'),
+    ]
+    with DefaultScope.overwrite_default_scope('mmaction'):
+        return VideoDataset(
+            ann_file=str(ann_file),
+            data_root=str(folder),
+            data_prefix=dict(video=''),
+            pipeline=pipeline,
+            **options,
+        )
+
+
+@pytest.mark.parametrize('name', BROKEN)
+def test_a_file_that_is_no_video_is_named(films, name):
     with pytest.raises(RuntimeError, match=rf'/{name}\.avi cannot be read as a video .*list\.txt names it') as error:
-        dataset()[number]
+        dataset(films)[BROKEN.index(name)]
     assert 'train_dataloader.dataset.skip_unreadable=True' in str(error.value)
 
 
-@pytest.mark.parametrize(('number', 'name'), BROKEN)
-def test_a_training_goes_on_without_it_when_told_to(dataset, number, name):
+@pytest.mark.parametrize('name', BROKEN)
+def test_a_training_goes_on_without_it_when_told_to(films, name):
     with layouts.recorded_log() as log:
-        item = dataset(skip_unreadable=True)[number]
+        item = dataset(films, skip_unreadable=True)[BROKEN.index(name)]
     assert item['data_samples'].gt_label.tolist() == [4]
     assert item['inputs'].shape == (1, 3, 4, 48, 64)
     assert any(line.startswith('Skipped: ') and f'{name}.avi' in line for line in log)
 
 
-@pytest.mark.parametrize(('number', 'name'), BROKEN)
-def test_a_test_never_skips(dataset, number, name):
+@pytest.mark.parametrize('name', BROKEN)
+def test_a_test_never_skips(films, name):
     with pytest.raises(RuntimeError, match=rf'/{name}\.avi cannot be read') as error:
-        dataset(skip_unreadable=True, test_mode=True)[number]
+        dataset(films, skip_unreadable=True, test_mode=True)[BROKEN.index(name)]
     assert 'skip_unreadable' not in str(error.value)
 
 
 @pytest.mark.parametrize('line', ['a film.avi 1', 'film.avi archery', 'film.avi,1,2 x'])
-def test_a_list_of_another_form_is_named(dataset, line, tmp_path):
+def test_a_list_of_another_form_is_named(films, line, tmp_path):
     (tmp_path / 'list.txt').write_text(f'{line}\n')
     with pytest.raises(
         ValueError, match=r"list\.txt: a line must be a path and the number of a class, with ' ' between"
     ):
-        dataset()
+        dataset(films, ann_file=tmp_path / 'list.txt')
 
 
-def test_mistakes_in_a_pipeline_are_not_taken_for_broken_files(dataset):
-    data = dataset(skip_unreadable=True)
+def test_mistakes_in_a_pipeline_are_not_taken_for_broken_files(films):
+    data = dataset(films, skip_unreadable=True)
     data.pipeline.transforms[1].clip_len = 'four'
     with pytest.raises(TypeError):
         data[4]

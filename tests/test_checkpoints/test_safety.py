@@ -2,8 +2,8 @@
 
 import argparse
 import contextlib
-import copy
 import fractions
+import functools
 import importlib
 import importlib.util
 import io
@@ -290,9 +290,9 @@ def test_a_module_that_nobody_has_imported_is_not_imported_for_a_checkpoint(
 
 
 @pytest.mark.parametrize('place', [('meta', 'cfg'), ('message_hub', 'runtime_info', 'cfg')])
-def test_the_config_that_inferencers_execute_is_looked_at(place, state, marker, tmp_path):
+def test_the_config_that_inferencers_execute_is_looked_at(place, marker, tmp_path):
     """Mmengine's BaseInferencer takes it from these places if it is given weights alone."""
-    holder = state = copy.deepcopy(state)
+    holder = state = {'state_dict': {}, 'meta': {}}
     for key in place[:-1]:
         holder = holder.setdefault(key, {})
     holder[place[-1]] = touch(marker)
@@ -319,9 +319,15 @@ def stock(toolbox, name):
     return os.path.join(os.path.dirname(spec.origin), '.mim', 'configs', name)
 
 
+@functools.cache
+def real_config(task):
+    """Its text, as a Runner stores it."""
+    return Config.fromfile(REAL_CONFIGS[task]()).pretty_text
+
+
 @pytest.mark.parametrize('task', REAL_CONFIGS)
 def test_a_real_config_is_data(task, tmp_path):
-    text = Config.fromfile(REAL_CONFIGS[task]()).pretty_text
+    text = real_config(task)
     assert len(text) > 3000
     torch.save({'state_dict': {}, 'meta': {'config': text}}, tmp_path / 'a.pth')
     assert load(tmp_path / 'a.pth')['meta']['config'] == text
@@ -329,8 +335,7 @@ def test_a_real_config_is_data(task, tmp_path):
 
 def test_a_training_with_a_real_config_is_resumed(state, tmp_path, folder):
     """Nor are modules an obstacle that it imports and that the running config has imported already."""
-    text = Config.fromfile(REAL_CONFIGS['det']()).pretty_text
-    text += "\ncustom_imports = dict(imports=['swinv2_mm.models'], allow_failed_imports=False)\n"
+    text = real_config('det') + "\ncustom_imports = dict(imports=['swinv2_mm.models'], allow_failed_imports=False)\n"
     torch.save(state | {'meta': state['meta'] | {'config': text}}, tmp_path / 'a.pth')
     by_resume(tmp_path / 'a.pth', folder)
     assert load(tmp_path / 'a.pth')['meta']['config'] == text

@@ -246,6 +246,17 @@ def test_autocast_leaves_bias_and_gradients_in_float32():
     assert_right(mlp)  # outside, from the same cache
 
 
+def test_a_compiled_bias_is_computed_from_the_weights_as_they_are():
+    """The cache is eager code's alone: a compiled model neither fills nor reads it."""
+    mlp = random_cpb()
+    compiled = torch.compile(mlp, fullgraph=True, backend='eager')
+    for _ in range(2):
+        torch.testing.assert_close(compiled(), plain_bias(mlp), rtol=1e-4, atol=1e-5)
+        mlp[2].weight.data.mul_(-1)
+    assert mlp._cache is None
+    torch._dynamo.reset()
+
+
 def test_a_copy_has_a_bias_of_its_own():
     mlp = random_cpb()
     before = mlp().detach().clone()

@@ -75,8 +75,9 @@ def test_a_window_of_one_token_is_finite():
 # --- half precision ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize('mask_padding', [True, False])
+@pytest.mark.parametrize(
+    ('dtype', 'mask_padding'), [(torch.float16, True), (torch.float16, False), (torch.bfloat16, True)]
+)
 def test_every_gradient_is_finite_under_autocast_with_padding(dtype, mask_padding):
     backbone = build(mask_padding=mask_padding)
     with torch.autocast('cpu', dtype=dtype):
@@ -109,8 +110,7 @@ def test_sequential_attention_leaves_every_gradient_as_it_is(monkeypatch, saver)
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize('autocast', [False, True])
-@pytest.mark.parametrize('with_cp', [True, (0, 2)])
+@pytest.mark.parametrize(('with_cp', 'autocast'), [(True, False), ((0, 2), True)])
 def test_activation_checkpointing_changes_no_bit_and_no_random_number(with_cp, autocast):
     def run(**saver):
         torch.manual_seed(1)
@@ -245,7 +245,8 @@ def test_a_dropped_branch_adds_nothing_not_even_the_bias_of_its_norm():
 
 
 def test_drop_path_grows_linearly_to_the_given_rate():
-    backbone = SwinTransformerV2('tiny', drop_path_rate=0.2)
+    with torch.device('meta'):
+        backbone = SwinTransformerV2('tiny', drop_path_rate=0.2)
     rates = [getattr(m.drop_path, 'drop_prob', 0.0) for m in backbone.modules() if isinstance(m, SwinBlock)]
     assert rates == pytest.approx(torch.linspace(0, 0.2, 12).tolist())
 
@@ -262,9 +263,9 @@ def test_a_new_block_is_the_identity():
 
 
 def test_initial_values_are_the_official_ones():
-    backbone = SwinTransformerV2('tiny')
+    backbone = SwinTransformerV2(ARCH | dict(embed_dims=32))
     attn, mlp = backbone.layers[2].blocks[0].attn, backbone.layers[2].blocks[0].mlp
-    assert attn.logit_scale.flatten().tolist() == pytest.approx([math.log(10)] * 12)
+    assert attn.logit_scale.flatten().tolist() == pytest.approx([math.log(10)] * 4)
     assert float(attn.qkv.weight.std()) == pytest.approx(0.02, rel=0.02)
     assert float(attn.cpb_mlp[0].weight.std()) == pytest.approx(0.02, rel=0.2)
     for zero in (attn.q_bias, attn.v_bias, attn.proj.bias, attn.cpb_mlp[0].bias, mlp.fc1.bias):

@@ -35,8 +35,19 @@ def clip(*size: int, batch: int = 1) -> Tensor:
 # --- against the backbone of images -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('window', [(1, 4, 4), (2, 4, 4), (3, 4, 4), (4, 4, 4), (16, 4, 4), (2, 7, 7), (4, 3, 5)])
-@pytest.mark.parametrize(('frames', 'patch_frames'), [(8, 2), (10, 2), (4, 1), (7, 1)])
+@pytest.mark.parametrize(
+    ('window', 'frames', 'patch_frames'),
+    [
+        ((1, 4, 4), 8, 2),
+        ((2, 4, 4), 10, 2),  # padded by a frame
+        ((3, 4, 4), 7, 1),  # by two
+        ((4, 4, 4), 4, 1),  # one window
+        ((4, 4, 4), 10, 2),  # shifted by two, and padded by three
+        ((16, 4, 4), 8, 2),  # shrunk
+        ((2, 7, 7), 7, 1),
+        ((4, 3, 5), 8, 1),  # whole windows in time
+    ],
+)
 @torch.no_grad()
 def test_a_still_clip_is_seen_as_its_frame(window, frames, patch_frames):
     """What inflation is for; windows are shifted on every axis, and padded on most."""
@@ -74,7 +85,7 @@ def test_one_frame_with_a_temporal_window_of_one_is_an_image(window):
         assert (moving[:, :, 0] - still).abs().max() == 0.0
 
 
-@pytest.mark.parametrize('arch', ['tiny', 'small', 'base', 'large', 'huge', 'giant_simmim', 'giant'])
+@pytest.mark.parametrize('arch', ['tiny', 'giant'])  # without extra norms, and with them
 def test_every_size_has_the_parameters_of_its_image_model_and_a_column_for_time(arch):
     with torch.device('meta'):
         images, video = SwinTransformerV2(arch, out_indices=(3,)), SwinTransformer3DV2(arch)
@@ -127,8 +138,10 @@ def test_a_layer_is_what_its_definition_says(size, window, shift):
 # --- clips ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('size', [(8, 64, 64), (5, 65, 33), (1, 40, 100), (16, 7, 7), (1, 1, 1)])
-@pytest.mark.parametrize('patch_frames', [1, 2])
+@pytest.mark.parametrize(
+    ('size', 'patch_frames'),
+    [((8, 64, 64), 2), ((5, 65, 33), 2), ((1, 40, 100), 2), ((16, 7, 7), 1), ((1, 1, 1), 1), ((1, 1, 1), 2)],
+)
 @torch.no_grad()
 def test_any_clip_gives_maps_of_its_length_and_of_the_stages_strides(size, patch_frames):
     outs = build(patch_size=(patch_frames, 4, 4)).eval()(clip(*size))

@@ -41,7 +41,7 @@ def run_processes(target: Callable, *args, processes: int = 2, folder: Path, **e
     Raises:
         ProcessError: One of them failed; the others are ended.
     """
-    _start_server()
+    start_server()
     with tempfile.TemporaryDirectory(prefix='meet') as meet:
         log = Path(meet, 'log')
         started = []
@@ -58,7 +58,7 @@ def run_processes(target: Callable, *args, processes: int = 2, folder: Path, **e
     return printed
 
 
-def _start_server() -> None:
+def start_server() -> None:
     """Start the process to fork from, once. Before Python 3.13 it is given no `sys.path`, and imports what it finds."""
     former = os.environ.get('PYTHONPATH')
     os.environ['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parent), *([former] if former else [])])

@@ -1,5 +1,7 @@
 """What Triton's interpreter needs to run the kernels on a CPU rightly, and in seconds instead of minutes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,10 @@ from swinv2_mm.ops import blocks
 
 PATCHED = set()
 CREATE_DOT = interpreter.InterpreterBuilder.create_dot
+NUMPY_TYPES = {}
+GET_NUMPY_TYPE = interpreter._get_np_dtype
+# without its check of each operation with integers of 32 bits, which takes half of the time
+UNCHECKED = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
 
 def multiply(self, a, b, *args):
@@ -33,6 +39,15 @@ def call(self, *args, **kwargs):
     return self.rewrite()(*args, **kwargs)
 
 
+def numpy_type(dtype):
+    """As the interpreter does, but it makes its table of all types for each call."""
+    element = dtype.scalar
+    key = 'pointer' if element.is_ptr() else element.name
+    if key not in NUMPY_TYPES:
+        NUMPY_TYPES[key] = GET_NUMPY_TYPE(element)
+    return NUMPY_TYPES[key]
+
+
 def largest_blocks(kernel, tokens, *_):
     """Tiles as large as they can be: the interpreter takes about as long for a small one."""
     largest = 64 if kernel == 'grad_all' else 128 if tokens <= 256 else 256
@@ -44,3 +59,5 @@ def mend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Change the interpreter for one test."""
     monkeypatch.setattr(interpreter.InterpreterBuilder, 'create_dot', multiply)
     monkeypatch.setattr(interpreter.InterpretedFunction, '__call__', call)
+    monkeypatch.setattr(interpreter, '_get_np_dtype', numpy_type)
+    monkeypatch.setattr(interpreter.interpreter_builder, 'options', UNCHECKED)

@@ -1,5 +1,6 @@
 """Each backend against a loop over token pairs, and the promises of `window_attention`."""
 
+import functools
 import math
 
 import pytest
@@ -38,17 +39,33 @@ def draw(size, window, heads=2, dim=3, batch=1, dtype=torch.float64, seed=0):
     return qkv, logit_scale, table
 
 
+@functools.cache
+def expected_of_pairs(size, window, shift):
+    """A batch of two, by the loop over token pairs, which takes longer than all that is compared with it."""
+    qkv, scale, table = draw(size, window, batch=2)
+    return torch.stack([brute_force_attention(sample, scale, table, window, shift) for sample in qkv])
+
+
 @pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize(('size', 'window', 'shift'), CASES)
 def test_equals_a_loop_over_token_pairs(size, window, shift, backend):
-    qkv, scale, table = draw(size, window, batch=2)
-    out = window_attention(qkv, scale, table, window, shift, backend)
-    expected = torch.stack([brute_force_attention(sample, scale, table, window, shift) for sample in qkv])
-    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    out = window_attention(*draw(size, window, batch=2), window, shift, backend)
+    torch.testing.assert_close(out, expected_of_pairs(size, window, shift), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize('windows_at_a_time', [1, 3, 1000])
-@pytest.mark.parametrize(('size', 'window', 'shift'), CASES)
+# a window at a time, as many as divide the batch, as do not, and more than there are; padded, shifted, shrunk, 1 to 3
+# axes
+@pytest.mark.parametrize(
+    ('size', 'window', 'shift', 'windows_at_a_time'),
+    [
+        ((8,), (4,), (2,), 1),
+        ((6, 6), (3, 3), (0, 0), 3),
+        ((5, 7), (3, 3), (1, 1), 4),
+        ((5, 7), (3, 3), (1, 1), 3),
+        ((3, 5), (4, 2), (2, 1), 1000),
+        ((3, 3, 5), (2, 2, 3), (1, 1, 1), 5),
+    ],
+)
 def test_sequential_attention_changes_neither_output_nor_gradient(monkeypatch, size, window, shift, windows_at_a_time):
     def run(sequential):
         inputs = [t.requires_grad_() for t in draw(size, window, batch=2)]

@@ -1,18 +1,17 @@
 """The tool that finds the fastest blocks of the Triton kernels, in Triton's interpreter."""
 
 import json
-import sys
 
 import pytest
 import torch
 import triton_interpreter
-from tool_runs import TOOLS
+from tool_runs import TOOLS, call, load_tool, run
 
 from swinv2_mm.ops import blocks, fused
 from swinv2_mm.ops.blocks import Blocks
 
-sys.path.insert(0, str(TOOLS / 'analysis_tools'))
-import tune_kernels
+TOOL = 'analysis_tools/tune_kernels.py'
+tune_kernels = load_tool(TOOLS / TOOL)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='on a GPU the tool is run as it is')
 
@@ -25,12 +24,7 @@ def interpreter(monkeypatch):
     monkeypatch.setattr(tune_kernels, 'INTERPRETED', 1)
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, 'argv', ['tune_kernels.py', *map(str, arguments)])
-    tune_kernels.main()
-
-
-def test_the_fastest_blocks_are_kept_and_then_chosen(monkeypatch, tmp_path, capsys):
+def test_the_fastest_blocks_are_kept_and_then_chosen(monkeypatch, tmp_path):
     """Times are made up: the more threads the better, but for one that gives a wrong result."""
     wrong, kernel_attend = Blocks(32, 32, 8, 1), fused.attend
 
@@ -46,8 +40,7 @@ def test_the_fastest_blocks_are_kept_and_then_chosen(monkeypatch, tmp_path, caps
     )
     file = tmp_path / 'blocks.json'
     file.write_text('{"another GPU": {"attend 64 32 torch.float16": [64, 64, 4, 2]}}')
-    run(monkeypatch, '--windows', '4x4', '--dtypes', 'float32', '--head-dim', 16, '--out', file)
-    printed = capsys.readouterr().out
+    printed = call(tmp_path, TOOL, '--windows', '4x4', '--dtypes', 'float32', '--head-dim', 16, '--out', file)
     assert f'attend: {wrong} gives other results' in printed
     assert '| 4x4 | float32 | attend | 7 | 4.500 | 3.250 | 32, 32, 8, 2 |' in printed
     assert '| 4x4 | float32 | grad_all | 7 |' in printed
@@ -81,24 +74,58 @@ def test_what_was_measured_is_chosen_for_its_gpu_alone(monkeypatch, tmp_path):
     blocks._tuned.cache_clear()
 
 
-def test_it_stops_when_its_time_is_over(monkeypatch, tmp_path, capsys):
-    run(monkeypatch, '--windows', '4x4', '--minutes', 0, '--out', tmp_path / 'blocks.json')
-    assert 'attend of 4x4 and what follows: no time left of 0 minutes' in capsys.readouterr().out
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_blocks_are_right_whose_errors_rounding_explains(monkeypatch, dtype):
+    """And none where a single number of any result is missing, or off by a quarter of the largest."""
+    problem = tune_kernels.Problem((2, 3), 16, dtype)
+    compared = set()
+    for kernel, names in tune_kernels.RESULTS.items():
+        assert problem.is_right(kernel), kernel
+        results = [t.clone() for t in problem.run(kernel)]
+        for place, name in enumerate(names):
+            compared.add(name)
+            for wrong in (torch.nan, results[place].flatten()[0] + 0.25 * results[place].abs().max()):
+                spoilt = [t.clone() for t in results]
+                spoilt[place].view(-1)[0] = wrong
+                with monkeypatch.context() as patch:
+                    patch.setattr(problem, 'run', lambda kernel, spoilt=spoilt: spoilt)
+                    assert not problem.is_right(kernel), (name, wrong)
+    assert compared == problem.expected.keys()
+
+
+def test_blocks_that_write_nothing_are_not_right(monkeypatch):
+    problem = tune_kernels.Problem((2,), 16, torch.float32)
+    assert problem.is_right('grad_keys')
+    monkeypatch.setattr(fused, 'grad_keys', lambda *_: None)
+    assert not problem.is_right('grad_keys')
+
+
+def test_it_stops_when_its_time_is_over(tmp_path):
+    printed = call(tmp_path, TOOL, '--windows', '4x4', '--minutes', 0, '--out', tmp_path / 'blocks.json')
+    assert 'attend of 4x4 and what follows: no time left of 0 minutes' in printed
     assert not (tmp_path / 'blocks.json').exists()
 
 
 @pytest.mark.parametrize('window', ['0x4', '4x4x4x4', 'axb'])
-def test_windows_that_are_none_are_named(monkeypatch, window, capsys):
+def test_windows_that_are_none_are_named(window, capsys):
     with pytest.raises(SystemExit):
-        run(monkeypatch, '--windows', window)
+        tune_kernels.main(['--windows', window])
     assert f'{window!r} is no window of up to 3 axes; write it as in 24x24' in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_how_it_can_be_tried(monkeypatch, capsys):
     monkeypatch.delenv('TRITON_INTERPRET')
     with pytest.raises(SystemExit):
-        run(monkeypatch)
+        tune_kernels.main([])
     assert 'there is no GPU to tune kernels for; TRITON_INTERPRET=1 tries' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_tool_can_be_tried_without_a_gpu(tmp_path):
+    options = '--windows 16 --kernels attend --dtypes float32 --head-dim 16 --out blocks.json'
+    printed = run(tmp_path, TOOL, *options.split(), TRITON_INTERPRET='1')
+    assert '| 16 | float32 | attend | 7 |' in printed
+    assert list(json.loads((tmp_path / 'blocks.json').read_text())['interpreter']) == ['attend 16 16 torch.float32']
 
 
 @pytest.mark.parametrize('tokens', [49, 64, 144, 576, 4096])

@@ -1,54 +1,55 @@
-"""FLOPs against a formula written from the paper, logs against their own lines, and the tools as users run them."""
+"""FLOPs against a formula written from the paper, logs against their own lines, and what the tools print and draw.
+
+The tools run in this process, and each of them once as users start it (slow, for what a fresh process imports).
+"""
 
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from nano import ARCH
 from nano_video import shrink, write_kinetics400
 from tiny_data import write_frames, write_segments
+from tool_runs import REPOSITORY, TOOLS, call, load_tool, refuse, run
 
 from swinv2_mm.engine import launch
 
-REPOSITORY = Path(__file__).parents[2]
-TOOLS = REPOSITORY / 'tools' / 'analysis_tools'
 TINY = Path(__file__).parent / 'tiny'
+AS_USERS = pytest.param(run, marks=pytest.mark.slow, id='as_users')
+HOWS = pytest.mark.parametrize('how', [pytest.param(call, id='called'), AS_USERS])
 NANO = dict(embed_dims=16, depths=(2, 1, 3, 1), num_heads=(1, 2, 4, 8))
 TINY_ARCH = dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
 SMALL_ARCH = dict(TINY_ARCH, depths=(2, 2, 18, 2))
 BASE_ARCH = dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
 LARGE_ARCH = dict(embed_dims=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48))
 VIDEO = REPOSITORY / 'configs/video/swinv2_t_k400_224x224x32.py'
+DISPLAYS = ('DISPLAY', 'WAYLAND_DISPLAY')
+FLOPS, BENCHMARK, BROWSE, LOGS = (
+    f'analysis_tools/{name}.py' for name in ('get_flops', 'benchmark', 'browse_dataset', 'analyze_logs')
+)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture
 def tool():
-    """A function that imports a tool by its name, as the tools import each other."""
-    sys.path.insert(0, str(TOOLS))
-    yield importlib.import_module
-    sys.path.remove(str(TOOLS))
+    """A function that imports a tool by its name."""
+    return lambda name: load_tool(TOOLS / f'analysis_tools/{name}.py')
 
 
-def run(script, *args, cwd=None, code=0):
-    env = {k: v for k, v in os.environ.items() if k not in ('DISPLAY', 'WAYLAND_DISPLAY')} | dict(OMP_NUM_THREADS='2')
-    command = [sys.executable, TOOLS / script, *map(str, args)]
-    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == code, result.stdout[-3000:] + result.stderr[-3000:]
-    return result
-
-
-def assert_one_error(result, text):
-    errors = [line for line in result.stderr.splitlines() if 'rror' in line]
-    assert len(errors) == 1
-    assert errors[0].startswith(f'error: {text}')
+@pytest.fixture(autouse=True)
+def _plain_surroundings(monkeypatch):
+    """No display, whatever the machine has; and no style of figures that outlives a test."""
+    for name in DISPLAYS:
+        monkeypatch.delenv(name, raising=False)
+    with matplotlib.rc_context():
+        yield
 
 
 # ---------------------------------------------------------------- FLOPs
@@ -121,15 +122,13 @@ def test_the_flops_of_the_backbone_are_those_of_its_products(tool, window, size,
 
 
 @pytest.mark.parametrize(
-    ('arch', 'window', 'published'),
-    [(TINY_ARCH, 8, 5.9), (TINY_ARCH, 16, 6.6), pytest.param(BASE_ARCH, 8, 20.3, marks=pytest.mark.slow)],
+    ('arch', 'window', 'published'), [(TINY_ARCH, 8, 5.9), (TINY_ARCH, 16, 6.6), (BASE_ARCH, 8, 20.3)]
 )
-def test_the_flops_at_256_pixels_are_those_that_microsoft_publishes(tool, arch, window, published):
+def test_the_formula_gives_the_flops_at_256_pixels_that_microsoft_publishes(arch, window, published):
     """Microsoft's figures leave the position bias out and count 1 for a normed element; they are less by up to 2%."""
     windows, size = (window, window), (256, 256)
     assert round(multiply_adds(arch, windows, size, norm=1, bias=False) / 1e9, 1) == published
-    flops = count_backbone(tool('get_flops'), backbone_config(arch, window), (3, *size))
-    assert flops == multiply_adds(arch, windows, size) + output_norm(arch, 8 * 8)
+    flops = multiply_adds(arch, windows, size) + output_norm(arch, 8 * 8)
     assert flops / 1e9 == pytest.approx(published, rel=0.02)
 
 
@@ -159,8 +158,8 @@ def test_the_flops_of_the_backbone_for_video_are_those_of_its_products(tool, win
 
 def test_all_views_of_a_video_share_one_position_bias(tool):
     window, size, patch = (2, 4, 4), (4, 32, 32), (2, 4, 4)
-    one, two = (count_backbone(tool('get_flops'), video_config(NANO, window), (views, 3, *size)) for views in (1, 2))
-    assert two - one == multiply_adds(NANO, window, size, patch, bias=False) + output_norm(NANO, 2)
+    one, two = (count_backbone(tool('get_flops'), video_config(ARCH, window), (views, 3, *size)) for views in (1, 2))
+    assert two - one == multiply_adds(ARCH, window, size, patch, bias=False) + output_norm(ARCH, 2)
 
 
 @pytest.mark.parametrize(
@@ -172,13 +171,12 @@ def test_the_formula_gives_the_flops_that_video_swin_publishes(arch, published):
     assert round(multiply_adds(arch, (8, 7, 7), (32, 224, 224), (2, 4, 4), bias=False) / 1e9) == published
 
 
-@pytest.mark.slow
-def test_get_flops_counts_a_view_of_a_video():
-    output = run('get_flops.py', VIDEO, '--shape', 8, 64, 64, '--cfg-options', 'model.backbone.init_cfg=None').stdout
+def test_get_flops_counts_a_view_of_a_video(clips, tmp_path):
+    output = call(tmp_path, FLOPS, clips / 'config.py', '--shape', 8, 64, 64)
     assert 'Input shape: 1 3 8 64 64' in output
-    flops = multiply_adds(TINY_ARCH, (8, 7, 7), (8, 64, 64), (2, 4, 4)) + output_norm(TINY_ARCH, 4 * 2 * 2)
-    assert f'{flops / 1e9:.3f} G' in output
-    assert '307.200 K' in output  # 768 channels for each of 400 classes
+    flops = multiply_adds(ARCH, (8, 7, 7), (8, 64, 64), (2, 4, 4)) + output_norm(ARCH, 4 * 2 * 2)
+    assert f'{flops / 1e6:.3f} M' in output
+    assert '51.200 K' in output  # 128 channels for each of 400 classes
 
 
 def two_stage_config(proposals, masks):
@@ -219,8 +217,9 @@ def two_stage_config(proposals, masks):
     return cfg
 
 
-@pytest.mark.parametrize(('proposals', 'masks'), [(1000, 100), (300, 7)])
-def test_a_roi_head_is_counted_for_the_regions_that_the_config_keeps(tool, proposals, masks):
+def test_a_roi_head_is_counted_for_the_regions_that_the_config_keeps(tool):
+    """More proposals than it is traced with, and fewer masks."""
+    proposals, masks = 300, 7
     result = tool('get_flops').complexity(two_stage_config(proposals, masks), (3, 64, 64))
     flops = {name: flops for name, flops, _ in result.parts}
     box = 16 * 4 * 4 * 32 + 32 * 32 + 32 * (4 + 4 * 3)  # two layers, then classes and boxes
@@ -252,7 +251,6 @@ def test_a_segmentor_is_counted_without_its_auxiliary_head(tool):
     assert head == 16 * 16 * (8 * 16 * 9 + 8 * 2 + 8 * 2)  # convolution, batch norm at 2 for each element, classes
 
 
-@pytest.mark.slow
 def test_a_head_that_cannot_be_traced_is_left_out_and_named(tool):
     """Mask2Former's wants annotations in its forward pass."""
     get_flops = tool('get_flops')
@@ -288,9 +286,9 @@ def test_a_video_model_on_frames_costs_as_often_as_there_are_frames(tool):
     assert dict((p[0], p[1]) for p in eight.parts)['backbone'] == 8 * dict((p[0], p[1]) for p in one.parts)['backbone']
 
 
-@pytest.mark.slow
-def test_get_flops_prints_every_part_and_its_convention():
-    output = run('get_flops.py', TINY / 'det.py', '--shape', 64, 96).stdout
+@HOWS
+def test_get_flops_prints_every_part_and_its_convention(tmp_path, how):
+    output = how(tmp_path, FLOPS, TINY / 'det.py', '--shape', 64, 96)
     rows = [line.split()[0] for line in output.splitlines() if line]
     assert {'backbone', 'neck', 'bbox_head', 'total'} <= set(rows)
     assert 'Input shape: 3 64 96' in output
@@ -319,25 +317,25 @@ def test_the_median_of_an_image_is_not_moved_by_one_slow_iteration(tool):
     assert (median, fastest, rate) == pytest.approx((200, 200, 5))
 
 
-def test_warm_up_is_not_timed_and_data_are_not_either(tool):
-    """The first two steps and every batch take 50 ms, the steps that count 10."""
-    import time
-
-    seen = []
+def test_warm_up_is_not_timed_and_data_are_not_either(tool, monkeypatch):
+    """By a clock of our own: the first two steps and every batch take 5 s, the steps that count 1 s."""
+    benchmark = tool('benchmark')
+    clock, seen = [0.0], []
+    monkeypatch.setattr(benchmark, 'time', SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def step(batch):
         seen.append(batch)
-        time.sleep(0.05 if len(seen) <= 2 else 0.01)
+        clock[0] += 5 if len(seen) <= 2 else 1
 
     def data():
         while True:
-            time.sleep(0.05)
+            clock[0] += 5
             yield dict(inputs=[torch.zeros(3, 8, 8)] * 2)
 
-    figures = tool('benchmark').measure(step, data(), iterations=4, warmup=2, log_interval=100)
+    figures = benchmark.measure(step, data(), iterations=4, warmup=2, log_interval=100)
     assert len(seen) == 6
     assert figures.images == [2] * 4
-    assert all(0.01 <= seconds < 0.04 for seconds in figures.seconds)
+    assert figures.seconds == [1.0] * 4
 
 
 def test_each_view_of_a_video_counts_as_a_clip(tool):
@@ -345,10 +343,13 @@ def test_each_view_of_a_video_counts_as_a_clip(tool):
     assert tool('benchmark').count([torch.zeros(8, 3, 8, 8)]) == 1  # frames of one clip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('config', ['det.py', 'seg.py', 'video.py'])
-def test_inference_on_random_inputs_is_timed(config):
-    output = run('benchmark.py', TINY / config, '--shape', 64, '--max-iter', 3, '--repeat-num', 2).stdout
+@pytest.mark.parametrize(
+    ('config', 'how'),
+    [('det.py', call), ('seg.py', call), ('video.py', call), pytest.param('det.py', run, marks=pytest.mark.slow)],
+    ids=['det', 'seg', 'video', 'as_users'],
+)
+def test_inference_on_random_inputs_is_timed(tmp_path, config, how):
+    output = how(tmp_path, BENCHMARK, TINY / config, '--shape', 64, '--max-iter', 3, '--repeat-num', 2)
     rows = [line.split() for line in output.splitlines() if line[:5].strip().isdigit()]
     assert [row[:2] for row in rows] == [['1', '3'], ['2', '3']]
     for row in rows:
@@ -357,39 +358,41 @@ def test_inference_on_random_inputs_is_timed(config):
     assert 'Memory: ' in output
 
 
-@pytest.mark.slow
-def test_inference_and_training_on_the_data_of_the_config_are_timed(shapes):
+def test_inference_and_training_on_the_data_of_the_config_are_timed(shapes, tmp_path):
     for task in ('inference', 'train'):
-        options = ['--task', task, '--max-iter', 6, '--cfg-options', f'data_root={shapes}']  # more than there are
-        assert ' img/s' in run('benchmark.py', TINY / 'det.py', *options).stdout
+        options = ['--task', task, '--max-iter', 9, '--num-warmup', 1]  # more batches than there are
+        output = call(tmp_path, BENCHMARK, TINY / 'det.py', *options, '--cfg-options', f'data_root={shapes}')
+        assert ' img/s' in output
 
 
-@pytest.mark.slow
-def test_inference_and_training_of_a_recognizer_are_timed_by_the_clip(clips):
+def test_inference_and_training_of_a_recognizer_are_timed_by_the_clip(clips, tmp_path):
     """On a random clip, for which no data are needed, and on the data of the config, whose test has 12 views."""
     for task, data in (('train', ['--shape', 32, 28, 28]), ('inference', [])):
-        output = run(
-            'benchmark.py', clips / 'config.py', '--task', task, '--max-iter', 2, '--num-warmup', 1, *data
-        ).stdout
-        assert 'median ms/clip' in output
+        options = ['--task', task, '--max-iter', 2, '--num-warmup', 1]
+        assert 'median ms/clip' in call(tmp_path, BENCHMARK, clips / 'config.py', *options, *data)
 
 
-@pytest.mark.slow
-def test_loading_data_is_timed_by_the_script_of_mmdet(shapes):
+def test_loading_data_is_timed_by_the_script_of_mmdet(shapes, tmp_path):
     options = ['--task', 'dataloader', '--max-iter', 2, '--num-warmup', 0, '--cfg-options', f'data_root={shapes}']
-    result = run('benchmark.py', TINY / 'det.py', *options)
-    assert 'batch/s' in result.stdout + result.stderr
+    assert 'batch/s' in call(tmp_path, BENCHMARK, TINY / 'det.py', *options)
 
 
 # ---------------------------------------------------------------- pictures of data
 
 
-@pytest.fixture(scope='module')
-def shapes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('shapes')
-    arguments = ['--train', '4', '--val', '2', '--size', '64', '--seed', '0']
-    subprocess.run([sys.executable, REPOSITORY / 'tools/misc/make_shapes_coco.py', folder, *arguments], check=True)
-    return folder
+@pytest.fixture(autouse=True)
+def _mend_no_further(monkeypatch):
+    """The toolboxes' own visualizers for each test: browse_dataset.py mends them for its process."""
+    from mmaction.visualization import ActionVisualizer
+    from mmdet.visualization import DetLocalVisualizer
+    from mmseg.visualization import SegLocalVisualizer
+
+    for visualizer, name in (
+        (DetLocalVisualizer, '_draw_sem_seg'),
+        (SegLocalVisualizer, 'add_datasample'),
+        (ActionVisualizer, 'add_datasample'),
+    ):
+        monkeypatch.setattr(visualizer, name, getattr(visualizer, name))
 
 
 @pytest.fixture
@@ -416,11 +419,10 @@ def assert_not_blank(path):
     assert cv2.imread(str(path)).std() > 1, path
 
 
-@pytest.mark.slow
 def test_every_training_sample_of_a_detector_is_drawn_once_with_its_boxes(shapes, tmp_path):
     """The data set of the config is a RepeatDataset, in which the script of mmdet alone goes round for ever."""
     options = ['--not-show', '--output-dir', tmp_path, '--cfg-options', f'data_root={shapes}']
-    run('browse_dataset.py', TINY / 'det.py', *options)
+    call(tmp_path, BROWSE, TINY / 'det.py', *options)
     pictures = sorted(tmp_path.glob('*.jpg'))
     assert [path.name for path in pictures] == sorted(path.name for path in (shapes / 'train2017').iterdir())
     for path in pictures:
@@ -430,28 +432,26 @@ def test_every_training_sample_of_a_detector_is_drawn_once_with_its_boxes(shapes
         assert all(abs(drawn - image).max() > 60 for image in (plain, plain[:, ::-1]))  # as it is, or flipped
 
 
-@pytest.mark.slow
 def test_semantic_maps_are_drawn_with_values_that_no_instance_has(shapes, tmp_path):
-    config = REPOSITORY / 'configs/det/htc_swinv2_demo.py'
-    run('browse_dataset.py', config, '--not-show', '--output-dir', tmp_path, '--cfg-options', f'data_root={shapes}/')
-    assert len(list(tmp_path.glob('*.jpg'))) == len(list((shapes / 'train2017').iterdir()))
+    options = ['--not-show', '--output-dir', tmp_path, '--cfg-options', f'data_root={shapes}/']
+    options += ['train_dataloader.dataset.indices=2']
+    call(tmp_path, BROWSE, REPOSITORY / 'configs/det/htc_swinv2_demo.py', *options)
+    assert len(list(tmp_path.glob('*.jpg'))) == 2
 
 
-@pytest.mark.slow
-def test_every_training_sample_of_a_segmentor_is_drawn(segments, tmp_path):
+@HOWS
+def test_every_training_sample_of_a_segmentor_is_drawn(segments, tmp_path, how):
     options = ['--not-show', '--output-dir', tmp_path / 'out', '--cfg-options', f'data_root={segments}']
-    run('browse_dataset.py', TINY / 'seg.py', *options)
+    how(tmp_path, BROWSE, TINY / 'seg.py', *options)
     pictures = sorted((tmp_path / 'out').iterdir())
     assert [path.name for path in pictures] == [f'{i}.png' for i in range(4)]
     for path in pictures:
         assert_not_blank(path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('folder', [['out'], ['--output-dir', 'out']])
-def test_clips_are_drawn_with_the_arguments_of_mmaction_and_with_ours(frames, tmp_path, folder):
+def test_clips_are_drawn_with_the_arguments_of_mmaction(frames, tmp_path):
     options = ['--show-number', 2, '--cfg-options', f'data_root={frames}/']
-    run('browse_dataset.py', TINY / 'video.py', *folder, *options, cwd=tmp_path)
+    call(tmp_path, BROWSE, TINY / 'video.py', 'out', *options)
     drawn = [path for path in (tmp_path / 'out').rglob('*') if path.is_file()]
     assert len({path.relative_to(tmp_path / 'out').parts[0] for path in drawn}) == 2
     for path in drawn:
@@ -459,10 +459,9 @@ def test_clips_are_drawn_with_the_arguments_of_mmaction_and_with_ours(frames, tm
             assert_not_blank(path)
 
 
-@pytest.mark.slow
 def test_training_clips_of_a_recognizer_are_drawn(clips, tmp_path):
-    """Through the script of mmaction: as many frames as a clip has, of both videos."""
-    run('browse_dataset.py', clips / 'config.py', '--not-show', '--output-dir', tmp_path)
+    """Through the script of mmaction, with our own arguments: as many frames as a clip has, of both videos."""
+    call(tmp_path, BROWSE, clips / 'config.py', '--not-show', '--output-dir', tmp_path)
     pictures = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*.png'))
     if importlib.util.find_spec('moviepy') is None:  # else they are films
         assert pictures == sorted(f'video_{video}/frames_0/{frame}.png' for video in range(2) for frame in range(32))
@@ -518,26 +517,18 @@ def test_the_time_of_an_iteration_leaves_out_validation_and_the_start_of_an_epoc
     assert analyze_logs.train_times(analyze_logs.read_log(log_file(ITERATIONS))) == pytest.approx({1: 0.1})
 
 
-def test_a_figure_is_drawn_from_several_logs(log_file, tmp_path):
+@HOWS
+def test_a_figure_is_drawn_from_several_logs(log_file, tmp_path, how):
     logs = [log_file(EPOCHS), log_file(EPOCHS[:4], 'other.json')]
     keys = ['--keys', 'bbox_mAP', 'loss', '--legend', 'a', 'b', 'c', 'd', '--title', 'title']
-    run('analyze_logs.py', 'plot_curve', *logs, *keys, '--out', tmp_path / 'curves.png')
+    how(tmp_path, LOGS, 'plot_curve', *logs, *keys, '--out', tmp_path / 'curves.png')
     assert_not_blank(tmp_path / 'curves.png')
-    output = run('analyze_logs.py', 'cal_train_time', logs[0]).stdout
+
+
+def test_the_times_of_a_log_are_printed(log_file, tmp_path):
+    output = call(tmp_path, LOGS, 'cal_train_time', log_file(EPOCHS))
     assert 'slowest epoch 2, average time is 0.6000 s/iter' in output
     assert 'average iter time: 0.4500 s/iter' in output
-
-
-@pytest.mark.slow
-def test_the_logs_of_a_real_training_can_be_plotted(segments, tmp_path):
-    logger = ['default_hooks.logger.type=LoggerHook', 'default_hooks.logger.interval=1']
-    options = ['--work-dir', 'work', '--cfg-options', f'data_root={segments}', *logger]
-    command = [sys.executable, REPOSITORY / 'tools/train.py', TINY / 'seg.py', *options]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    log = next(path for path in tmp_path.glob('work/*/vis_data/2*.json'))
-    run('analyze_logs.py', 'plot_curve', log, '--out', 'miou.png', cwd=tmp_path)
-    assert_not_blank(tmp_path / 'miou.png')
-    assert 's/iter' in run('analyze_logs.py', 'cal_train_time', log).stdout
 
 
 @pytest.mark.parametrize(
@@ -553,7 +544,7 @@ def test_the_logs_of_a_real_training_can_be_plotted(segments, tmp_path):
 )
 def test_a_mistake_with_a_log_gives_one_line(log_file, tmp_path, lines, args, text):
     log_file(lines)
-    assert_one_error(run('analyze_logs.py', 'plot_curve', 'log.json', *args, cwd=tmp_path, code=2), text)
+    assert refuse(tmp_path, LOGS, 'plot_curve', 'log.json', *args).startswith(f'error: {text}')
 
 
 # ---------------------------------------------------------------- mistakes
@@ -578,4 +569,4 @@ def test_a_mistake_with_a_log_gives_one_line(log_file, tmp_path, lines, args, te
     ],
 )
 def test_a_mistake_gives_one_line(tmp_path, script, args, text):
-    assert_one_error(run(script, *args, cwd=tmp_path, code=2), text)
+    assert refuse(tmp_path, f'analysis_tools/{script}', *args).startswith(f'error: {text}')

@@ -1,7 +1,6 @@
-"""The checks before a start, in this process: each mistake gives one line and exit code 2."""
+"""The checks before a start: each mistake gives one line and exit code 2. What the scripts for processes start."""
 
-import os
-import socket
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from tool_runs import TOOLS, load_tool
+from tool_runs import TOOLS, beside, call, environment, free_port, refuse, run, taken_port
 
 from swinv2_mm.engine import checks, launch
 
 TINY = Path(__file__).parent / 'tiny'
 DET = Path(__file__).parents[2] / 'configs/det'
+SCRIPTS = sorted(
+    str(path.relative_to(TOOLS)) for path in TOOLS.rglob('*.py') if 'def main(' in path.read_text(encoding='utf-8')
+)
 SHAPES = ('annotations/instances_train2017.json', 'annotations/instances_val2017.json', 'train2017/', 'val2017/')
 
 
@@ -29,21 +31,9 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def complain(monkeypatch, capsys):
-    """Run a tool's main() on arguments, and return the one line that it prints before it leaves with code 2."""
-
-    def run(tool, *args):
-        module = load_tool(TOOLS / f'{tool}.py')
-        monkeypatch.setattr(sys, 'argv', [f'{tool}.py', *map(str, args)])
-        with pytest.raises(SystemExit) as error:
-            module.main()
-        assert error.value.code == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1
-        assert lines[0].startswith('error: ')
-        return lines[0]
-
-    return run
+def complain(tmp_path):
+    """Call train.py or test.py on arguments; returns the one line that it prints before it leaves with code 2."""
+    return lambda tool, *args: refuse(tmp_path, f'{tool}.py', *args)
 
 
 def test_missing_toolbox(complain, tmp_path):
@@ -228,16 +218,20 @@ def test_more_gpus_than_the_machine_has(monkeypatch):
 
 
 def test_port_in_use_matters_on_the_first_machine_alone(monkeypatch):
-    with socket.socket() as taken:
-        taken.bind(('', 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with taken_port() as port:
         monkeypatch.setenv('PORT', str(port))
         with pytest.raises(ValueError, match=f'port {port} cannot be used .*PORT={port + 1}'):
             checks.check_processes(preflight=1)
+        checks.check_processes(preflight=None)  # torchrun's processes: it has opened the port by then
         monkeypatch.setenv('NODE_RANK', '1')
         checks.check_processes(preflight=1)
     checks.check_port(port)
+
+
+def test_without_a_port_of_its_own_a_run_minds_no_other(monkeypatch):
+    monkeypatch.delenv('PORT', raising=False)
+    with taken_port(29500):
+        checks.check_processes(preflight=2)
 
 
 def test_only_the_first_process_complains(monkeypatch, capsys):
@@ -275,6 +269,9 @@ def test_norms_over_all_processes_become_norms_of_each_on_a_cpu():
     assert [head.norm_cfg for head in cfg.model.roi_head.bbox_head] == [dict(type='BN', requires_grad=True)] * 3
 
 
+# ---------------------------------------------------------------- the scripts for several processes
+
+
 @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'])
 def test_scripts_explain_themselves_without_arguments(script):
     result = subprocess.run([TOOLS / script], capture_output=True, text=True, check=False)
@@ -282,15 +279,124 @@ def test_scripts_explain_themselves_without_arguments(script):
     assert result.stderr.startswith('usage: ')
 
 
-def test_print_config(tmp_path):
-    arguments = [TINY / 'seg.py', '--save-path', tmp_path / 'a.py', '--cfg-options', 'train_cfg.max_iters=7']
-    result = subprocess.run(
-        [sys.executable, TOOLS / 'misc/print_config.py', *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=dict(os.environ),
-        check=True,
-    )
-    assert 'max_iters=7' in result.stdout
+def imitate(program: Path, lines: str) -> Path:
+    """Write a program, in place of one that is not to start, or that this machine does not have."""
+    program.write_text(f'#!/usr/bin/env bash\n{lines}\n')
+    program.chmod(0o755)
+    return program
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Run a script with an interpreter that only says how it was called; returns its lines."""
+    python = imitate(tmp_path / 'python', 'echo "${PORT:-none}: $*"')
+    return lambda *args, **env: run(tmp_path, *args, PYTHON=str(python), **env).splitlines()
+
+
+@pytest.mark.parametrize(
+    ('env', 'port', 'rendezvous'),
+    [
+        ({}, 'none', '--standalone'),  # torchrun takes a free port
+        (dict(NNODES='1', NODE_RANK='0'), 'none', '--standalone'),
+        (dict(PORT='1234'), '1234', '--nnodes=1 --node_rank=0 --master_addr=127.0.0.1 --master_port=1234'),
+        (dict(NNODES='2'), '29500', '--nnodes=2 --node_rank=0 --master_addr=127.0.0.1 --master_port=29500'),
+        (
+            dict(NNODES='3', NODE_RANK='1', MASTER_ADDR='10.0.0.1', PORT='5'),
+            '5',
+            '--nnodes=3 --node_rank=1 --master_addr=10.0.0.1 --master_port=5',
+        ),
+    ],
+)
+def test_dist_train_takes_a_free_port_unless_it_is_told_one_or_machines_have_to_meet(start, env, port, rendezvous):
+    checked, started = start('dist_train.sh', 'a b.py', '2', '--resume', **env)
+    command = f'{TOOLS}/train.py a b.py --resume --launcher pytorch'
+    assert checked == f'{port}: {command} --preflight 2'
+    assert started == f'{port}: -m torch.distributed.run {rendezvous} --nproc_per_node=2 {command}'
+
+
+def test_dist_test_starts_processes_in_the_same_way(start):
+    checked, started = start('dist_test.sh', 'a.py', 'b.pth', '3', '--out', 'c d')
+    command = f'{TOOLS}/test.py a.py b.pth --out c d --launcher pytorch'
+    assert checked == f'none: {command} --preflight 3'
+    assert started == f'none: -m torch.distributed.run --standalone --nproc_per_node=3 {command}'
+
+
+def test_slurm_scripts_ask_for_the_processes_of_the_job(start, tmp_path):
+    imitate(tmp_path / 'srun', 'printf "<%s>" "$@"')
+    path = dict(PATH=f'{tmp_path}:{environment()["PATH"]}')
+    (line,) = start('slurm_train.sh', 'part', 'job', 'a b.py', 'work', '--resume', **path, SRUN_ARGS='--time=5 --qos=a')
+    python = f'<{tmp_path}/python><-u>'
+    asked = '<--gres=gpu:8><--ntasks=8><--ntasks-per-node=8><--cpus-per-task=5><--kill-on-bad-exit=1>'
+    command = f'<{TOOLS}/train.py><a b.py><--work-dir><work><--launcher><slurm><--resume>'
+    assert line == f'<-p><part><--job-name=job>{asked}<--time=5><--qos=a>{python}{command}'
+    size = dict(GPUS='16', GPUS_PER_NODE='4', CPUS_PER_TASK='3')
+    (line,) = start('slurm_test.sh', 'part', 'job', 'a.py', 'b c.pth', '--tta', **path, **size)
+    asked = '<--gres=gpu:4><--ntasks=16><--ntasks-per-node=4><--cpus-per-task=3><--kill-on-bad-exit=1>'
+    command = f'<{TOOLS}/test.py><a.py><b c.pth><--launcher><slurm><--tta>'
+    assert line == f'<-p><part><--job-name=job>{asked}{python}{command}'
+
+
+def refuse_to_start(folder: Path, *args, **env: str) -> str:
+    """Run a script on a mistake; returns the one line that it prints."""
+    command = [TOOLS / args[0], *map(str, args[1:])]
+    result = subprocess.run(command, cwd=folder, env=environment(**env), capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stdout + result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if 'rror' in line]
+    assert not (folder / 'work_dirs').exists()
+    return line
+
+
+@pytest.mark.parametrize('gpus', ['two', '0'])
+def test_dist_train_wants_a_number(tmp_path, gpus):
+    line = refuse_to_start(tmp_path, 'dist_train.sh', 'a.py', gpus, PYTHON='false')
+    assert line == f"error: GPUS must be a positive number, got '{gpus}'"
+
+
+def test_dist_train_starts_nothing_after_a_complaint(tmp_path):
+    python = imitate(tmp_path / 'python', 'echo "error: $*" >&2\nexit 2')
+    assert refuse_to_start(tmp_path, 'dist_train.sh', 'a.py', '2', PYTHON=str(python)).endswith('--preflight 2')
+
+
+def test_dist_train_complains_in_one_line_about_a_port_in_use(data, tmp_path):
+    """A process as users start it; the other mistakes are those of train.py, above."""
+    options = ['--cfg-options', f'data_root={data}']
+    with taken_port() as port:
+        line = refuse_to_start(tmp_path, 'dist_train.sh', TINY / 'det.py', 2, *options, PORT=str(port))
+    assert line.startswith(f'error: port {port} cannot be used')
+
+
+def test_preflight_checks_and_leaves(data, tmp_path, monkeypatch):
+    monkeypatch.setenv('PORT', str(free_port()))
+    arguments = [TINY / 'det.py', '--launcher', 'pytorch', '--preflight', '2', '--cfg-options', f'data_root={data}']
+    call(tmp_path, 'train.py', *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ['shapes']
+    (data / SHAPES[0]).unlink()
+    assert 'does not exist' in refuse(tmp_path, 'train.py', *arguments)
+
+
+# ---------------------------------------------------------------- every tool
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_each_tool_is_a_script_that_explains_itself(script, monkeypatch, capsys):
+    """As Python runs a script, but in this process, which has imported everything already."""
+    monkeypatch.setattr(sys, 'argv', [script, '--help'])
+    with beside(TOOLS / script), pytest.raises(SystemExit) as end:
+        runpy.run_path(str(TOOLS / script), run_name='__main__')
+    assert not end.value.code
+    assert capsys.readouterr().out.startswith(f'usage: {Path(script).name}')
+
+
+# ---------------------------------------------------------------- print_config.py
+
+
+@pytest.mark.parametrize('how', [call, pytest.param(run, marks=pytest.mark.slow)], ids=['called', 'as_users'])
+def test_print_config(tmp_path, how):
+    options = ['--cfg-options', 'train_cfg.max_iters=7']
+    assert 'max_iters=7' in how(tmp_path, 'misc/print_config.py', TINY / 'seg.py', '--save-path', 'a.py', *options)
     assert Config.fromfile(tmp_path / 'a.py').train_cfg.max_iters == 7
+
+
+def test_print_config_refuses_an_unknown_suffix(tmp_path):
+    line = refuse(tmp_path, 'misc/print_config.py', TINY / 'seg.py', '--save-path', 'a.txt')
+    assert line == 'error: --save-path a.txt: the file must end in .py, .json or .yml'

@@ -1,6 +1,5 @@
 import hashlib
 from collections import Counter
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -8,15 +7,15 @@ import pytest
 from matplotlib.path import Path as Outline
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
-from tool_runs import load_tool
+from tool_runs import TOOLS, load_tool, run
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'misc' / 'make_shapes_coco.py'
+MAKER = 'misc/make_shapes_coco.py'
 TRAIN, VAL, SIZE = 90, 30, 64
 
 
 @pytest.fixture(scope='module')
 def tool():
-    return load_tool(TOOL)
+    return load_tool(TOOLS / MAKER)
 
 
 @pytest.fixture(scope='module')
@@ -136,7 +135,8 @@ def test_training_and_validation_share_nothing(data):
 
 def test_same_arguments_give_same_bytes_and_another_seed_other_images(tool, data, tmp_path):
     arguments = ['--train', str(TRAIN), '--val', str(VAL), '--size', str(SIZE)]
-    tool.main([str(tmp_path / 'again'), *arguments, '--seed', '3'])
+    output = run(tmp_path, MAKER, 'again', *arguments, '--seed', 3)  # as users start it
+    assert f'again: images of {SIZE} x {SIZE} pixels' in output
     assert hashes(tmp_path / 'again') == hashes(data)
     tool.main([str(tmp_path / 'again'), '--train', '3', '--val', '2', '--size', str(SIZE), '--seed', '4'])
     replaced = hashes(tmp_path / 'again')

@@ -1,23 +1,18 @@
 """The converter: what it writes is what the source holds, and it says what it cannot do."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import oracles
 import pytest
 import torch
 from safetensors.torch import load_file
+from tool_runs import call, refuse, run
 
 from swinv2_mm.models import SwinTransformerV2
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'model_converters' / 'swinv2_to_mm.py'
+TOOL = 'model_converters/swinv2_to_mm.py'
 ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 WINDOWS = (12, 12, 12, 6)
-
-
-def convert(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope='module')
@@ -33,12 +28,15 @@ def timm_file(source, tmp_path) -> Path:
     return tmp_path / 'timm.pth'
 
 
-@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
-def test_the_result_holds_the_weights_and_the_windows_that_were_given(source, timm_file, tmp_path, suffix):
+@pytest.mark.parametrize(
+    ('suffix', 'how'),
+    [('.pth', call), ('.safetensors', call), pytest.param('.pth', run, marks=pytest.mark.slow)],
+    ids=['pth', 'safetensors', 'as_users'],
+)
+def test_the_result_holds_the_weights_and_the_windows_that_were_given(source, timm_file, tmp_path, suffix, how):
     target = tmp_path / f'ours{suffix}'
-    result = convert(timm_file, target, '--pretrained-window-sizes', *WINDOWS)
-    assert result.returncode == 0, result.stderr
-    assert 'pre-training windows: (12, 12), (12, 12), (12, 12), (6, 6)' in result.stdout
+    output = how(tmp_path, TOOL, timm_file, target, '--pretrained-window-sizes', *WINDOWS)
+    assert 'pre-training windows: (12, 12), (12, 12), (12, 12), (6, 6)' in output
     weights = load_file(target) if suffix == '.safetensors' else torch.load(target)['state_dict']
     assert weights.keys() == source.state_dict().keys()
     assert all(torch.equal(weights[name], value) for name, value in source.state_dict().items())
@@ -48,7 +46,7 @@ def test_the_result_holds_the_weights_and_the_windows_that_were_given(source, ti
 
 
 def test_windows_that_nobody_knows_are_said_to_be_missing(timm_file, tmp_path):
-    assert 'not known: pass --pretrained-window-sizes' in convert(timm_file, tmp_path / 'a.pth').stdout
+    assert 'not known: pass --pretrained-window-sizes' in call(tmp_path, TOOL, timm_file, tmp_path / 'a.pth')
 
 
 @pytest.mark.parametrize(
@@ -60,10 +58,7 @@ def test_windows_that_nobody_knows_are_said_to_be_missing(timm_file, tmp_path):
     ],
 )
 def test_mistakes_give_one_line(timm_file, tmp_path, target, options, message):
-    result = convert(timm_file, tmp_path / target, *options)
-    assert result.returncode == 2
-    assert result.stderr.startswith('error: ')
-    assert message in result.stderr
+    assert message in refuse(tmp_path, TOOL, timm_file, tmp_path / target, *options)
     assert not (tmp_path / target).exists()
 
 
@@ -71,4 +66,4 @@ def test_a_part_that_is_missing_is_named(source, tmp_path):
     weights = dict(source.named_parameters())
     del weights['layers.1.blocks.0.mlp.fc2.bias']
     torch.save(weights, tmp_path / 'a.pth')
-    assert 'missing: layers.1.blocks.0.mlp.fc2.bias' in convert(tmp_path / 'a.pth', tmp_path / 'b.pth').stderr
+    assert 'missing: layers.1.blocks.0.mlp.fc2.bias' in refuse(tmp_path, TOOL, 'a.pth', 'b.pth')

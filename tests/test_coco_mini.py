@@ -7,13 +7,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from tool_runs import REPOSITORY, check_training, metrics, run
+from tool_runs import REPOSITORY, call, call_together, check_training, metrics
 
 from swinv2_mm.engine import launch
 
 pytest.importorskip('mmdet')
 from nano import trial_arguments
-from nano_det import shrink_data, shrink_heads, write_objects365
+from nano_det import shrink_data, shrink_heads, shrink_model, write_objects365
 
 DATA = Path(os.environ.get('SWINV2_MM_DATA', REPOSITORY.parent / 'shared' / 'data'))
 NANO = trial_arguments(REPOSITORY / 'configs/det')
@@ -80,37 +80,41 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def write_config(name: str, data: Path, folder: Path) -> Path:
+def write_config(name: str, data: Path, folder: Path, shrink=shrink_heads) -> Path:
     """A config with images of about 128 pixels, few RoIs, and one step of training for two processes."""
     root = data / ('objects365' if 'objects365' in name else 'coco')
     cfg = shrink_data(launch.load_config(str(REPOSITORY / f'configs/det/{name}.py'), dict(data_root=f'{root}/')))
-    cfg.model = shrink_heads(cfg.model)
+    cfg.model = shrink(cfg.model)
     cfg.train_dataloader.dataset.indices *= 2
     for split in ('val', 'test'):
-        cfg[f'{split}_dataloader'].dataset.indices = 5  # one of two processes gets three
+        cfg[f'{split}_dataloader'].dataset.indices = 3  # one of two processes gets two
+    if 'tta_pipeline' in cfg:
+        scales, limits = cfg.tta_pipeline[-1].transforms[0], cfg.tta_model.size_limits  # the first and the last alone
+        cfg.tta_pipeline[-1].transforms[0], cfg.tta_model.size_limits = scales[::5], limits[::5]
     cfg.dump(folder / f'{name}.py')
     return folder / f'{name}.py'
 
 
-def check_one_and_two_processes(config: Path, checkpoint: Path, folder: Path, *options: str) -> None:
-    """Five images on two processes: one of them is seen twice, and must count once."""
-    run(folder, 'dist_test.sh', config, checkpoint, 2, '--work-dir', 'two', *options)
-    run(folder, 'test.py', config, checkpoint, '--work-dir', 'one', *options)
-    one, two = metrics(folder / 'one'), metrics(folder / 'two')
-    figures = [key for key in one if key.startswith('coco/')]
-    assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(figures)
-    assert [one[key] for key in figures] == [two[key] for key in figures]
+def check_figures(found: dict, *kinds: str) -> None:
+    """A test has found figures of these kinds, and of these alone."""
+    figures = {key: value for key, value in found.items() if key.endswith('_mAP')}
+    assert figures.keys() == {f'coco/{kind}_mAP' for kind in kinds}
+    assert all(0 <= value <= 1 for value in figures.values())
 
 
 @needs['coco_mini']
 @pytest.mark.slow
 def test_a_cascade_trains_and_evaluates_real_images_on_two_processes(data, tmp_path):
-    """SwinV2-T as in the recipe, apart from the sizes of images and the number of RoIs."""
-    config = write_config('cascade_mask_rcnn_swinv2_t', data, tmp_path)
-    options = ['--cfg-options', 'model.backbone.init_cfg=None', 'train_dataloader.batch_size=1']
-    run(tmp_path, 'dist_train.sh', config, 2, '--no-validate', '--work-dir', 'out', *options)
+    """SwinV2-T's recipe, apart from the backbone's size, the sizes of images and the number of RoIs."""
+    config = write_config('cascade_mask_rcnn_swinv2_t', data, tmp_path, shrink_model)
+    call_together(tmp_path, 'train.py', config, '--work-dir', 'out', '--cfg-options', 'train_dataloader.batch_size=1')
     check_training(tmp_path / 'out')
-    check_one_and_two_processes(config, tmp_path / 'out/epoch_1.pth', tmp_path)
+    check_figures(metrics_of_validation(tmp_path / 'out'), 'bbox', 'segm')
+
+
+def metrics_of_validation(folder: Path) -> dict:
+    """What the last validation of a training has logged."""
+    return json.loads(max(folder.glob('20*/vis_data/scalars.json')).read_text().splitlines()[-1])
 
 
 @needs['coco_mini']
@@ -121,14 +125,18 @@ def test_objects365_then_coco_then_the_test_systems(data, tmp_path):
         write_config(name, data, tmp_path)
         for name in ('htc_swinv2_g_objects365', 'htc_swinv2_g', 'htc_swinv2_g_w48_tta')
     )
-    run(tmp_path, 'dist_train.sh', first, 2, '--work-dir', 'first', *NANO)
+    call_together(tmp_path, 'train.py', first, '--work-dir', 'first', *NANO)
     check_training(tmp_path / 'first')
+    check_figures(metrics_of_validation(tmp_path / 'first'), 'bbox')
     options = [*NANO, 'load_from=first/iter_1.pth']
-    log = run(tmp_path, 'dist_train.sh', second, 2, '--work-dir', 'second', *options)
+    log = call_together(tmp_path, 'train.py', second, '--work-dir', 'second', *options)
     check_training(tmp_path / 'second')
     assert 'size mismatch for roi_head.bbox_head.2.fc_cls.weight' in log
     assert 'size mismatch for backbone' not in log
-    check_one_and_two_processes(systems, tmp_path / 'second/iter_1.pth', tmp_path, '--tta', *NANO)
+    log = call_together(tmp_path, 'test.py', systems, 'second/iter_1.pth', '--tta', '--work-dir', 'tested', *NANO)
+    assert 'Load checkpoint from second/iter_1.pth' in log
+    assert 'do not match exactly' not in log
+    check_figures(metrics(tmp_path / 'tested'), 'bbox', 'segm')
 
 
 def simple_images(annotations: dict, number: int) -> dict:
@@ -148,22 +156,22 @@ def simple_images(annotations: dict, number: int) -> dict:
 
 @needs['coco_mini']
 @pytest.mark.slow
-def test_a_nano_htc_overfits_eight_real_images(tmp_path):
+def test_a_nano_htc_overfits_five_real_images(tmp_path):
     """Only a pipeline in which images, boxes, masks, semantic maps and labels belong together gets there."""
     root = tmp_path / 'coco'
     (root / 'annotations').mkdir(parents=True)
-    chosen = simple_images(json.loads((DATA / 'coco_mini/annotations/instances_train2017.json').read_text()), 8)
-    assert len(chosen['images']) == 8
+    chosen = simple_images(json.loads((DATA / 'coco_mini/annotations/instances_train2017.json').read_text()), 5)
+    assert len(chosen['images']) == 5
     for split in ('train', 'val'):
         (root / f'annotations/instances_{split}2017.json').write_text(json.dumps(chosen))
         (root / f'{split}2017').symlink_to(DATA / 'coco_mini' / 'train2017')
     write_semantic_maps(root, chosen)
     config = tmp_path / 'overfit.py'
     config.write_text(
-        REDUCED.format(base='htc_swinv2_demo', root=root, size=192)
+        REDUCED.format(base='htc_swinv2_demo', root=root, size=128)
         + """
 all_80 = dict(_delete_=True)  # not the classes of the demo
-train_dataloader.update(batch_size=4)
+train_dataloader.update(batch_size=5)
 for loader in (train_dataloader, val_dataloader):
     loader['dataset'].update(metainfo=all_80)
 del loader
@@ -172,26 +180,32 @@ model = dict(
     roi_head=dict(
         bbox_head=[dict(head, num_classes=80) for head in _base_.model.roi_head.bbox_head],
         mask_head=[dict(head, num_classes=80) for head in _base_.model.roi_head.mask_head]))
-max_epochs = 160  # of one step
+max_epochs = 120  # of one step
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),
     dict(type='CosineAnnealingLR', begin=0, end=max_epochs, eta_min=1e-5, by_epoch=True)]
 default_hooks = dict(checkpoint=dict(interval=max_epochs))
 """
     )
-    run(tmp_path, 'dist_train.sh', config, 2, '--work-dir', 'out')
-    last = [json.loads(line) for line in max(tmp_path.glob('out/20*/vis_data/scalars.json')).open()][-1]
-    assert last['coco/bbox_mAP'] >= 0.6
-    assert last['coco/segm_mAP'] >= 0.5
+    call(tmp_path, 'train.py', config, '--work-dir', 'out')
+    last = metrics_of_validation(tmp_path / 'out')
+    assert last['coco/bbox_mAP'] >= 0.5
+    assert last['coco/segm_mAP'] >= 0.35
 
     # at three of the scales that the model was trained with, and flipped
     config.write_text(config.read_text() + TTA)
     checkpoint = (tmp_path / 'out/last_checkpoint').read_text()
-    run(tmp_path, 'dist_test.sh', config, checkpoint, 2, '--tta', '--work-dir', 'tta')
-    augmented = metrics(tmp_path / 'tta')
+    call(tmp_path, 'test.py', config, checkpoint, '--tta', '--work-dir', 'one')
+    one = metrics(tmp_path / 'one')
     for kind in ('bbox', 'segm'):
-        assert augmented[f'coco/{kind}_mAP'] >= last[f'coco/{kind}_mAP'] - 0.02
+        assert one[f'coco/{kind}_mAP'] >= last[f'coco/{kind}_mAP'] - 0.1  # a dozen objects
+
+    # five images on two processes: one of them is seen twice, and must count once
+    call_together(tmp_path, 'test.py', config, checkpoint, '--tta', '--work-dir', 'two')
+    two = metrics(tmp_path / 'two')
+    figures = [key for key in one if key.startswith('coco/')]
+    assert [one[key] for key in figures] == [two[key] for key in figures]
 
 
 @needs['coco_metric_check']

@@ -3,7 +3,6 @@
 import os
 import pickle
 import re
-import subprocess
 from pathlib import Path
 
 import cv2
@@ -14,7 +13,7 @@ from decord import VideoReader
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from nano_video import shrink
-from tool_runs import REPOSITORY, check_training, command, environment, metrics, run
+from tool_runs import REPOSITORY, call, call_together, check_training, metrics
 
 from swinv2_mm.engine import launch
 
@@ -177,7 +176,7 @@ def test_real_videos_train_and_are_recognized_on_two_processes(data, config, tmp
     """Broken ones in the list are left out of the training, each with a line of the process that met it."""
     listed = write_list(tmp_path / 'list.txt', [*GOOD, *THREE_BROKEN])
     options = ['--no-validate', '--cfg-options', f'train_dataloader.dataset.ann_file={listed}', SKIP]
-    output = run(tmp_path, 'dist_train.sh', config, 2, '--work-dir', 'out', *options)
+    output = call_together(tmp_path, 'train.py', config, '--work-dir', 'out', *options)
     check_training(tmp_path / 'out')
     assert 'Epoch(train) [1][3/3]' in output
     for name in THREE_BROKEN:
@@ -185,7 +184,7 @@ def test_real_videos_train_and_are_recognized_on_two_processes(data, config, tmp
     assert 'Skipped: ' in max(tmp_path.glob('out/2*/*.log')).read_text()  # those of the first process
 
     tested = ['--work-dir', 'test', '--out', 'scores.pkl', '--show-dir', 'drawn']
-    run(tmp_path, 'dist_test.sh', config, 'out/epoch_1.pth', 2, *tested)
+    call_together(tmp_path, 'test.py', config, 'out/epoch_1.pth', *tested)
     videos = pickle.loads((tmp_path / 'scores.pkl').read_bytes())
     assert [video['gt_label'].item() for video in videos] == list(GOOD.values())
     for video in videos:
@@ -197,16 +196,12 @@ def test_real_videos_train_and_are_recognized_on_two_processes(data, config, tmp
     assert metrics(tmp_path / 'test')['acc/top1'] == np.mean(right)
 
 
-@pytest.mark.slow
 def test_a_training_that_may_not_skip_stops_at_a_broken_file(config, tmp_path):
-    """The last line of the output names the file and the way out."""
+    """The last line of the error, which ends the output of a process, names the file and the way out."""
     listed = write_list(tmp_path / 'list.txt', [*GOOD, 'corrupted.mp4'])
     options = ['--no-validate', '--cfg-options', f'train_dataloader.dataset.ann_file={listed}']
-    program, arguments = command('train.py', config, *options)
-    stopped = subprocess.run(
-        [*program, *arguments], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert stopped.returncode != 0
-    last = stopped.stderr.strip().splitlines()[-1]
+    with pytest.raises(RuntimeError) as stopped:
+        call(tmp_path, 'train.py', config, '--work-dir', 'out', *options)
+    last = str(stopped.value).strip().splitlines()[-1]
     assert 'videos_train/corrupted.mp4 cannot be read as a video' in last
     assert SKIP in last

@@ -6,12 +6,12 @@ import torch
 
 from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
 
-ARCH = dict(embed_dims=32, depths=(2, 2), num_heads=(1, 2))
+ARCH = dict(embed_dims=16, depths=(2, 1), num_heads=(1, 2))
 # whole windows, and a map that neither patches nor windows divide
 CASES = [
-    (SwinTransformerV2, (64, 64), 8),
-    (SwinTransformerV2, (70, 99), 8),
-    (SwinTransformer3DV2, (8, 64, 70), (4, 4, 4)),
+    (SwinTransformerV2, (32, 32), 4),
+    (SwinTransformerV2, (38, 51), 4),
+    (SwinTransformer3DV2, (6, 32, 38), (4, 4, 4)),
 ]
 
 

@@ -15,8 +15,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize('dynamo', [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(('kind', 'size', 'window'), CASES)
+@pytest.mark.parametrize(
+    ('kind', 'size', 'window', 'dynamo'),
+    [(*case, False) for case in CASES] + [pytest.param(*case, True, marks=pytest.mark.slow) for case in CASES[1:]],
+)
 @pytest.mark.filterwarnings('ignore')
 def test_features_in_onnxruntime_are_those_of_the_backbone(tmp_path, kind, size, window, dynamo):
     oracles.find_peers()

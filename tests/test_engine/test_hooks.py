@@ -116,13 +116,13 @@ def assert_same_weights(left, right):
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
-@pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize(
-    ('by_epoch', 'sampler'),
+    ('by_epoch', 'sampler', 'workers'),
     [
-        (True, 'DefaultSampler'),
-        (False, 'DefaultSampler'),  # crosses the end of the data before and after the break
-        (False, 'InfiniteSampler'),
+        (True, 'DefaultSampler', 0),
+        (True, 'DefaultSampler', 2),
+        (False, 'DefaultSampler', 2),  # crosses the end of the data before and after the break
+        (False, 'InfiniteSampler', 0),
     ],
 )
 def test_resumed_training_equals_uninterrupted_training(tmp_path, monkeypatch, by_epoch, sampler, workers):

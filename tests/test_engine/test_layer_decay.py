@@ -1,23 +1,25 @@
 """Layer of every parameter, the learning rates that follow from it, and what a step of the optimizer makes of them."""
 
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dist import get_rank
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
+from processes import run_processes
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import swinv2_mm  # noqa: F401
 from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
-from swinv2_mm.models.block import SwinStage
+from swinv2_mm.models.block import SwinBlock, SwinStage
 
 TINY = Path(__file__).parents[1] / 'test_tools/tiny'
 ARCH = dict(embed_dims=16, depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8), extra_norm_every_n_blocks=2)
@@ -283,53 +285,24 @@ def test_a_backbone_that_does_not_know_its_layers_is_an_error_that_names_its_typ
         build(model)
 
 
-FSDP = """
-import sys
-
-import torch
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-
-sys.path.insert(0, sys.argv[2])
-from test_layer_decay import Model, build, settings
-from swinv2_mm.models import SwinTransformerV2
-from swinv2_mm.models.block import SwinBlock
-
-
-def work(rank):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', init_method=f'file://{sys.argv[1]}/meet', rank=rank, world_size=2)
+def build_shards(folder):
+    """Settings of FullyShardedDataParallel models, with and without units inside, for each process."""
     for policy in (None, ModuleWrapPolicy({SwinTransformerV2, SwinBlock})):
         options = dict(auto_wrap_policy=policy, device_id=torch.device('cpu'))
-        model = FSDP(Model(), use_orig_params=True, **options)
+        model = FullyShardedDataParallel(Model(), use_orig_params=True, **options)
         assert {p.ndim for p in model.parameters()} == {1}
         wrapper = build(model)
         found = {key: settings(wrapper, model, key) for key in ('lr', 'weight_decay')}
-        torch.save(found, f'{sys.argv[1]}/{rank}_{"units" if policy else "whole"}.pt')
-        try:
-            build(FSDP(Model(), use_orig_params=False, **options))
-        except ValueError as error:
-            assert 'use_orig_params=True' in str(error)
-        else:
-            raise AssertionError('parameters that are one cannot have settings of their own')
-    torch.distributed.barrier()  # a process that leaves early aborts the other one
-    torch.distributed.destroy_process_group()
+        torch.save(found, folder / f'{get_rank()}_{"units" if policy else "whole"}.pt')
+        with pytest.raises(ValueError, match='use_orig_params=True'):
+            build(FullyShardedDataParallel(Model(), use_orig_params=False, **options))
 
 
-if __name__ == '__main__':
-    torch.multiprocessing.spawn(work, nprocs=2)
-"""
-
-
-@pytest.mark.slow
 def test_a_model_in_shards_has_the_same_rates_and_decays(tmp_path):
-    """FullyShardedDataParallel on two processes, where each parameter is a vector, with and without units inside."""
+    """On two processes, where each parameter is a vector."""
     model = Model()
     wrapper = build(model)
-    (tmp_path / 'script.py').write_text(FSDP)
-    command = [sys.executable, tmp_path / 'script.py', tmp_path, Path(__file__).parent]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd='/')
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    run_processes(build_shards, tmp_path, folder=tmp_path)
     for file in ('0_whole.pt', '1_whole.pt', '0_units.pt', '1_units.pt'):
         found = torch.load(tmp_path / file)
         for key in ('lr', 'weight_decay'):

@@ -21,7 +21,7 @@ from swinv2_mm.engine.memory import (
 )
 from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
 
-NANO = dict(embed_dims=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8))
+NANO = dict(embed_dims=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8))
 # attention backend, stages with activation checkpointing, and with sequential attention
 SAVERS = [
     ('reference', False, ()),
@@ -165,11 +165,23 @@ def backbone(axes, attention_backend, with_cp, sequential_stages):
     ).train()
 
 
-@pytest.mark.parametrize('bfloat16', [False, True])
-@pytest.mark.parametrize('savers', SAVERS)
-@pytest.mark.parametrize(('axes', 'size'), [(2, (72, 56)), (3, (6, 40, 48))])
-def test_fake_tensors_take_the_memory_of_real_ones_byte_for_byte(axes, size, savers, bfloat16):
-    shape = (2, 3, *size)
+@pytest.mark.parametrize(
+    ('axes', 'savers', 'bfloat16'),
+    [
+        (2, SAVERS[0], True),
+        (3, SAVERS[0], False),
+        (3, SAVERS[1], True),
+        (2, SAVERS[2], False),
+        (3, SAVERS[2], True),
+        (2, SAVERS[3], True),
+        (2, SAVERS[4], False),
+        (2, SAVERS[5], False),
+        (3, SAVERS[5], True),
+        (2, SAVERS[6], True),
+    ],
+)
+def test_fake_tensors_take_the_memory_of_real_ones_byte_for_byte(axes, savers, bfloat16):
+    shape = (1, 3, *{2: (40, 24), 3: (6, 24, 20)}[axes])  # which windows do not divide
     for _ in range(2):  # the first one makes the indices of the windows, which stay for all models
         real = measure_backbone(backbone(axes, *savers), torch.rand(shape), bfloat16)
     with torch.device('meta'):
@@ -199,7 +211,7 @@ def test_what_is_kept_and_the_peaks_are_those_of_a_plain_step():
     # outputs and gradients are kept here until the end
     kept = sum(x.nbytes for x in (*outputs, *gradients))
     assert memory.backward_peak <= tracker.peak <= memory.backward_peak + kept
-    assert kept < 0.03 * tracker.peak
+    assert kept < 0.05 * tracker.peak
 
 
 def test_each_saver_keeps_or_takes_less():

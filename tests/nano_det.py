@@ -10,7 +10,6 @@ from nano import ARCH, CHANNELS, shrink_inputs
 from tool_runs import make_shapes
 
 FACTOR = 12  # 1536 pixels become 128
-SHAPES = Path(__file__).parents[1] / 'tools/misc/make_shapes_coco.py'
 
 
 def shrink_model(model: dict) -> dict:

@@ -261,6 +261,16 @@ def test_mixed_precision_becomes_fp32_on_a_cpu():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')
+@pytest.mark.parametrize(('rank', 'times'), [('0', 1), ('1', 0)])
+def test_the_first_process_says_alone_what_it_has_adapted(monkeypatch, rank, times):
+    said = []
+    monkeypatch.setattr(launch, 'print_log', lambda text, **_: said.append(text))
+    monkeypatch.setenv('RANK', rank)
+    launch.adapt_to_cpu(Config.fromfile(TINY / 'det.py'))
+    assert said == ['No GPU: training in fp32 (OptimWrapper) instead of mixed precision (AmpOptimWrapper).'] * times
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')
 def test_norms_over_all_processes_become_norms_of_each_on_a_cpu():
     cfg = Config.fromfile(DET / 'cascade_mask_rcnn_swinv2_t.py')
     assert 'SyncBN' in str(cfg.model)

@@ -1,28 +1,24 @@
 """The picture of the position bias: the maps behind it against timm's attention, then the tool as users run it."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
 from oracles import find_peers, randomize
-from tool_runs import load_tool
+from tool_runs import TOOLS, call, load_tool, refuse, run
 from torch import nn
 
 from swinv2_mm.models import SwinTransformerV2
 from swinv2_mm.models.log_cpb import LogCPB
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'analysis_tools' / 'plot_position_bias.py'
+TOOL = 'analysis_tools/plot_position_bias.py'
 ARCH = dict(embed_dims=16, depths=(2, 3, 2, 2), num_heads=(1, 2, 4, 8))
 PRETRAINED = (12, 12, 12, 6)
 
 
 @pytest.fixture(scope='module')
 def tool():
-    return load_tool(TOOL)
+    return load_tool(TOOLS / TOOL)
 
 
 @pytest.fixture(scope='module')
@@ -40,12 +36,6 @@ def checkpoint(state_dict, tmp_path):
 
 def is_official(key):
     return not key.startswith('norm') and not key.endswith('pretrained_window_size')
-
-
-def run(*args, code=0):
-    result = subprocess.run([sys.executable, TOOL, *map(str, args)], capture_output=True, text=True, check=False)
-    assert result.returncode == code, result.stdout + result.stderr
-    return result
 
 
 def timm_bias(state_dict, stage, window):
@@ -95,7 +85,7 @@ def test_a_mosaic_holds_every_map_once_with_gaps_between_them(tool):
 
 def test_the_picture_shows_every_stage_and_its_range_is_printed(tool, state_dict, checkpoint, tmp_path):
     out = tmp_path / 'bias.png'
-    output = run(checkpoint, '--windows', 4, 8, '--out', out, '--pretrained-window-sizes', *PRETRAINED).stdout
+    output = run(tmp_path, TOOL, checkpoint, '--windows', 4, 8, '--out', out, '--pretrained-window-sizes', *PRETRAINED)
     assert output.splitlines()[-1] == str(out)
     for stage in range(4):
         maps = tool.bias_maps(state_dict, stage, 8)
@@ -112,7 +102,7 @@ def test_the_picture_shows_every_stage_and_its_range_is_printed(tool, state_dict
 def test_our_own_checkpoints_know_their_windows(state_dict, tmp_path):
     path = tmp_path / 'ours.pth'
     torch.save({'state_dict': {f'backbone.{k}': v for k, v in state_dict.items()}, 'meta': {}}, path)
-    output = run(path, '--windows', 2, '--out', tmp_path / 'a.png').stdout
+    output = call(tmp_path, TOOL, path, '--windows', 2, '--out', tmp_path / 'a.png')
     assert [f'stage {i}, pre-trained with {p} x {p}: ' in output for i, p in enumerate(PRETRAINED)] == [True] * 4
 
 
@@ -127,15 +117,8 @@ def test_our_own_checkpoints_know_their_windows(state_dict, tmp_path):
         (['--out', 'a.txt'], 'the file must end in one of .'),
     ],
 )
-def test_mistakes_give_one_line(tool, checkpoint, monkeypatch, capsys, args, message):
-    monkeypatch.setattr(sys, 'argv', list(map(str, [TOOL, checkpoint, '--windows', 8, *args])))
-    with pytest.raises(SystemExit) as error:
-        tool.main()
-    assert error.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith('error: ')
-    assert message in lines[0]
+def test_mistakes_give_one_line(checkpoint, tmp_path, args, message):
+    assert message in refuse(tmp_path, TOOL, checkpoint, '--windows', 8, *args)
 
 
 def test_the_option_fills_in_what_the_checkpoint_leaves_open_and_contradicts_nothing(tool, state_dict):
@@ -156,6 +139,4 @@ def test_a_video_backbones_maps_are_those_within_one_frame(tool):
 
 
 def test_a_missing_checkpoint_gives_one_line(tmp_path):
-    result = run(tmp_path / 'gone.pth', '--windows', 8, code=2)
-    assert 'gone.pth' in result.stderr
-    assert result.stderr.startswith('error: ')
+    assert 'gone.pth' in refuse(tmp_path, TOOL, tmp_path / 'gone.pth', '--windows', 8)

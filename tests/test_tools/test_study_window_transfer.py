@@ -3,25 +3,22 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from tool_runs import load_tool
+from tool_runs import TOOLS, call, load_tool, run
 
 from swinv2_mm.models.log_cpb import LogCPB
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'analysis_tools' / 'study_window_transfer.py'
+TOOL = 'analysis_tools/study_window_transfer.py'
 BIASES = ('table', 'linear', 'log')
 
 
 @pytest.fixture(scope='module')
 def tool():
-    return load_tool(TOOL)
+    return load_tool(TOOLS / TOOL)
 
 
 @pytest.fixture(scope='module')
@@ -189,16 +186,42 @@ def test_sizes_that_do_not_scale_exactly_are_refused(tool, capsys, options, mess
     assert message in capsys.readouterr().err
 
 
-def test_the_command_writes_results_and_plot_and_prints_the_table(tmp_path):
-    pytest.importorskip('mmseg')
-    options = '--size 32 --window 2 --factors 1 2 --steps 2 --batch-size 2 --train-images 3 --test-images 2 --seeds 4'
-    result = subprocess.run(
-        [sys.executable, TOOL, *options.split()], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    stored = json.loads((tmp_path / 'window_transfer.json').read_text())
-    assert [(r['bias'], r['seed'], len(r['miou'])) for r in stored['results']] == [(b, 4, 2) for b in BIASES]
+OPTIONS = '--size 32 --window 2 --factors 1 2 --steps 2 --batch-size 2 --train-images 3 --test-images 2 --seeds 4'
+
+
+def check_results(folder, printed, biases):
+    stored = json.loads((folder / 'window_transfer.json').read_text())
+    assert [(r['bias'], r['seed'], len(r['miou'])) for r in stored['results']] == [(b, 4, 2) for b in biases]
     assert stored['settings']['steps'] == 2
     score = stored['results'][0]['miou'][1]
-    assert f'{score:.1f} ± 0.0 |' in next(s for s in result.stdout.splitlines() if s.startswith('| Parameterized |'))
-    assert matplotlib.image.imread(tmp_path / 'window_transfer.png').std() > 0.01
+    assert f'{score:.1f} ± 0.0 |' in next(s for s in printed.splitlines() if s.startswith('| Parameterized |'))
+    assert matplotlib.image.imread(folder / 'window_transfer.png').std() > 0.01
+
+
+class Pool:
+    """In place of one of processes: calls what it is given at once."""
+
+    def __init__(self, processes, context, start, arguments):
+        assert (processes, context.get_start_method()) == (1, 'spawn')
+        start(*arguments)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    map = staticmethod(map)
+
+
+def test_results_and_plot_are_written_and_the_table_is_printed(tool, tmp_path, monkeypatch):
+    pytest.importorskip('mmseg')
+    monkeypatch.setattr(tool, 'ProcessPoolExecutor', Pool)
+    check_results(tmp_path, call(tmp_path, TOOL, *OPTIONS.split()), BIASES)
+
+
+@pytest.mark.slow
+def test_the_command_runs_jobs_in_processes_of_their_own(tmp_path):
+    pytest.importorskip('mmseg')
+    printed = run(tmp_path, TOOL, *OPTIONS.split(), '--biases', 'table', 'log', '--processes', '2')
+    check_results(tmp_path, printed, ('table', 'log'))

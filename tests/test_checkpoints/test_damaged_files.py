@@ -406,6 +406,10 @@ def add_windows() -> None:
         named = {'another one': 'stage 0', 'of three axes': 'axes'}.get(kind, entry)
         add_weights(f'a stored window is {kind}', with_entry(entry, window), named)
     no_tables = [name for name in good() if name.endswith('relative_coords_table')]
+    blocks = [name.removesuffix('logit_scale') for name in good() if name.endswith('logit_scale')]
+    negative = {f'{block}cpb_mlp.pretrained_window_size': torch.tensor([-6, -6]) for block in blocks}
+    all_negative = lambda: without(*no_tables)() | negative  # noqa: E731
+    add_weights('negative windows are stored alone', all_negative, 'pretrained_window_size must hold')
     add_weights('no table tells the windows', without(*no_tables), 'pretrained_window_sizes')
 
 

@@ -44,7 +44,7 @@ def assert_as_exact_as_the_reference(size, window, shift, attention=window_atten
         error, allowed = ((t[name] - expected).abs().max() / largest for t in (ours, peer))
         assert ours[name].isfinite().all(), name
         # the gradient of the scale is a sum over tokens of q * grad_q, which cancels for the most part
-        assert error < 3 * allowed + (1e-4 if name == 'logit_scale' else 1e-6), (name, float(error), float(allowed))
+        assert error < 3 * allowed + (1e-4 if name == 'logit_scale' else 1e-5), (name, float(error), float(allowed))
 
 
 @pytest.mark.parametrize(('padded', 'shifted'), [(False, False), (False, True), (True, False), (True, True)])

@@ -3,17 +3,15 @@
 import dataclasses
 import importlib
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from mmengine.logging import MMLogger
 from oracles import find_peers
+from tool_runs import TOOLS, call, refuse, run
 from torch.utils.flop_counter import FlopCounterMode
 
-TOOLS = Path(__file__).parents[2] / 'tools' / 'analysis_tools'
 MIB = 2**20
 TOOL_NAMES = ('benchmark_backbone', 'benchmark_attention')
 
@@ -24,9 +22,9 @@ pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is 
 def tool():
     """A function that imports a tool by its name, as the tools import each other."""
     find_peers()
-    sys.path.insert(0, str(TOOLS))
+    sys.path.insert(0, str(TOOLS / 'analysis_tools'))
     yield importlib.import_module
-    sys.path.remove(str(TOOLS))
+    sys.path.remove(str(TOOLS / 'analysis_tools'))
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +106,7 @@ def test_peak_memory_is_that_of_the_step_alone(side, mib):
     before = torch.ones(400 * MIB // 4, device=side.DEVICE)  # a higher peak, and freed
     del before
     peak = side.peak_memory(lambda: torch.ones(mib * MIB // 4, device=side.DEVICE).sum())
-    assert peak == pytest.approx(mib * MIB, rel=0.1)
+    assert peak == pytest.approx(mib * MIB, abs=30 * MIB)
 
 
 def test_contenders_of_a_family_share_their_weights_alone(tool, side):
@@ -174,17 +172,49 @@ def test_wrong_features_get_no_times(tool, side, capsys):
     assert 'WRONG' in capsys.readouterr().out
 
 
-def test_a_profile_accounts_for_a_step(tool, side, capsys):
+def test_a_profile_accounts_for_all_of_a_step(side, monkeypatch):
+    """The seconds of its operators, each without those that it calls, are the seconds of what is called at the top."""
+    profiles, linear = [], torch.nn.Linear(64, 64)
+
+    class Kept(torch.profiler.profile):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            profiles.append(self)
+
+    monkeypatch.setattr(torch.profiler, 'profile', Kept)
+    found = side.operators(lambda: torch.nn.functional.gelu(linear(torch.ones(300, 64))))
+    assert {'aten::linear', 'aten::addmm', 'aten::gelu'} < set(found)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    top = [event for event in profiles[0].events() if event.cpu_parent is None]
+    assert sum(found.values()) == pytest.approx(1e-6 * sum(event.cpu_time_total for event in top), rel=1e-3)
+
+
+def test_a_profile_is_that_of_each_contender_and_is_printed(tool, side, capsys):
     case = nano_case(tool, ['ours sdpa eager', 'timm eager'])
-    rows = side.measure(case, ['inference'], torch.float32, rounds=3, peak=1e12, profile=True)
+    rows = side.measure(case, ['inference'], torch.float32, rounds=1, peak=1e12, profile=True)
     for row in rows:
         assert {'aten::addmm', 'aten::gelu', 'aten::native_layer_norm'} < set(row.operators)
-        assert 0.2 * row.seconds < sum(row.operators.values()) < 20 * row.seconds  # a profiler costs time too
-    assert 'flash_attention' in ''.join(rows[1].operators)
+    assert ['flash_attention' in ''.join(row.operators) for row in rows] == [False, True]
     table = capsys.readouterr().out.split('ms in operators')[1]
     assert '| operator | timm eager | ours sdpa eager |' in table
     first = next(iter(rows[0].operators))
     assert f'| `{first}` | {1000 * rows[0].operators[first]:.1f} |' in table
+
+
+def test_the_largest_operators_of_all_get_a_line_and_the_others_one(side, capsys):
+    names = [f'op{i}' for i in range(side.PROFILED)]
+    first = dict.fromkeys(names, 0.002) | {'small': 0.001}
+    rows = [
+        side.Row('case', 'step', name, 1, 'float32', operators=operators)
+        for name, operators in (('a', first), ('b', {'op0': 0.004, 'tiny': 0.0005}), ('c', {}))
+    ]
+    side.print_profile(rows)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0] == 'case, step: ms in operators'
+    assert lines[2] == '| operator | a | b |'
+    assert lines[4] == '| `op0` | 2.0 | 4.0 |'
+    assert lines[5:-1] == [f'| `{name}` | 2.0 | 0.0 |' for name in names[1:]]
+    assert lines[-1] == '| all others | 1.0 | 0.5 |'
 
 
 def test_wrong_features_of_one_image_are_found(tool, side):
@@ -259,28 +289,56 @@ def test_a_peer_that_is_not_installed_says_how_to_install_it(tool, side):
         (['--json', 'no_such/x.json'], 'there is no folder no_such for x.json'),
     ],
 )
-def test_mistakes_give_one_line(tool, benchmark, arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', [benchmark, *arguments])
-    with pytest.raises(SystemExit) as leave:
-        tool(benchmark).main()
-    assert leave.value.code == 2
-    assert capsys.readouterr().err.startswith(f'error: {message}')
+def test_mistakes_give_one_line(tool, benchmark, arguments, message, tmp_path):
+    assert refuse(tmp_path, f'analysis_tools/{benchmark}.py', *arguments).startswith(f'error: {message}')
+
+
+@pytest.fixture
+def settings(tool, monkeypatch):
+    """What a tool sets for its process is taken back; and no large product tells the peak of the machine."""
+    monkeypatch.setattr(tool('side_by_side'), 'GEMM', 64)
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', torch.backends.cudnn.allow_tf32)
+    kept = [(config, config.save_config()) for config in (torch._inductor.config, torch._dynamo.config)]
+    yield
+    for config, former in kept:
+        config.load_config(former)
+
+
+@pytest.mark.usefixtures('settings')
+@pytest.mark.parametrize('benchmark', TOOL_NAMES)
+def test_all_rows_are_printed_written_and_drawn(benchmark, tmp_path):
+    options = ['--shapes', 'nano', '--contenders', 'ours sdpa eager', 'timm eager', '--modes', 'inference', 'step']
+    options += ['--repeats', '2', '--batch', '2', '--threads', '1', '--json', 'out.json', '--plot', 'out.png']
+    printed = call(tmp_path, f'analysis_tools/{benchmark}.py', *options)
+    content = json.loads((tmp_path / 'out.json').read_text())
+    assert content['machine']['versions']['torch'] == torch.__version__
+    assert content['machine']['peak_flops'] > 0
+    found = [(row['mode'], row['contender'], row['batch'], row['note']) for row in content['rows']]
+    expected = [(mode, name, 2, '') for mode in ('inference', 'step') for name in ('timm eager', 'ours sdpa eager')]
+    assert found[:4] == expected
+    assert printed.count('| ours sdpa eager |') == len(content['rows']) // 2
+    assert all(row['compile_seconds'] is None for row in content['rows'])
+    assert (tmp_path / 'out.png').stat().st_size > 1000
 
 
 @pytest.mark.slow
-def test_the_tool_writes_all_rows_and_draws_them(tmp_path):
-    command = [sys.executable, TOOLS / 'benchmark_backbone.py', '--shapes', 'nano', '--contenders', 'ours sdpa *']
-    command += ['--modes', 'inference', '--repeats', '2', '--batch', '1', '--threads', '1']
-    command += ['--json', 'out.json', '--plot', 'out.png']
-    result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_the_tool_compiles_and_tells_how_long_that_takes(tmp_path):
+    options = ['--shapes', 'nano', '--contenders', 'ours sdpa *', '--modes', 'inference', '--repeats', '2']
+    run(
+        tmp_path,
+        'analysis_tools/benchmark_backbone.py',
+        *options,
+        '--batch',
+        '1',
+        '--threads',
+        '1',
+        '--json',
+        'out.json',
+    )
     content = json.loads((tmp_path / 'out.json').read_text())
-    assert content['machine']['versions']['torch'] == torch.__version__
-    assert content['machine']['peak_flops'] > 1e9
-    assert content['command'].endswith('--json out.json --plot out.png')
+    assert content['command'].endswith('--threads 1 --json out.json')
     eager, compiled = content['rows']
     assert (eager['contender'], compiled['contender']) == ('ours sdpa eager', 'ours sdpa compiled')
     assert eager['note'] == compiled['note'] == ''
     assert eager['compile_seconds'] is None
-    assert compiled['compile_seconds'] > 0.1
-    assert (tmp_path / 'out.png').stat().st_size > 1000
+    assert compiled['compile_seconds'] > 0

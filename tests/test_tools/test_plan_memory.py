@@ -4,9 +4,7 @@ import argparse
 import importlib
 import json
 import math
-import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import pytest
@@ -15,6 +13,7 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
+from tool_runs import REPOSITORY, TOOLS, call, refuse, run
 
 from swinv2_mm.engine.memory import BackboneMemory, MemoryTracker, cuda_casts, cuda_chunks
 from swinv2_mm.models import SwinTransformerV2
@@ -23,8 +22,7 @@ pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 pytest.importorskip('mmaction')
 
-REPOSITORY = Path(__file__).parents[2]
-TOOLS = REPOSITORY / 'tools' / 'analysis_tools'
+TOOL, BENCHMARK = 'analysis_tools/plan_memory.py', 'analysis_tools/benchmark_memory.py'
 CONFIGS = REPOSITORY / 'configs'
 LEAVES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob('*/*.py') if path.parent.name != '_base_')
 VARYING = ('cascade_mask_rcnn', 'objects365')  # train at several sizes
@@ -33,9 +31,9 @@ GIB = 2**30
 
 @pytest.fixture(scope='module')
 def plan():
-    sys.path.insert(0, str(TOOLS))  # the tools import each other by name
+    sys.path.insert(0, str(TOOLS / 'analysis_tools'))  # the tools import each other by name
     yield importlib.import_module('plan_memory')
-    sys.path.remove(str(TOOLS))
+    sys.path.remove(str(TOOLS / 'analysis_tools'))
 
 
 def read(name: str) -> Config:
@@ -85,13 +83,13 @@ def measured(plan, cfg: Config, shape: tuple[int, ...], samples: int, bfloat16: 
         return held, tracker.peak - held
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'size', 'samples', 'backend'),
     [
-        ('det/htc_swinv2_demo.py', [128], 1, 'reference'),
-        ('det/htc_swinv2_demo.py', [128], 1, 'auto'),
-        ('seg/upernet_swinv2_demo.py', [128], 5, 'auto'),  # more than the heads are run on
+        pytest.param('det/htc_swinv2_demo.py', [128], 1, 'reference', marks=pytest.mark.slow),
+        pytest.param('det/htc_swinv2_demo.py', [128], 1, 'auto', marks=pytest.mark.slow),
+        # more samples than the heads are run on
+        pytest.param('seg/upernet_swinv2_demo.py', [128], 5, 'auto', marks=pytest.mark.slow),
         ('video/swinv2_demo.py', [8, 64, 64], 4, 'auto'),
     ],
 )
@@ -135,7 +133,6 @@ def test_sequential_attention_is_planned_for_the_backend_that_has_it(plan, monke
     assert [row.name for row in planned if row.is_config] == ['none' if backend == 'auto' else 'sequential 1 2']
 
 
-@pytest.mark.slow
 def test_heads_of_many_samples_grow_in_proportion(plan, monkeypatch):
     cfg = nano('seg/upernet_swinv2_demo.py', 6)
     shape = plan.training_shape(cfg, None)
@@ -229,20 +226,33 @@ def test_the_peak_is_the_larger_of_the_passes_of_the_backbone_and_of_the_heads_o
 # ---------------------------------------------------------------- configs
 
 
-@pytest.mark.parametrize('name', LEAVES)
-def test_the_size_and_the_parameters_of_every_config_are_known(plan, name):
-    cfg = read(name)
-    numbers = None
-    if any(word in name for word in VARYING) or name == 'video/swinv2_demo.py':
-        with pytest.raises(ValueError, match='--shape'):
-            plan.training_shape(cfg, None)
-        numbers = [8, 64, 64] if name.startswith('video') else [800, 1333]
-    shape = plan.training_shape(cfg, numbers)
-    found = plan.count(cfg)
-    if 'swinv2_g' in name:
-        assert 2.9e9 < found.trained / 4 < 3.5e9
-    if 'htc_swinv2_' in name and numbers is None and 'demo' not in name:
-        assert shape == (3, 1536, 1536)
+def test_the_size_of_every_config_is_known_or_asked_for(plan):
+    for name in LEAVES:
+        cfg = read(name)
+        if any(word in name for word in VARYING) or name == 'video/swinv2_demo.py':
+            with pytest.raises(ValueError, match='--shape'):
+                plan.training_shape(cfg, None)
+        else:
+            shape = plan.training_shape(cfg, None)
+            assert len(shape) == (5 if name.startswith('video/') else 3), name
+            if 'htc_swinv2_' in name and 'demo' not in name:
+                assert shape == (3, 1536, 1536), name
+        assert plan.own_state(cfg) in ('DDP', 'ZeRO-1', 'ZeRO-2', 'FSDP')
+        assert plan._numbers_of_state(cfg) == 2
+
+
+@pytest.mark.parametrize(
+    ('name', 'least', 'most'),
+    [
+        ('det/htc_swinv2_g.py', 2.9e9, 3.5e9),
+        ('det/cascade_mask_rcnn_swinv2_t.py', 80e6, 90e6),
+        ('seg/upernet_swinv2_g.py', 2.9e9, 3.5e9),
+        ('video/swinv2_g_k400_256x256x8_p244.py', 2.9e9, 3.5e9),
+    ],
+)
+def test_the_parameters_of_each_kind_of_config_are_known(plan, name, least, most):
+    found = plan.count(read(name))
+    assert least < found.trained / 4 < most
     ddp, *others = plan.states(found, 8)
     assert all(state.parameters + state.gradients + state.optimizer < ddp.total for state in others)
 
@@ -287,23 +297,28 @@ def test_what_is_wrong_is_named(plan, arguments, changes, text):
         plan.check(args, cfg)
 
 
-def run(*arguments, cwd):
-    command = [sys.executable, TOOLS / 'plan_memory.py', *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+DEMO = [CONFIGS / 'video/swinv2_demo.py', '--gpus', '4', '--shape', '8', '64', '64']
+
+
+def check_plan(printed):
+    assert '8 x 1 3 8 64 64 on each of 4 GPUs of 40 GiB, bfloat16' in printed
+    assert printed.count(' <\n') == 3
+
+
+def test_a_plan_is_printed(tmp_path):
+    check_plan(call(tmp_path, TOOL, *DEMO))
+
+
+def test_configs_that_cannot_be_planned_give_one_line(tmp_path):
+    assert 'the config trains at sizes that vary' in refuse(
+        tmp_path, TOOL, CONFIGS / 'det/cascade_mask_rcnn_swinv2_t.py'
+    )
+    assert refuse(tmp_path, TOOL, 'no.py').startswith('error: config no.py does not ')
 
 
 @pytest.mark.slow
 def test_a_plan_is_printed_in_any_folder(tmp_path):
-    config = CONFIGS / 'video/swinv2_demo.py'
-    result = run(config, '--gpus', '4', '--shape', '8', '64', '64', cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert '8 x 1 3 8 64 64 on each of 4 GPUs of 40 GiB, bfloat16' in result.stdout
-    assert result.stdout.count(' <\n') == 3
-    result = run(CONFIGS / 'det/cascade_mask_rcnn_swinv2_t.py', cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith('error: the config trains at sizes that vary')
-    result = run('no.py', cwd=tmp_path)
-    assert (result.returncode, result.stderr.splitlines()[-1][:29]) == (2, 'error: config no.py does not ')
+    check_plan(run(tmp_path, TOOL, *DEMO))
 
 
 # ---------------------------------------------------------------- the benchmark of memory
@@ -321,16 +336,32 @@ def test_the_slope_is_the_power_of_the_pixels(benchmark):
     assert benchmark.slope(rows, 'training', 'bytes') == pytest.approx(2)
 
 
-@pytest.mark.parametrize('saver', ['none', 'sequential', 'checkpointing', 'both', 'sdpa', 'sdpa + checkpointing'])
-def test_the_forecast_of_the_benchmark_is_what_it_measures(benchmark, saver):
-    def make():
-        return benchmark.build(dict(embed_dims=32, depths=(1, 2), num_heads=(1, 2)), 4, saver)
+SAVERS = ('none', 'sequential', 'checkpointing', 'both', 'sdpa', 'sdpa + checkpointing')
 
-    forecast = benchmark.forecast(make, 64, gpu=False)
+
+@pytest.fixture(scope='module')
+def forecasts(benchmark):
+    """Peaks of a small backbone by saver, and what makes one."""
+
+    def make(saver):
+        return lambda: benchmark.build(dict(embed_dims=32, depths=(1, 2), num_heads=(1, 2)), 4, saver)
+
+    return {saver: (benchmark.forecast(make(saver), 64, gpu=False), make(saver)) for saver in SAVERS}
+
+
+@pytest.mark.parametrize('saver', SAVERS)
+def test_the_forecast_of_the_benchmark_is_what_it_measures(benchmark, forecasts, saver):
+    forecast, make = forecasts[saver]
     torch.manual_seed(0)
     for _ in range(2):  # the first one makes the indices of the windows, which stay for all models
         measured = benchmark.measured_peak(*benchmark.ready(make(), 64))
     assert measured == forecast
+
+
+def test_each_saver_takes_less_memory_than_none(forecasts):
+    peaks = {saver: peak for saver, (peak, _) in forecasts.items()}
+    assert max(peaks, key=peaks.get) == 'none'
+    assert len(set(peaks.values())) == len(peaks)
 
 
 def test_a_part_is_the_block_of_swinv2_g(benchmark):
@@ -364,21 +395,25 @@ def test_wrong_arguments_of_the_benchmark_are_named(benchmark, monkeypatch, chan
         benchmark.check(argparse.Namespace(**args | changes))
 
 
-@pytest.mark.slow
-def test_time_and_memory_of_growing_inputs_are_printed_written_and_drawn(tmp_path):
-    command = [sys.executable, TOOLS / 'benchmark_memory.py', '--task', 'sizes', '--sizes', '256', '384']
-    command += ['--window', '16', '--repeats', '1', '--json', 'out.json', '--plot', 'out.png']
-    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    rows = json.loads((tmp_path / 'out.json').read_text())
-    assert [(row['task'], row['side']) for row in rows] == [
-        ('inference', 256),
-        ('inference', 384),
-        ('training', 256),
-        ('training', 384),
-    ]
+SIZES = ['--task', 'sizes', '--window', '8', '--repeats', '1', '--json', 'out.json', '--plot', 'out.png', '--sizes']
+
+
+def check_sizes(folder, printed, *sides):
+    rows = json.loads((folder / 'out.json').read_text())
+    expected = [(task, side) for task in ('inference', 'training') for side in sides]
+    assert [(row['task'], row['side']) for row in rows] == expected
     small, large = (row['bytes'] for row in rows[2:])
-    power = math.log(large / small) / math.log(384**2 / 256**2)
-    assert 'training grows with: seconds' in output
-    assert f'bytes {power:.2f}' in output
-    assert 0.8 < power < 1.1
-    assert cv2.imread(str(tmp_path / 'out.png')).std() > 1
+    power = math.log(large / small) / math.log(sides[1] ** 2 / sides[0] ** 2)
+    assert 'training grows with: seconds' in printed
+    assert f'bytes {power:.2f}' in printed
+    assert cv2.imread(str(folder / 'out.png')).std() > 1
+    return power
+
+
+def test_time_and_memory_of_growing_inputs_are_printed_written_and_drawn(tmp_path):
+    check_sizes(tmp_path, call(tmp_path, BENCHMARK, *SIZES, '32', '64'), 32, 64)
+
+
+@pytest.mark.slow
+def test_memory_of_training_grows_with_the_pixels(tmp_path):
+    assert 0.8 < check_sizes(tmp_path, run(tmp_path, BENCHMARK, *SIZES, '256', '384'), 256, 384) < 1.1

@@ -88,7 +88,7 @@ def test_sequential_attention_keeps_nothing_as_large_as_the_attention_weights(mo
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
-@pytest.mark.parametrize(('size', 'window', 'shift'), [((5, 4), (3, 3), (1, 1)), ((2, 3, 2), (4, 2, 2), (2, 1, 1))])
+@pytest.mark.parametrize(('size', 'window', 'shift'), [((7, 2), (4, 2), (1, 0)), ((2, 3, 2), (4, 2, 2), (2, 1, 1))])
 def test_gradients_equal_finite_differences(size, window, shift, backend):
     inputs = [t.requires_grad_() for t in draw(size, window)]
     with torch.no_grad():

@@ -91,11 +91,14 @@ def shapes(tmp_path_factory) -> Path:
 
 # Each file goes to one core; with these first, none is left to run alone at the end.
 LONGEST = (
-    'test_sharded_training.py',
-    'test_train_and_test.py',
     'test_coco_mini.py',
-    'test_fused.py',
+    'test_sharded_training.py',
     'test_deepspeed.py',
+    'test_plan_memory.py',
+    'test_train_and_test.py',
+    'test_fused.py',
+    'test_compile.py',
+    'test_benchmarks.py',
 )
 
 

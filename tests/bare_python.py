@@ -17,12 +17,22 @@ def run_python(code: str, *args: str | Path, cwd: str | Path = '/', path: tuple 
     """As `python -c CODE ARGS`, with `path` in PYTHONPATH, and with mmcv, mmengine and torch imported already."""
     with tempfile.TemporaryDirectory(prefix='bare') as folder:
         request = dict(code=code, argv=['-c', *map(str, args)], cwd=str(cwd), path=[str(p) for p in path])
-        server = _server()
-        server.stdin.write(json.dumps(request | dict(environment=dict(os.environ), folder=folder)) + '\n')
-        server.stdin.flush()
-        status = int(server.stdout.readline())
+        status = _ask(json.dumps(request | dict(environment=dict(os.environ), folder=folder)))
         out, err = (Path(folder, name).read_text(errors='replace') for name in ('out', 'err'))
     return subprocess.CompletedProcess(request['argv'], status, out, err)
+
+
+def _ask(request: str) -> int:
+    """The status with which a request has ended; a process that did not answer is not asked again."""
+    server = _server()
+    try:
+        server.stdin.write(request + '\n')
+        server.stdin.flush()
+        return int(server.stdout.readline())
+    except BaseException:
+        server.kill()
+        _server.cache_clear()
+        raise
 
 
 @functools.cache
@@ -63,7 +73,9 @@ def _execute(code: str, argv: list[str], cwd: str, path: list[str], environment:
         exec(compile(code, '<string>', 'exec'), dict(__name__='__main__'))
         status = 0
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else bool(end.code)
+        status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if status and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -45,7 +45,7 @@ def read_config(filename: str, *args, **kwargs):
     """As mmengine does, but a config of this repository, or a base of it in a toolbox, is read once."""
     path = os.path.abspath(filename)
     stays = path.startswith((f'{REPOSITORY}/configs/', f'{REPOSITORY}/tests/', sys.prefix))
-    return copy.deepcopy(read_once(filename, *args, **kwargs)) if stays else file2dict(filename, *args, **kwargs)
+    return copy.deepcopy(read_once(path, *args, **kwargs)) if stays else file2dict(filename, *args, **kwargs)
 
 
 Config._file2dict = staticmethod(read_config)

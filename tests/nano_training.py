@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
-from nano_det import shrink_model
+from nano_det import narrow, shrink_model
 from small_training import IMAGES, START, STEPS, prepare
 from tool_runs import make_shapes
 
@@ -31,7 +31,7 @@ def write_data(folder: Path) -> Path:
 def config(folder: Path, data: Path, saver: str = 'ddp', accumulate: int = 1, steps: int = STEPS) -> Config:
     """The HTC of SwinV2-T at a nano size with what `configs/_base_/memory/{saver}.py` adds; see small_training."""
     cfg = Config.fromfile(HTC)
-    cfg.model = without_chance(shrink_model(narrow(cfg.model)))
+    cfg.model = without_chance(shrink_model(narrow(cfg.model, CHANNELS)))
     dataset = cfg.train_dataloader.dataset
     dataset.update(data_root=str(data), pipeline=[dict(step, _scope_='mmdet') for step in pipeline()])
     dataset.metainfo = dict(classes=('disk', 'square', 'triangle'))
@@ -58,15 +58,6 @@ def pipeline() -> list[dict]:
         dict(type='LoadAnnotations', with_bbox=True, with_mask=True, with_seg=True),
         dict(type='PackDetInputs'),
     ]
-
-
-def narrow(value, key: str = ''):
-    """A part of the model's config with fewer channels of the pyramid and the heads."""
-    if isinstance(value, dict):
-        return type(value)({k: narrow(item, k) for k, item in value.items()})
-    if isinstance(value, list):
-        return [narrow(item) for item in value]
-    return CHANNELS if key.endswith('_channels') and value == 256 else value
 
 
 def without_chance(model: dict) -> dict:

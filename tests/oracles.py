@@ -9,6 +9,7 @@ from torch import nn
 
 from swinv2_mm import compat
 
+PACKAGES = str(Path(sys.prefix, 'oracles'))
 HF_NAMES = (
     ('patch_embed.proj', 'embeddings.patch_embeddings.projection'),
     ('patch_embed.norm', 'embeddings.norm'),
@@ -29,7 +30,7 @@ def find_peers() -> None:
     `make setup` keeps them out of the environment proper: mmengine imports any torchvision that it sees, and mmdet any
     transformers.
     """
-    sys.path.append(str(Path(sys.prefix, 'oracles')))
+    sys.path.append(PACKAGES)
     compat.stub_vindlu()  # mmaction may be imported after this, and sees transformers then
     try:
         import torchvision  # noqa: F401

@@ -15,6 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
+from oracles import PACKAGES
 
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['imported_once'])
@@ -51,7 +52,12 @@ def run_processes(target: Callable, *args, processes: int = 2, folder: Path, **e
             process = CONTEXT.Process(target=_enter, args=(target, args, str(folder), variables, meet))
             process.start()
             started.append(process)
-        code = _join(started)
+        try:
+            code = _join(started)
+        finally:  # none outlives the test, whatever ends it
+            for process in started:
+                process.kill()
+                process.join()
         printed = log.read_text(errors='replace')
     if code:
         raise ProcessError(code, printed)
@@ -72,19 +78,23 @@ def start_server() -> None:
 
 
 def _join(processes: list) -> int:
-    """Wait for all, and end all as soon as one has failed; returns the first exit code other than 0."""
+    """Wait until all have ended or one has failed; returns the first exit code other than 0."""
     running = list(processes)
     while running:
         wait([process.sentinel for process in running])
         failed = [process for process in running if process.exitcode]
         if failed:
-            for process in running:
-                process.kill()
-            for process in running:
-                process.join()
             return failed[0].exitcode
         running = [process for process in running if process.exitcode is None]
     return 0
+
+
+def exit_code(end: SystemExit) -> int:
+    """As Python does: a number is the code; anything else is printed, and the code is 1."""
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    print(end.code, file=sys.stderr)
+    return 1
 
 
 def _enter(target: Callable, args: tuple, folder: str, variables: dict[str, str], meet: str) -> None:
@@ -93,6 +103,8 @@ def _enter(target: Callable, args: tuple, folder: str, variables: dict[str, str]
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(log, stream.fileno())
+    # as left by a test that ran before: mmengine would import the torchvision that lies there
+    sys.path[:] = [path for path in sys.path if path != PACKAGES]
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
@@ -110,7 +122,7 @@ def _enter(target: Callable, args: tuple, folder: str, variables: dict[str, str]
         torch.distributed.barrier()
         code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else bool(end.code)
+        code = exit_code(end)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -124,8 +124,11 @@ def call(folder: Path, script: str, *args) -> str:
     starts a process as a user does.
     """
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        status = _call(folder, script, args)
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            status = _call(folder, script, args)
+    except SystemExit as end:
+        status = end.code
     assert not status, printed.getvalue()[-3000:]
     return printed.getvalue()
 

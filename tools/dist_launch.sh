@@ -1,17 +1,21 @@
-# What dist_train.sh and dist_test.sh share; they read it with `source`.
+# What dist_train.sh and dist_test.sh share; they read it with `source`, and set TOOLS to its folder.
 
 # launch SCRIPT GPUS [arguments of SCRIPT]: run SCRIPT in GPUS processes of this machine.
 # NNODES, NODE_RANK, MASTER_ADDR and PORT name the place of this machine among several, PYTHON another interpreter.
 launch() {
-    local script=$1 gpus=$2 rendezvous
+    local script=$1 gpus=$2 nnodes=${NNODES:-1} rendezvous
     shift 2
     [[ $gpus =~ ^[1-9][0-9]*$ ]] || { echo "error: GPUS must be a positive number, got '$gpus'" >&2; exit 2; }
-    script=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$script
-    if [ "${NNODES:-1}" = 1 ] && [ -z "${PORT:-}" ]; then
-        rendezvous=(--standalone) # a free port, so that several runs share a machine
+    [[ $nnodes =~ ^[1-9][0-9]*$ ]] || { echo "error: NNODES must be a positive number, got '$nnodes'" >&2; exit 2; }
+    [[ ${NODE_RANK:-0} =~ ^[0-9]+$ ]] || { echo "error: NODE_RANK must be a number, got '$NODE_RANK'" >&2; exit 2; }
+    script=$TOOLS/$script
+    if [ "$nnodes" = 1 ] && [ -z "${PORT:-}" ]; then
+        # a free port, so that several runs share a machine; without the address it takes the host's name, which need
+        # not resolve
+        rendezvous=(--standalone --nnodes=1 --local_addr=127.0.0.1)
     else
         export NODE_RANK=${NODE_RANK:-0} PORT=${PORT:-29500}
-        rendezvous=(--nnodes="${NNODES:-1}" --node_rank="$NODE_RANK"
+        rendezvous=(--nnodes="$nnodes" --node_rank="$NODE_RANK"
             --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="$PORT")
     fi
     # one process looks for mistakes first, so that each ends in one line and not in a traceback per process

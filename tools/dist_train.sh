@@ -5,7 +5,8 @@
 #   PORT=29501 tools/dist_train.sh ...     # a port of your own; without it one that is free
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 PORT=29500 tools/dist_train.sh ...   # on each machine, with its NODE_RANK
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/dist_launch.sh"
+TOOLS=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") # also if this is a link to it
+source "$TOOLS/dist_launch.sh"
 
 [ $# -ge 2 ] || { echo "usage: $0 CONFIG GPUS [arguments of train.py]" >&2; exit 2; }
 launch train.py "$2" "$1" "${@:3}"

@@ -221,11 +221,15 @@ def check_processes(preflight: int | None) -> None:
     """Check GPUs, and for processes that are about to start (`preflight`, by dist_*.sh) the port as well.
 
     Raises:
-        ValueError: Too few GPUs, or a port in use; only the first machine of several opens the port.
+        ValueError: Too few GPUs, no port, or one in use; only the first machine of several opens the port.
     """
     check_gpus(preflight or int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
     port = os.environ.get('PORT')  # without it, dist_*.sh take a free one
-    if preflight and port and os.environ.get('NODE_RANK', '0') == '0':
+    if not (preflight and port):
+        return
+    if not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise ValueError(f'PORT must be a number from 1 to {2**16 - 1}, got {port!r}; without it a free port is taken')
+    if os.environ.get('NODE_RANK', '0') == '0':
         check_port(int(port))
 
 

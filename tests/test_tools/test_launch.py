@@ -234,6 +234,13 @@ def test_without_a_port_of_its_own_a_run_minds_no_other(monkeypatch):
         checks.check_processes(preflight=2)
 
 
+@pytest.mark.parametrize('port', ['abc', '0', '-1', '65536', '1.5'])
+def test_a_port_that_is_none_is_an_error_that_names_the_variable(monkeypatch, port):
+    monkeypatch.setenv('PORT', port)
+    with pytest.raises(ValueError, match=f"PORT must be a number from 1 to 65535, got '{port}'"):
+        checks.check_processes(preflight=2)
+
+
 def test_only_the_first_process_complains(monkeypatch, capsys):
     monkeypatch.setenv('RANK', '1')
     with pytest.raises(SystemExit), launch.one_line_errors(ValueError):
@@ -303,11 +310,14 @@ def start(tmp_path):
     return lambda *args, **env: run(tmp_path, *args, PYTHON=str(python), **env).splitlines()
 
 
+FREE_PORT = '--standalone --nnodes=1 --local_addr=127.0.0.1'
+
+
 @pytest.mark.parametrize(
     ('env', 'port', 'rendezvous'),
     [
-        ({}, 'none', '--standalone'),  # torchrun takes a free port
-        (dict(NNODES='1', NODE_RANK='0'), 'none', '--standalone'),
+        ({}, 'none', FREE_PORT),
+        (dict(NNODES='1', NODE_RANK='0', PORT=''), 'none', FREE_PORT),
         (dict(PORT='1234'), '1234', '--nnodes=1 --node_rank=0 --master_addr=127.0.0.1 --master_port=1234'),
         (dict(NNODES='2'), '29500', '--nnodes=2 --node_rank=0 --master_addr=127.0.0.1 --master_port=29500'),
         (
@@ -328,7 +338,7 @@ def test_dist_test_starts_processes_in_the_same_way(start):
     checked, started = start('dist_test.sh', 'a.py', 'b.pth', '3', '--out', 'c d')
     command = f'{TOOLS}/test.py a.py b.pth --out c d --launcher pytorch'
     assert checked == f'none: {command} --preflight 3'
-    assert started == f'none: -m torch.distributed.run --standalone --nproc_per_node=3 {command}'
+    assert started == f'none: -m torch.distributed.run {FREE_PORT} --nproc_per_node=3 {command}'
 
 
 def test_slurm_scripts_ask_for_the_processes_of_the_job(start, tmp_path):
@@ -360,6 +370,22 @@ def refuse_to_start(folder: Path, *args, **env: str) -> str:
 def test_dist_train_wants_a_number(tmp_path, gpus):
     line = refuse_to_start(tmp_path, 'dist_train.sh', 'a.py', gpus, PYTHON='false')
     assert line == f"error: GPUS must be a positive number, got '{gpus}'"
+
+
+@pytest.mark.parametrize('variable', ['NNODES', 'NODE_RANK'])
+def test_dist_train_wants_numbers_of_machines(tmp_path, variable):
+    line = refuse_to_start(tmp_path, 'dist_train.sh', 'a.py', '2', PYTHON='false', **{variable: '1:2'})
+    assert line.startswith(f'error: {variable} must be a')
+    assert line.endswith(", got '1:2'")
+
+
+def test_dist_train_may_be_called_by_a_link_to_it(tmp_path):
+    (tmp_path / 'train.sh').symlink_to(TOOLS / 'dist_train.sh')
+    python = imitate(tmp_path / 'python', 'echo "$1"')
+    result = subprocess.run(
+        [tmp_path / 'train.sh', 'a.py', '2'], env=environment(PYTHON=str(python)), capture_output=True, text=True
+    )
+    assert result.stdout.splitlines()[0] == str(TOOLS / 'train.py')
 
 
 def test_dist_train_starts_nothing_after_a_complaint(tmp_path):

@@ -78,7 +78,7 @@ write_ninja() {  # BUILD
     cat >"$1/bin/ninja" <<EOF
 #!/usr/bin/env bash
 set -euo pipefail
-header=$1/mmcv/ops/csrc/common/pytorch_cpp_helper.hpp
+header="$1/mmcv/ops/csrc/common/pytorch_cpp_helper.hpp"
 if [ -f build.ninja ] && [ ! -f "\$header.gch" ]; then
     flags=\$(sed -nE 's/^(cflags|post_cflags) = //p' build.ninja)
     \${CXX:-c++} -x c++-header \$flags -o "\$header.part" "\$header" && mv "\$header.part" "\$header.gch" ||

@@ -33,10 +33,14 @@ needs_instaboost = pytest.mark.skipif(
 needs_coco_mini = pytest.mark.skipif(not DATA.is_dir(), reason=f'{DATA} does not exist')
 
 
+def draw_anew(seed: int = 0) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+
+
 @pytest.fixture(autouse=True)
 def _mmdet_scope_and_fixed_seed():
-    random.seed(0)
-    np.random.seed(0)
+    draw_anew()
     with DefaultScope.overwrite_default_scope('mmdet'):
         yield
 
@@ -135,8 +139,7 @@ FLIPPED = dict(action_candidate=('normal', 'horizontal', 'vertical'), action_pro
 @pytest.mark.filterwarnings('ignore:invalid value encountered')  # of the heatmap where all places are alike
 def test_moved_instances_take_masks_boxes_and_map_along(how, seed):
     before = painted(SCENE)
-    random.seed(seed)
-    np.random.seed(seed)
+    draw_anew(seed)
     after = TRANSFORMS.build(STRONG | how).transform(copy.deepcopy(before))
     assert assert_together(after, SCENE) > 8000
     assert (after['gt_seg_map'] != before['gt_seg_map']).mean() > 0.02
@@ -179,10 +182,10 @@ def test_the_image_is_that_of_instaboostfast(hflag):
         for x1, y1, x2, y2 in [i['bbox']]
     ]
     how = dict(dx=3, dy=3, scale=(0.6, 1.5), theta=(-25, 25), color_prob=1.0)
+    draw_anew()
     np.random.rand()  # whether the image is changed at all
     annotations, expected = get_new_data(objects, before['img'], InstaBoostConfig(**how, heatmap_flag=hflag))
-    random.seed(0)
-    np.random.seed(0)
+    draw_anew()
     after = TRANSFORMS.build(STRONG | how | dict(hflag=hflag)).transform(before)
     np.testing.assert_array_equal(after['img'], expected)
     x, y, w, h = annotations[-1]['bbox']  # pasted last, so that nothing covers it
@@ -241,9 +244,9 @@ def test_crowds_and_instances_without_a_pixel_stay():
 @needs_instaboost
 def test_without_a_map_none_appears_and_the_rest_moves():
     before = painted(SCENE)
+    draw_anew()
     with_map = TRANSFORMS.build(STRONG).transform(copy.deepcopy(before))
-    random.seed(0)
-    np.random.seed(0)
+    draw_anew()
     del before['gt_seg_map']
     without = TRANSFORMS.build(STRONG).transform(before)
     assert 'gt_seg_map' not in without
@@ -324,6 +327,7 @@ def pipeline(instaboost: bool) -> tuple[Compose, Compose]:
     ids=['shapes', 'moved_shapes', 'moved_objects_of_real_images'],
 )
 def test_large_scale_jitter_keeps_image_masks_and_map_together(instaboost, real, tmp_path):
+    draw_anew()
     first, rest = pipeline(instaboost)
     clear, flips, scales = 0, set(), []
     for scene, *size in real_scenes(3) if real else [(SCENE, 240, 320)]:

@@ -3,6 +3,7 @@
 import importlib
 import mmap
 import multiprocessing
+import subprocess
 import sys
 import time
 
@@ -123,6 +124,12 @@ def test_mapped_pages_of_a_file_are_told_from_anonymous_memory(tool, tmp_path):
     assert_near(usage.mapped, 32)
     assert_near(usage.anonymous, 16)
     assert_near(usage.total, 48)
+
+
+def test_memory_of_a_process_that_has_ended_is_none(tool):
+    ended = subprocess.Popen(['true'])
+    ended.wait()
+    assert tool.Memory.of(ended.pid) == tool.Memory(0, 0, 0)
 
 
 @pytest.mark.usefixtures('forked')

@@ -209,10 +209,13 @@ class Memory:
 
     @classmethod
     def of(cls, pid: int | str) -> 'Memory':
-        """What the kernel says about a process."""
-        lines = (line.split() for line in Path(f'/proc/{pid}/status').read_text().splitlines())
+        """What the kernel says about a process; of one that has just died, nothing."""
+        try:
+            status = Path(f'/proc/{pid}/status').read_text()
+        except (FileNotFoundError, ProcessLookupError):  # its parent knows of the end already
+            status = ''
+        lines = (line.split() for line in status.splitlines())
         size = {line[0]: 1024 * int(line[1]) for line in lines if line[-1] == 'kB'}
-        # a process that has just died has no such lines
         anonymous, file, shared, peak = (size.get(f'{key}:', 0) for key in ('RssAnon', 'RssFile', 'RssShmem', 'VmHWM'))
         return cls(anonymous, file + shared, peak)
 

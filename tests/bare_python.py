@@ -58,6 +58,14 @@ def serve() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
 
 
+def exit_code(end: SystemExit) -> int:
+    """As Python does: a number is the code; anything else is printed, and the code is 1."""
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    print(end.code, file=sys.stderr)
+    return 1
+
+
 def _execute(code: str, argv: list[str], cwd: str, path: list[str], environment: dict[str, str], folder: str) -> None:
     """What the child does, and no more than that."""
     for name, stream in (('out', 1), ('err', 2)):
@@ -73,9 +81,7 @@ def _execute(code: str, argv: list[str], cwd: str, path: list[str], environment:
         exec(compile(code, '<string>', 'exec'), dict(__name__='__main__'))
         status = 0
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-        if status and not isinstance(end.code, int):
-            print(end.code, file=sys.stderr)
+        status = exit_code(end)
     except BaseException:
         traceback.print_exc()
     finally:

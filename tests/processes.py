@@ -15,6 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
+from bare_python import exit_code
 from oracles import PACKAGES
 
 CONTEXT = multiprocessing.get_context('forkserver')
@@ -87,14 +88,6 @@ def _join(processes: list) -> int:
             return failed[0].exitcode
         running = [process for process in running if process.exitcode is None]
     return 0
-
-
-def exit_code(end: SystemExit) -> int:
-    """As Python does: a number is the code; anything else is printed, and the code is 1."""
-    if end.code is None or isinstance(end.code, int):
-        return end.code or 0
-    print(end.code, file=sys.stderr)
-    return 1
 
 
 def _enter(target: Callable, args: tuple, folder: str, variables: dict[str, str], meet: str) -> None:

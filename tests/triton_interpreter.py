@@ -61,3 +61,46 @@ def mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpretedFunction, '__call__', call)
     monkeypatch.setattr(interpreter, '_get_np_dtype', numpy_type)
     monkeypatch.setattr(interpreter.interpreter_builder, 'options', UNCHECKED)
+
+
+def contract(monkeypatch: pytest.MonkeyPatch, side: int) -> None:
+    """For one test, round the sum or difference of a product and a number once, as GPUs do in a multiply-add.
+
+    All of them are float32. Of two products, that on this `side` of the sum, 0 or 1, is the one that is not rounded.
+    """
+    builder = interpreter.InterpreterBuilder
+    create_product = builder.create_fmul
+
+    def multiply(self, *factors):
+        product = create_product(self, *factors)
+        product.attr['exact'] = create_product(self, *map(_double, factors))
+        return product
+
+    def move(create):
+        def run(self, tile, to):
+            moved = create(self, tile, to)
+            if 'exact' in tile.attr:
+                moved.attr['exact'] = create(self, tile.attr['exact'], to)
+            return moved
+
+        return run
+
+    def add(create):
+        def run(self, *terms):
+            for place in (side, 1 - side):
+                if 'exact' in terms[place].attr:
+                    doubles = [_double(t) for t in terms]
+                    doubles[place] = terms[place].attr['exact']
+                    return interpreter.TensorHandle(create(self, *doubles).data.astype(np.float32), tl.float32)
+            return create(self, *terms)
+
+        return run
+
+    monkeypatch.setattr(builder, 'create_fmul', multiply)
+    for change, names in ((move, ('create_expand_dims', 'create_broadcast')), (add, ('create_fadd', 'create_fsub'))):
+        for name in names:
+            monkeypatch.setattr(builder, name, change(getattr(builder, name)))
+
+
+def _double(tile: interpreter.TensorHandle) -> interpreter.TensorHandle:
+    return interpreter.TensorHandle(tile.data.astype(np.float64), tl.float64)

@@ -1,7 +1,7 @@
 """Window attention by the Triton kernels of `kernels.py`, forward and backward, as operators of torch's library.
 
 Nothing is copied into windows, and nothing is kept for the backward pass but the inputs, the result, and one number for
-each token and head: the logarithm of the sum of its exponentials.
+each token and head: the logarithm, to the base 2, of the sum of its exponentials.
 """
 
 import importlib.util
@@ -130,7 +130,7 @@ def attend(
     """Attention within windows, without autograd; arguments as of `swinv2_mm.ops.window_attention`.
 
     Returns:
-        Its result, and the logarithms of the sums of exponentials (B * prod(S), heads) in float32.
+        Its result, and the logarithms to the base 2 of the sums of exponentials (B * prod(S), heads) in float32.
     """
     from . import kernels
 

@@ -8,6 +8,10 @@ Names: `q`, `k`, `v` and `given`, the gradient of the result, are tiles (tokens,
 their gradients are tiles (tokens, tokens). The tokens of a tile are described by `rows`: where they are in the map;
 `known`: whether they are part of it, and of the window; `regions`: a number that differs between tokens which the roll
 brought together; and `entries`: that of a query less that of a key is the place in the bias table.
+
+Logits are multiplied by log2(e) where they are made, so that the softmax is exp2(logits - largest). If the product came
+there, compilers would make it and the difference one multiply-add that rounds once: logits of what is no key, which are
+huge, would then not be equal.
 """
 
 import triton
@@ -142,16 +146,16 @@ def _table_of(bias_table, head, TABLE: tl.constexpr):
 def _logits(
     a, b, factors_a, factors_b, table, entries, regions_a, regions_b, keys, SHIFT: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Scaled cosines between queries and keys, in either order, and logits: with bias and mask.
+    """Scaled cosines between queries and keys, in either order, and logits: with bias and mask; both times log2(e).
 
     `entries` of the table and `keys`, which tells whether it is a key, are of their shape.
     Tokens are divided by their norms after the product, which is exact for numbers of half precision: unit vectors of
     that type would be off by their last digit, times a scale of up to 100.
     """
-    cosines = tl.dot(a, tl.trans(b), input_precision=PRECISION) * factors_a[:, None] * factors_b[None, :]
-    logits = cosines + tl.load(table + entries).to(tl.float32)
+    cosines = tl.dot(a, tl.trans(b), input_precision=PRECISION) * (factors_a * LOG2_E)[:, None] * factors_b[None, :]
+    logits = cosines + tl.load(table + entries).to(tl.float32) * LOG2_E
     if SHIFT[0] + SHIFT[1] + SHIFT[2] > 0:
-        logits += tl.where(regions_a[:, None] == regions_b[None, :], 0.0, CROSSING)
+        logits += tl.where(regions_a[:, None] == regions_b[None, :], 0.0, CROSSING * LOG2_E)
     return cosines, tl.where(keys, logits, NEVER)
 
 
@@ -196,13 +200,13 @@ def attend(
             q, k, q_factors, 1.0 / k_norms, table, entries, q_regions, k_regions, k_known[None, :], SHIFT, PRECISION
         )
         larger = tl.maximum(largest, tl.max(logits, 1))
-        weights = tl.exp2(logits * LOG2_E - (larger * LOG2_E)[:, None])
-        decay = tl.exp2((largest - larger) * LOG2_E)
+        weights = tl.exp2(logits - larger[:, None])
+        decay = tl.exp2(largest - larger)
         sums = sums * decay + tl.sum(weights, 1)
         result = result * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         largest = larger
     _store(out + head * DIM, result / sums[:, None], q_rows, q_known, heads * DIM, DIM, BLOCK_DIM)
-    tl.store(log_sums + q_rows * heads + head, largest + tl.log(sums), mask=q_known)
+    tl.store(log_sums + q_rows * heads + head, largest + tl.log2(sums), mask=q_known)
 
 
 @triton.jit
@@ -272,7 +276,7 @@ def grad_queries(
             q, k, scale / q_norms, 1.0 / k_norms, table, entries, q_regions, k_regions, k_known[None, :], SHIFT,
             PRECISION,
         )  # fmt: skip
-        weights = tl.exp2(logits * LOG2_E - (sums * LOG2_E)[:, None])
+        weights = tl.exp2(logits - sums[:, None])
         grad_logits = weights * (tl.dot(given, tl.trans(v), input_precision=PRECISION) - common[:, None])
         sum_of_grads += tl.sum(grad_logits, 1)
         along += tl.sum(grad_logits * cosines, 1)
@@ -280,7 +284,7 @@ def grad_queries(
         grad_q += tl.dot(grad_logits.to(k.dtype), _units(k, k_norms), input_precision=PRECISION)
     grad_q = _orthogonal(grad_q * scale, q, q_norms)
     _store(grad_qkv + head * DIM, grad_q, q_rows, q_known, stride, DIM, BLOCK_DIM)
-    tl.store(grad_scale + tl.program_id(0), tl.sum(along - sum_of_grads * mean_cosine, 0))
+    tl.store(grad_scale + tl.program_id(0), tl.sum(along - sum_of_grads * mean_cosine, 0) / LOG2_E)
 
 
 @triton.jit
@@ -331,7 +335,7 @@ def grad_keys(
             k, q, 1.0 / k_norms, scale / q_norms, table, entries, k_regions, q_regions, k_known[:, None], SHIFT,
             PRECISION,
         )  # fmt: skip
-        weights = tl.exp2(logits * LOG2_E - (sums * LOG2_E)[None, :])
+        weights = tl.exp2(logits - sums[None, :])
         grad_v += tl.dot(weights.to(given.dtype), given, input_precision=PRECISION)
         grad_logits = weights * (tl.dot(v, tl.trans(given), input_precision=PRECISION) - common[None, :])
         grad_k += tl.dot(grad_logits.to(q.dtype), _units(q, q_norms), input_precision=PRECISION)
@@ -405,7 +409,7 @@ def grad_bias(
                 q, k, scale / _lengths(q), 1.0 / _lengths(k), table, entries, q_regions, k_regions, k_known[None, :],
                 SHIFT, PRECISION,
             )  # fmt: skip
-            weights = tl.exp2(logits * LOG2_E - (sums * LOG2_E)[:, None])
+            weights = tl.exp2(logits - sums[:, None])
             total += weights * (tl.dot(given, tl.trans(v), input_precision=PRECISION) - common[:, None])
     _store_tile(grad_tiles, total, BLOCK)
 
@@ -454,7 +458,7 @@ def grad_all(
         cosines, logits = _logits(
             q, k, scale / q_norms, 1.0 / k_norms, table, offsets, regions, regions, known[None, :], SHIFT, PRECISION
         )
-        weights = tl.exp2(logits * LOG2_E - (sums * LOG2_E)[:, None])
+        weights = tl.exp2(logits - sums[:, None])
         grad_v = tl.dot(tl.trans(weights.to(given.dtype)), given, input_precision=PRECISION)
         _store(grad_qkv + (2 * heads + head) * DIM, grad_v, rows, known, stride, DIM, BLOCK_DIM)
         grad_logits = weights * (tl.dot(given, tl.trans(v), input_precision=PRECISION) - common[:, None])
@@ -468,5 +472,5 @@ def grad_all(
         grad_k = tl.dot(tl.trans(rounded), _units(q, q_norms), input_precision=PRECISION) * scale
         grad_k = _orthogonal(grad_k, k, k_norms)
         _store(grad_qkv + (heads + head) * DIM, grad_k, rows, known, stride, DIM, BLOCK_DIM)
-    tl.store(grad_scale + program, tl.sum(total_along, 0))
+    tl.store(grad_scale + program, tl.sum(total_along, 0) / LOG2_E)
     _store_tile(grad_tiles, total, BLOCK)

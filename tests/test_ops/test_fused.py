@@ -76,8 +76,9 @@ def assert_as_exact_as_sdpa(inputs, window, shift, dtype=torch.float32):
         largest = expected.abs().max() or 1.0
         assert ours[name].isfinite().all(), name
         error, allowed = (float((t[name].double() - expected).abs().max() / largest) for t in (ours, peer))
-        # the gradient of the scale is a sum over tokens of q * grad_q, which cancels for the most part
-        rounding = 1e-4 if name == 'logit_scale' else (16 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
+        # float32 rounds logits of 116, the largest here, by up to 32 eps; the gradient of the scale is a sum over tokens
+        # of q * grad_q, which cancels for the most part
+        rounding = 1e-4 if name == 'logit_scale' else (32 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
         assert error < 3 * allowed + rounding, (name, error, allowed)
     return ours
 
@@ -161,6 +162,16 @@ def test_several_tiles_are_as_exact_as_sdpa(take, size, window, dtype, heads, he
     displacements = math.prod(2 * n - 1 for n in geometry.boxes('grad_bias')[1])
     assert (-(-programs // (heads * displacements)) < geometry.windows) == (programs < 1024)
     assert_as_exact_as_sdpa(inputs, window, shift, dtype)
+
+
+@pytest.mark.skipif(DEVICE == 'cuda', reason='a GPU rounds as it does')
+@pytest.mark.parametrize('block', [64, 32])
+@pytest.mark.parametrize('side', [0, 1])
+def test_multiply_add_with_one_rounding_gives_no_nan(monkeypatch, take, side, block):
+    """In windows at the edges the first keys that a program takes are all padding: their logits are huge and equal."""
+    triton_interpreter.contract(monkeypatch, side)
+    take(block, 32)
+    assert_as_exact_as_sdpa(draw((10, 16), heads=1, window=(8, 8), head_dim=16), (8, 8), (4, 4))
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,13 @@ CASES = [
     ((16, 16), 128, torch.bfloat16),
     ((16, 16), 16, torch.float16),
 ]
-# All kernels, types, and numbers of axes; heads of each size of tiles
-FEW = [((7, 7), 16, torch.float16), ((24, 24), 32, torch.float32), ((8, 7, 7), 128, torch.bfloat16)]
+# All kernels, types, and numbers of axes; heads of each size of tiles, and large ones in windows that else are one tile
+FEW = [
+    ((7, 7), 16, torch.float16),
+    ((24, 24), 32, torch.float32),
+    ((8, 7, 7), 128, torch.bfloat16),
+    *(((8, 8), head_dim, dtype) for head_dim in (96, 128) for dtype in (torch.float32, torch.bfloat16)),
+]
 MAPS = {'qkv', 'out', 'grad_out', 'grad_qkv'}
 NUMBERS = {'heads', 'windows', 'splits'}
 
@@ -76,7 +81,7 @@ def resources(cubin: bytes) -> str:
 def main() -> None:
     """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--few', action='store_true', help='three cases, which have all kernels and types')
+    parser.add_argument('--few', action='store_true', help='a few cases, which have all kernels and types')
     cases = FEW if parser.parse_args().few else CASES
     print('| window | head size | type | kernel | warps | registers | bytes on the stack | shared memory |')
     print('|---|---|---|---|---|---|---|---|')

@@ -31,6 +31,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def is_wide(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether tokens take so much memory that few of them fit into a program."""
+    return head_dim * dtype.itemsize > 128
+
+
 def choose_blocks(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Blocks:
     """Blocks of a kernel for windows of so many tokens: as measured on this kind of device, or by rule.
 
@@ -45,10 +50,11 @@ def choose_blocks(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype, d
 
 def default_blocks(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype) -> Blocks:
     """Blocks whose tiles fit the registers of a program, as the compiler reports them."""
-    large = head_dim * dtype.itemsize > 128 or dtype.itemsize > 2
-    if large and kernel != 'grad_all':  # which holds a whole window, whatever it takes
+    if kernel == 'grad_all':  # which holds a whole window
+        blocks = Blocks(64, 64, warps=4, stages=1)
+    elif is_wide(head_dim, dtype) or dtype.itemsize > 2:
         blocks = Blocks(32, 32, warps=4, stages=2)
-    elif kernel in ('grad_bias', 'grad_all'):
+    elif kernel == 'grad_bias':
         blocks = Blocks(64, 64, warps=8, stages=2)
     else:  # on Hopper, eight warps would compute the 64 rows of a product twice
         blocks = Blocks(64, 32, warps=4, stages=2)

@@ -4,13 +4,14 @@ Nothing is copied into windows, and nothing is kept for the backward pass but th
 each token and head: the logarithm, to the base 2, of the sum of its exponentials.
 """
 
+import importlib
 import importlib.util
 import math
 
 import torch
 from torch import Tensor
 
-from .blocks import SMALLEST, choose_blocks, cut_into_boxes, next_power_of_2
+from .blocks import SMALLEST, choose_blocks, cut_into_boxes, is_wide, next_power_of_2
 from .recording import at_compilation, is_tracing
 from .reference import MAX_LOGIT_SCALE
 from .windows import (
@@ -23,6 +24,7 @@ from .windows import (
 )
 
 HAS_TRITON = importlib.util.find_spec('triton') is not None
+TRITON = 3, 4  # older ones do not compile the kernels
 MAX_HEAD_DIM = 128  # larger ones do not fit the registers of a program
 MAX_AXES = 3
 CAPABILITY = 8  # of the oldest GPUs, Ampere, that multiply bfloat16
@@ -36,6 +38,9 @@ def can_run(qkv: Tensor) -> str | None:
         return f'its kernels are for GPUs, and the map is on {str(qkv.device)!r}'
     if not HAS_TRITON:
         return 'the package triton is not installed'
+    version = _triton_version()
+    if tuple(map(int, version.split('.')[:2])) < TRITON:
+        return f'its kernels need triton {TRITON[0]}.{TRITON[1]} or newer, this is {version}'
     if not hasattr(torch.library, 'custom_op'):
         return f'it needs torch 2.4 or newer, this is {torch.__version__}'
     if is_tracing():
@@ -50,6 +55,11 @@ def can_run(qkv: Tensor) -> str | None:
     if major < CAPABILITY:
         return f'its kernels are for GPUs of compute capability {CAPABILITY} or more, and this one has {major}.{minor}'
     return None
+
+
+@at_compilation
+def _triton_version() -> str:
+    return importlib.import_module('triton').__version__
 
 
 @at_compilation
@@ -91,8 +101,7 @@ class Geometry:
             'TABLE': self.table,
             'DIM': self.head_dim,
             'BLOCK_DIM': max(SMALLEST, next_power_of_2(self.head_dim)),
-            # of products in float32: as PyTorch's own are at its present setting
-            'PRECISION': 'ieee' if torch.get_float32_matmul_precision() == 'highest' else 'tf32',
+            'PRECISION': 'tf32' if self.dtype == torch.float32 and _is_tf32_allowed() else 'ieee',
             'enable_fp_fusion': True,
         }
 
@@ -110,8 +119,8 @@ class Geometry:
         return box, counts, {**self.constants(), **constants}
 
     def fits_one_tile(self) -> bool:
-        """Whether one program can hold a window."""
-        return self.runs('grad_all')[0] == 1
+        """Whether one program can hold a window, in its registers and in shared memory."""
+        return not is_wide(self.head_dim, self.dtype) and self.runs('grad_all')[0] == 1
 
     def kernels(self) -> tuple[str, ...]:
         """Kernels that run for such windows, forward and backward."""
@@ -122,6 +131,14 @@ class Geometry:
     def widen(self, grad_table: Tensor) -> Tensor:
         """Gradient of the whole bias table, from that of the window in effect."""
         return crop_bias_table_backward(grad_table, self.table, self.window)
+
+
+def _is_tf32_allowed() -> bool:
+    """Whether PyTorch's own products of float32 may be computed in TF32, at its present setting."""
+    setting = torch.backends.cuda.matmul
+    if hasattr(setting, 'fp32_precision'):  # of torch 2.9; where it was set, it is an error to read the former ones
+        return setting.fp32_precision == 'tf32'
+    return setting.allow_tf32
 
 
 def attend(

@@ -23,7 +23,8 @@ BACKENDS = {
     'triton': Backend(fused.fused_window_attention, fused.can_run),
     'sdpa': Backend(sdpa.sdpa_window_attention, sdpa.can_run),
     'reference': Backend(reference.reference_window_attention, lambda qkv: None),
-}  # in the order in which 'auto' asks them
+}
+AUTO = 'sdpa', 'reference'  # what 'auto' asks, in this order; 'triton' has to be named, as it has never run on a GPU
 
 
 def check_backend(name: str) -> None:
@@ -40,10 +41,10 @@ def _choose(name: str, qkv: Tensor) -> Backend:
         if reason:
             raise ValueError(f"attention backend {name!r} cannot run: {reason}; 'auto' takes another one")
         return BACKENDS[name]
-    for other, backend in BACKENDS.items():
-        reason = backend.can_run(qkv)
+    for other in AUTO:
+        reason = BACKENDS[other].can_run(qkv)
         if reason is None:
-            return backend
+            return BACKENDS[other]
         _tell(other, reason)
     raise AssertionError('the reference runs everywhere')
 
@@ -78,7 +79,7 @@ def window_attention(
         bias_table: (heads, prod(2 * window - 1)), added to the logits by relative position (see `LogCPB`).
         window_size: Tokens of a window along each axis of `*S`.
         shift_size: How far the windows are shifted along each axis, from 0 to the window size less 1.
-        backend: 'auto' for the fastest one that can run, or 'triton', 'sdpa' or 'reference'.
+        backend: 'triton', 'sdpa' or 'reference', or 'auto' for 'sdpa' and, where that cannot run, 'reference'.
         sequential: Whether to attend in a few windows at a time, and to compute them again in the backward pass, so
             that the attention weights of those alone are in memory (sequential self-attention, Sec. 3.4). The backends
             'triton' and 'sdpa' do so in any case.

@@ -5,11 +5,11 @@ for a window unless several of them are what is tested.
 """
 
 import contextlib
-import logging
 import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -76,8 +76,8 @@ def assert_as_exact_as_sdpa(inputs, window, shift, dtype=torch.float32):
         largest = expected.abs().max() or 1.0
         assert ours[name].isfinite().all(), name
         error, allowed = (float((t[name].double() - expected).abs().max() / largest) for t in (ours, peer))
-        # float32 rounds logits of 116, the largest here, by up to 32 eps; the gradient of the scale is a sum over tokens
-        # of q * grad_q, which cancels for the most part
+        # float32 rounds logits of 116 by up to 32 eps; the gradient of the scale is a sum over tokens of q * grad_q,
+        # which cancels for the most part
         rounding = 1e-4 if name == 'logit_scale' else (32 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
         assert error < 3 * allowed + rounding, (name, error, allowed)
     return ours
@@ -126,7 +126,7 @@ def draw_scaled(size, heads, window, head_dim, dtype):
         ((10,), (4,), torch.float32, 2, 4, 1024),
         ((7, 8), (4, 4), torch.bfloat16, 2, 24, 4),
         ((15, 16), (8, 8), torch.float16, 1, 32, 1024),
-        ((4, 3, 5), (2, 3, 3), torch.float32, 2, 128, 4),
+        ((4, 3, 5), (2, 3, 3), torch.float32, 2, 32, 4),
         ((2, 4, 5), (2, 3, 3), torch.bfloat16, 1, 16, 3),
         ((1, 7), (5, 5), torch.float32, 1, 16, 1024),
     ],
@@ -142,8 +142,9 @@ def test_one_tile_is_as_exact_as_sdpa(take, size, window, dtype, heads, head_dim
     assert_as_exact_as_sdpa(inputs, window, shift, dtype)
 
 
-# The same for windows of several tiles: steps smaller and larger than blocks, first tiles without any key (maps of a
-# window and a bit more, shifted), and boxes of which two or three lie along an axis.
+# The same for windows of several tiles, and of one whose heads are too large for a kernel of all gradients: steps
+# smaller and larger than blocks, first tiles without any key (maps of a window and a bit more, shifted), and boxes of
+# which two or three lie along an axis.
 @pytest.mark.parametrize(
     ('size', 'window', 'dtype', 'heads', 'head_dim', 'block', 'step', 'programs'),
     [
@@ -151,6 +152,7 @@ def test_one_tile_is_as_exact_as_sdpa(take, size, window, dtype, heads, head_dim
         ((5, 6), (5, 6), torch.bfloat16, 2, 16, 16, 16, 1024),
         ((5, 4, 3), (4, 3, 3), torch.float16, 1, 32, 32, 16, 1024),
         ((3, 4, 3), (3, 4, 2), torch.float32, 2, 4, 16, 32, 2),
+        ((4, 3, 5), (2, 3, 3), torch.float32, 2, 128, 32, 32, 2),
         ((12, 3), (12, 4), torch.bfloat16, 1, 128, 16, 32, 1024),
     ],
 )
@@ -384,18 +386,10 @@ def test_a_training_run_follows_that_of_the_reference(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE == 'cuda', reason='on a GPU it can run')
-def test_on_a_cpu_it_says_why_it_cannot_run_and_auto_tells_it_once(caplog):
-    inputs = draw((8, 8))
+def test_on_a_cpu_it_says_why_it_cannot_run():
     reason = r"its kernels are for GPUs, and the map is on 'cpu'"
     with pytest.raises(ValueError, match=f"'triton' cannot run: {reason}; 'auto' takes another"):
-        window_attention(*inputs, (4, 4), (2, 2), 'triton')
-    module._tell_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger='swinv2_mm'):
-        for _ in range(2):
-            window_attention(*inputs, (4, 4), (2, 2))
-    assert [r.getMessage() for r in caplog.records if 'triton' in r.getMessage()] == [
-        f"attention backend 'triton' is not used: {reason}"
-    ]
+        window_attention(*draw((8, 8)), (4, 4), (2, 2), 'triton')
 
 
 @pytest.mark.parametrize(
@@ -413,17 +407,58 @@ def test_cases_that_it_cannot_run_are_named(monkeypatch, change, reason):
     assert fused.can_run(qkv) is None
 
 
-def test_old_gpus_are_refused_when_models_are_compiled_too(monkeypatch):
+def test_old_gpus_and_old_triton_are_refused_when_models_are_compiled_too(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
-    reason = fused.can_run(torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu))
-    assert reason == 'its kernels are for GPUs of compute capability 8 or more, and this one has 7.5'
-    major = torch.compile(lambda x: x + fused._capability(x.device)[0], fullgraph=True, backend='eager')
-    assert major(torch.zeros(1)) == 7
+    qkv = torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu)
+    assert fused.can_run(qkv) == 'its kernels are for GPUs of compute capability 8 or more, and this one has 7.5'
+    monkeypatch.setattr(triton, '__version__', '3.3.1')
+    assert fused.can_run(qkv) == 'its kernels need triton 3.4 or newer, this is 3.3.1'
+
+    def recorded(x):
+        return x + fused._capability(x.device)[0] + len(fused._triton_version())
+
+    assert torch.compile(recorded, fullgraph=True, backend='eager')(torch.zeros(1)) == 7 + len('3.3.1')
 
 
 def test_without_triton_it_cannot_run(monkeypatch):
     monkeypatch.setattr(fused, 'HAS_TRITON', False)
     assert 'triton is not installed' in fused.can_run(torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu))
+
+
+@pytest.fixture
+def matmul():
+    """Settings of products on GPUs, as they are before anyone sets them."""
+    settings = torch.backends.cuda.matmul
+    former = getattr(settings, 'fp32_precision', None)
+    yield settings
+    torch.set_float32_matmul_precision('highest')
+    if former:
+        settings.fp32_precision = former
+
+
+def precision(dtype):
+    return fused.Geometry(torch.empty(1, 4, 4, 3, 1, 16, dtype=dtype), (4, 4), (2, 2)).constants()['PRECISION']
+
+
+@pytest.mark.parametrize('setting', ['high', 'medium', 'allow_tf32', 'fp32_precision'])
+def test_products_of_float32_are_in_tf32_where_torch_has_them_so(matmul, setting):
+    assert precision(torch.float32) == 'ieee'
+    if setting in ('high', 'medium'):
+        torch.set_float32_matmul_precision(setting)
+    elif setting == 'allow_tf32':
+        matmul.allow_tf32 = True
+    elif hasattr(matmul, 'fp32_precision'):
+        matmul.fp32_precision = 'tf32'
+    else:
+        pytest.skip('of torch 2.9')
+    assert precision(torch.float32) == 'tf32'
+    assert precision(torch.bfloat16) == 'ieee'
+
+
+@pytest.mark.parametrize('allowed', [False, True])
+def test_torch_before_2_9_has_one_setting_of_tf32(monkeypatch, allowed):
+    monkeypatch.setattr(torch.backends.cuda, 'matmul', types.SimpleNamespace(allow_tf32=allowed))
+    assert precision(torch.float32) == ('tf32' if allowed else 'ieee')
 
 
 class OnGpu(torch.Tensor):
@@ -436,10 +471,22 @@ def test_kernels_are_interpreted_only_without_a_gpu():
     assert type(kernels.attend).__name__ == ('InterpretedFunction' if DEVICE == 'cpu' else 'JITFunction')
 
 
+@pytest.mark.parametrize(
+    ('head_dim', 'dtype', 'fits'),
+    [(32, torch.float32, True), (33, torch.float32, False), (64, torch.bfloat16, True), (96, torch.float16, False)],
+)
+def test_a_window_is_one_tile_only_if_its_heads_are_small(head_dim, dtype, fits):
+    geometry = fused.Geometry(torch.empty(1, 8, 8, 3, 1, head_dim, dtype=dtype), (8, 8), (4, 4))
+    assert geometry.fits_one_tile() == fits
+
+
 @pytest.mark.slow
-def test_all_kernels_compile_for_a_gpu():
+def test_all_kernels_compile_for_a_gpu_and_fit_its_shared_memory():
     """What the interpreter accepts need not compile; the compiler needs no GPU."""
     env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
     result = subprocess.run([sys.executable, COMPILE, '--few'], env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert {line.split(' | ')[3] for line in result.stdout.splitlines()[2:]} == set(blocks.KERNELS)
+    rows = [line.strip('| ').split(' | ') for line in result.stdout.splitlines()[2:]]
+    assert {row[3] for row in rows} == set(blocks.KERNELS)
+    # of a program on the smallest GPUs that they are for; an H100 has 227 KiB
+    assert max(int(row[7]) for row in rows) <= 99 * 1024

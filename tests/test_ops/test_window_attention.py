@@ -1,7 +1,9 @@
 """Each backend against a loop over token pairs, and the promises of `window_attention`."""
 
 import functools
+import logging
 import math
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from brute_force import brute_force_attention
 
 from swinv2_mm.ops import reference, window_attention
 
+module = sys.modules['swinv2_mm.ops.window_attention']  # the package shows the function under this name
 BACKENDS = ['sdpa', 'reference']  # those that know float64; the others have tests of their own
 # map, window, shift: whole, padded, one more than a multiple, shrunk on some axes, non-square, 1 to 3 axes
 CASES = [
@@ -159,3 +162,20 @@ def test_arguments_that_do_not_fit_are_named(change, message):
     arguments = dict(qkv=qkv, logit_scale=scale, bias_table=table, window_size=(3, 3), shift_size=(1, 1)) | change
     with pytest.raises(ValueError, match=message):
         window_attention(**arguments)
+
+
+def raise_error(*_):
+    raise AssertionError('was asked')
+
+
+def test_auto_asks_sdpa_and_then_the_reference_and_tells_why_once(monkeypatch, caplog):
+    """Kernels that have never run on a GPU have to be named."""
+    monkeypatch.setitem(module.BACKENDS, 'triton', module.Backend(raise_error, raise_error))
+    inputs = draw((6, 6), (3, 3))
+    assert torch.equal(window_attention(*inputs, (3, 3), (1, 1)), window_attention(*inputs, (3, 3), (1, 1), 'sdpa'))
+    monkeypatch.setitem(module.BACKENDS, 'sdpa', module.Backend(raise_error, lambda qkv: 'it is too old'))
+    module._tell_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger='swinv2_mm'):
+        outs = [window_attention(*inputs, (3, 3), (1, 1)) for _ in range(2)]
+    assert torch.equal(outs[1], window_attention(*inputs, (3, 3), (1, 1), 'reference'))
+    assert [r.getMessage() for r in caplog.records] == ["attention backend 'sdpa' is not used: it is too old"]

@@ -151,16 +151,22 @@ BUFFERS = re.compile(r'\.attn_mask$|\.attn\.(relative_coords_table|relative_posi
 OTHER_HEADS = re.compile(r'^(head|classifier|decoder|mask_token|projector|pre_logits)(\.|$)')
 
 
+def find_backbones(names: Collection[str]) -> list[tuple[Layout, str]]:
+    """Recognise every Swin V2 in a state dict: its layout, and the prefix under which it lies."""
+    found = []
+    for layout in LAYOUTS:
+        matches = (re.fullmatch(rf'((?:.*\.)?){layout.marker}', name) for name in names)
+        found += [(layout, root) for root in dict.fromkeys(match[1] or '' for match in matches if match)]
+    return found
+
+
 def find_backbone(names: list[str]) -> tuple[Layout, str]:
     """Recognise the layout of a state dict, and the prefix under which the backbone lies.
 
     Raises:
         CheckpointError: There is no Swin V2, or there are several.
     """
-    found = []
-    for layout in LAYOUTS:
-        matches = (re.fullmatch(rf'((?:.*\.)?){layout.marker}', name) for name in names)
-        found += [(layout, root) for root in dict.fromkeys(match[1] or '' for match in matches if match)]
+    found = find_backbones(names)
     own = [(layout, root) for layout, root in found if not root]
     if len(found) == 1 or len(own) == 1:
         return (own or found)[0]
@@ -201,7 +207,8 @@ def to_ours(weights: Weights, layout: Layout) -> Weights:
 
 def num_stages(weights: Collection[str]) -> int:
     """Number of stages, from names in our layout."""
-    return 1 + max(int(match[1]) for match in map(re.compile(r'layers\.(\d+)\.').match, weights) if match)
+    stages = (int(match[1]) for match in map(re.compile(r'layers\.(\d+)\.').match, weights) if match)
+    return 1 + max(stages, default=-1)
 
 
 def depths(weights: Collection[str]) -> list[int]:

@@ -11,14 +11,26 @@ from ..ops.coordinates import invert_coords, largest_coord
 from .errors import CheckpointError
 from .layouts import PATCH, TABLE, Weights, num_stages
 
-ENTRY = 'attn.cpb_mlp.pretrained_window_size'  # (axes,), in each block: what our own checkpoints store
+BIAS = 'attn.cpb_mlp.'
+ENTRY = f'{BIAS}pretrained_window_size'  # (axes,), in each block: what our own checkpoints store
 Windows = Sequence[tuple[int, ...]]  # one entry per stage, each with one number per axis; 0 for not known
+StageWindows = Mapping[int, tuple[int, ...]]  # the same, of some stages
 
 
-def window_entries(windows: Windows, weights: Collection[str]) -> Weights:
+def blocks_of(weights: Collection[str]) -> list[str]:
+    """Names of the blocks that some weights belong to, each with the dot that follows it."""
+    found = map(re.compile(r'layers\.\d+\.blocks\.\d+\.').match, weights)
+    return list(dict.fromkeys(match[0] for match in found if match))
+
+
+def stage_of(block: str) -> int:
+    """Stage of a block, by its name."""
+    return int(block.split('.')[1])
+
+
+def window_entries(windows: Windows | StageWindows, weights: Collection[str]) -> Weights:
     """Return the entries that carry the pre-training windows, for each block among the names of some weights."""
-    blocks = dict.fromkeys(match[0] for match in map(re.compile(r'layers\.\d+\.blocks\.\d+\.').match, weights) if match)
-    return {f'{block}{ENTRY}': torch.tensor(windows[int(block.split('.')[1])]) for block in blocks}
+    return {f'{block}{ENTRY}': torch.tensor(windows[stage_of(block)]) for block in blocks_of(weights)}
 
 
 def stored_windows(weights: Weights, release: Sequence[int] | None) -> Windows | None:
@@ -92,23 +104,25 @@ def set_windows(weights: Weights, sizes: Sequence[int]) -> Weights:
         )
     axes = weights[PATCH].dim() - 2
     told = [(0,) * (axes - 2) + (size, size) for size in sizes]
-    return weights | window_entries(settle_windows(windows_per_stage(weights, told), told, told), weights)
+    stored = windows_per_stage(weights, dict(enumerate(told)))
+    return weights | window_entries(settle_windows(stored, told, told), weights)
 
 
 def stored_entries(weights: Weights) -> dict[int, tuple[int, ...]]:
     """Pre-training window of each stage whose blocks have an entry for it."""
-    return {int(name.split('.')[1]): tuple(v.tolist()) for name, v in weights.items() if name.endswith(ENTRY)}
+    return {stage_of(name): tuple(v.tolist()) for name, v in weights.items() if name.endswith(ENTRY)}
 
 
-def windows_per_stage(weights: Weights, windows: Windows) -> Windows:
-    """Pre-training windows that converted weights carry, for a model with these windows; 0 where they say nothing.
+def windows_per_stage(weights: Weights, windows: StageWindows) -> StageWindows:
+    """Pre-training windows that converted weights carry, for stages with these windows; 0 where they say nothing.
 
     Raises:
         CheckpointError: They have another number of axes than the model.
     """
     entries = stored_entries(weights)
-    stored = [entries.get(stage, (0,) * len(window)) for stage, window in enumerate(windows)]
-    for stage, (entry, window) in enumerate(zip(stored, windows, strict=True)):
+    stored = {stage: entries.get(stage, (0,) * len(window)) for stage, window in windows.items()}
+    for stage, entry in stored.items():
+        window = windows[stage]
         if len(entry) != len(window):
             raise CheckpointError(
                 f'its position bias of stage {stage} was learnt with windows of {_size(entry)}, which have another '
@@ -117,19 +131,20 @@ def windows_per_stage(weights: Weights, windows: Windows) -> Windows:
     return stored
 
 
-def settle_windows(stored: Windows, told: Windows, windows: Windows) -> Windows:
+def settle_windows(stored: StageWindows, told: Windows, windows: Windows) -> StageWindows:
     """Choose the pre-training window of each stage and axis: what the config tells, else what the checkpoint stores.
 
     Args:
-        stored: What the checkpoint stores, 0 for nothing.
+        stored: What the checkpoint stores for each stage that is asked for, 0 for nothing.
         told: What the config tells (`pretrained_window_sizes`), 0 for nothing.
         windows: Windows of the model.
 
     Raises:
         CheckpointError: They disagree, or neither says anything about a window of more than one token.
     """
-    settled = []
-    for stage, (of_file, of_config, window) in enumerate(zip(stored, told, windows, strict=True)):
+    settled = {}
+    for stage, of_file in stored.items():
+        of_config, window = told[stage], windows[stage]
         if any(f and c and f != c for f, c in zip(of_file, of_config, strict=True)):
             raise CheckpointError(
                 f'its position bias was learnt with windows of {_size(of_file)} in stage {stage}, but the config says '
@@ -144,13 +159,14 @@ def settle_windows(stored: Windows, told: Windows, windows: Windows) -> Windows:
                 '256 pixels with window 8, (16, 16, 16, 8) for window 16, and (12, 12, 12, 6) for all that were '
                 'pre-trained with 192 pixels (22k, 12to16, 12to24, SimMIM)'
             )
-        settled.append(chosen)
+        settled[stage] = chosen
     return settled
 
 
-def log_transfer(settled: Windows, stored: Windows, windows: Windows) -> None:
+def log_transfer(settled: StageWindows, stored: StageWindows, windows: Windows) -> None:
     """Say for each stage what the position bias was learnt with, and how far it has to extrapolate (Sec. 3.3)."""
-    for stage, (before, of_file, after) in enumerate(zip(settled, stored, windows, strict=True)):
+    for stage, before in settled.items():
+        of_file, after = stored[stage], windows[stage]
         reach = [(largest_coord(p, p), largest_coord(w, p)) for p, w in zip(before, after, strict=True)]
         beyond = max(new / old - 1 if old else 0.0 for old, new in reach)
         source = 'the checkpoint' if all(of_file) else 'the config'

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..checkpoints.backbone import fit_backbone
+from ..checkpoints.backbone import Target, fit_backbone
 from ..checkpoints.errors import in_file
 from ..ops.window_attention import check_backend
 from ..registry import MODELS
@@ -131,15 +132,20 @@ class SwinV2(BaseModule):
         )
         for i in self.out_indices:
             self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
-        # taken now: FSDP flattens parameters later, and what subclasses add is theirs to load
-        self._state_shapes = {name: value.shape for name, value in self.state_dict().items()}
+        # taken now, shapes alone: FSDP flattens parameters later, and what subclasses add is theirs to load
+        self._built = {name: value.to('meta') for name, value in self.state_dict().items()}
+        self._is_initialising = False
         self._reset_parameters()
         self._freeze()
 
     def init_weights(self) -> None:
         """Initialise as the official code does, then load what `init_cfg` names."""
         self._reset_parameters()
-        super().init_weights()
+        self._is_initialising = True  # what `init_cfg` names has to be there; mmengine does not say what it loads
+        try:
+            super().init_weights()
+        finally:
+            self._is_initialising = False
 
     def _reset_parameters(self) -> None:
         reset_layers(self)
@@ -155,32 +161,55 @@ class SwinV2(BaseModule):
                     nn.init.zeros_(norm.bias)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict, *args: bool | list[str]
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         """Convert the entries under `prefix` from whatever layout they have; every road of loading comes through here.
 
         Raises:
-            CheckpointError: They do not fill the backbone completely; nothing has been changed then.
+            CheckpointError: They do not fit, or do not fill the backbone though they have to, see `fit_backbone`;
+                nothing has been changed then.
         """
         given = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
-        names = {
-            re.sub(r'_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.', '', n) for n, _ in self.named_parameters()
-        }
-        with in_file(local_metadata.get('source')):
+        target = Target(self._state(), self._built, self.told_windows, self.windows)
+        source = local_metadata.get('source')
+        with in_file(source):
             weights = fit_backbone(
                 {name.removeprefix(prefix): value for name, value in given.items()},
-                self._state_shapes,
-                self.told_windows,
-                self.windows,
-                own=names - self._state_shapes.keys(),
+                target,
+                is_file=source is not None or self._is_initialising,
+                is_part=bool(prefix),
             )
-        # output norms that the checkpoint does not have stay as they are, which a strict load would call missing
-        for name in self._state_shapes.keys() - weights.keys():
-            weights[name] = self.get_parameter(name).detach()
+        missing, norms = target.lacks(weights)
+        if not missing:  # output norms that a checkpoint does not have are not what a strict load should fail for
+            weights |= {name: self.get_parameter(name).detach() for name in norms}
+        if not weights:
+            unexpected_keys.extend(given)
         for name in given:
             del state_dict[name]
         state_dict.update({prefix + name: value for name, value in weights.items()})
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _state(self) -> dict[str, Tensor | None]:
+        """What a state dict of this module holds now, whatever was replaced in it, see `checkpoints.backbone.Target`.
+
+        Within units of FSDP it cannot be looked at: their parameters are parts, or are all flattened into one.
+        """
+        if not any('_fsdp_wrapped_module' in name for name, _ in self.named_modules()):
+            return self.state_dict(keep_vars=True)
+        present = [name for name, _ in chain(self.named_parameters(), self.named_buffers())]
+        names = [re.sub(r'_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.', '', name) for name in present]
+        if any(name.endswith('_flat_param') for name in names):
+            names = [*self._built, *(name for name in names if not name.endswith('_flat_param'))]
+        return {name: self._built.get(name) for name in names}
 
     def train(self, mode: bool = True) -> 'SwinV2':
         """Set the mode of all but what is frozen, or what `norm_eval` keeps in eval mode."""

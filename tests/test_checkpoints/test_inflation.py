@@ -209,9 +209,7 @@ def test_a_video_checkpoint_does_not_fit_an_image_model():
 
 def test_the_frames_of_a_patch_belong_to_a_video_checkpoint():
     other = build(patch_size=(1, 4, 4))
-    with pytest.raises(
-        CheckpointError, match=re.escape('patch_embed.proj.weight (16, 3, 2, 4, 4) for (16, 3, 1, 4, 4)')
-    ):
+    with pytest.raises(CheckpointError, match=re.escape('2 frames and those of the model 1: set patch_size=(2, 4, 4)')):
         other.load_state_dict(build().state_dict())
 
 
@@ -310,7 +308,7 @@ def test_a_recognizer_remembers_the_windows_of_its_weights(tmp_path):
 @pytest.mark.parametrize(
     ('name', 'value', 'message'),
     [
-        ('patch_embed.proj.weight', torch.zeros(16, 4, 4, 4), '(16, 4, 2, 4, 4) for (16, 3, 2, 4, 4)'),
+        ('patch_embed.proj.weight', torch.zeros(8, 3, 4, 4), '(8, 3, 2, 4, 4) for (16, 3, 2, 4, 4)'),
         ('patch_embed.proj.weight', torch.zeros(16, 3, 4, 4, dtype=torch.int8), '(torch.int8, torch.strided, cpu)'),
         ('patch_embed.proj.weight', torch.zeros(16, 3, 4, 4).to_sparse(), '(16, 3, 4, 4) for (16, 3, 2, 4, 4)'),
         ('layers.1.blocks.0.attn.cpb_mlp.0.weight', torch.zeros(512), '(512,) for (512, 3)'),
@@ -326,14 +324,6 @@ def test_what_does_not_fit_is_named_before_any_weight_is_touched(name, value, me
     with pytest.raises(CheckpointError, match=re.escape(f'{name} {message}')):
         backbone.load_state_dict(model)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
-
-
-@pytest.mark.parametrize('stages', [2, 3])
-def test_a_model_of_fewer_stages_is_told_what_differs(stages):
-    _, model = source('official')
-    arch = {key: value[:stages] if isinstance(value, tuple) else value for key, value in ARCH.items()}
-    with pytest.raises(CheckpointError, match=r'unexpected: .*depths=\(2, 2, 2, 2\).*; the model has'):
-        build(arch, window=[WINDOW] * stages, out_indices=(0, 1)).load_state_dict(model)
 
 
 def test_a_new_bias_of_two_axes_is_that_of_three_at_one_time():

@@ -1,0 +1,404 @@
+"""Part of a backbone, none of it, more than it, and backbones that were changed: torch's own loading is the oracle."""
+
+import copy
+import functools
+import re
+
+import layouts
+import oracles
+import pytest
+import torch
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
+from test_roads import ALL_STAGES, ARCH, PRETRAINED, detector_config, features, official_weights, same, source_backbone
+from torch import nn
+from torch.nn.utils import parametrizations, prune, weight_norm
+
+from swinv2_mm.checkpoints import CheckpointError
+from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
+
+TOLD = dict(ALL_STAGES, pretrained_window_sizes=PRETRAINED)
+BLOCK = 'layers.0.blocks.0.'
+
+
+class LoRA(nn.Module):
+    """A linear layer and what is added to it, under the names of peft."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict(dict(default=nn.Linear(base_layer.in_features, 2, bias=False)))
+        self.lora_B = nn.ModuleDict(dict(default=nn.Linear(2, base_layer.out_features, bias=False)))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight + self.lora_B.default.weight @ self.lora_A.default.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base_layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class Net(nn.Module):
+    """A model around a backbone."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(2, 2)
+
+
+def linear_layers(model):
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+
+
+def add_lora(model, pattern=''):
+    for name, layer in linear_layers(model):
+        if re.search(pattern, name):
+            model.set_submodule(name, LoRA(layer))
+    return model
+
+
+def replace_patches(model):
+    model.patch_embed.proj = nn.Conv2d(5, ARCH['embed_dims'], 6, 4)
+
+
+def delete_a_stage(model):
+    del model.layers[3]
+    model.layers[2].downsample = None
+    del model.norm3
+    model.out_indices = (0, 1, 2)
+
+
+def for_each_linear(function):
+    return lambda model: [function(layer) for _, layer in linear_layers(model)]
+
+
+def quantize(model):
+    """Whole numbers and something that is no tensor in the place of weights."""
+
+    class Quantized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('weight', torch.ones(3, dtype=torch.int8))
+
+        def get_extra_state(self):
+            return {'bits': 8}
+
+        def set_extra_state(self, state):
+            assert state == {'bits': 8}
+
+    model.layers[1].blocks[0].mlp.fc1 = Quantized()
+
+
+CHANGES = {
+    'another patch embedding': replace_patches,
+    'a stage less': delete_a_stage,
+    'LoRA': add_lora,
+    'LoRA of attention': functools.partial(add_lora, pattern='qkv|proj'),
+    'weight_norm': for_each_linear(weight_norm),
+    'parametrized': for_each_linear(parametrizations.weight_norm),
+    'pruned': for_each_linear(lambda layer: prune.l1_unstructured(layer, 'weight', 0.5)),
+    'quantized': quantize,
+}
+
+
+def changed(change, **options):
+    model = SwinTransformerV2(**ALL_STAGES | options)
+    CHANGES[change](model)
+    return model
+
+
+def take(state, pattern):
+    return {name: value for name, value in state.items() if re.search(pattern, name)}
+
+
+def assert_same_state(model, expected):
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    wrong = [n for n, v in expected.items() if not (torch.equal(state[n], v) if torch.is_tensor(v) else state[n] == v)]
+    assert wrong == []
+
+
+# ---------------------------------------------------------------- a module loads its own state dict
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_a_changed_backbone_loads_its_own_state(change, tmp_path):
+    """By torch strictly, by mmengine from a file for itself, and for a model in which it is the backbone, as resumed.
+
+    Its window of pre-training is in the state and nowhere else.
+    """
+    source = oracles.randomize(changed(change, pretrained_window_sizes=PRETRAINED))
+    expected = source.state_dict()
+    model = changed(change)
+    model.load_state_dict(expected)
+    assert_same_state(model, expected)
+
+    torch.save({'state_dict': expected, 'meta': {}}, tmp_path / 'alone.pth')
+    model = changed(change)
+    load_checkpoint(model, str(tmp_path / 'alone.pth'), strict=True)
+    assert_same_state(model, expected)
+
+    whole = Net(source).state_dict()
+    torch.save({'state_dict': whole, 'meta': {}}, tmp_path / 'whole.pth')
+    net = Net(changed(change))
+    load_checkpoint(net, str(tmp_path / 'whole.pth'), strict=True)
+    assert_same_state(net, whole)
+
+
+def test_what_a_changed_backbone_computes_is_what_was_saved():
+    source = oracles.randomize(add_lora(SwinTransformerV2(**TOLD), 'qkv|proj|fc'))
+    model = add_lora(SwinTransformerV2(**ALL_STAGES), 'qkv|proj|fc')
+    before = features(model)
+    model.load_state_dict(source.state_dict())
+    assert same(features(model), features(source))
+    assert not same(features(model), before)
+
+
+def test_a_file_for_the_backbone_as_it_was_built_says_when_to_load_it():
+    with pytest.raises(CheckpointError, match=r'unexpected: .*qkv\.weight.*: load first, then change the model'):
+        changed('LoRA').load_state_dict(source_backbone().state_dict())
+
+
+def test_what_was_added_need_not_be_in_a_file(tmp_path):
+    """The rest of a file is checked as ever."""
+    torch.save({'model': official_weights(source_backbone())}, tmp_path / 'file.pth')
+    model = SwinTransformerV2(**ALL_STAGES)
+    model.layers[0].blocks[0].adapter = nn.Linear(16, 16)
+    kept = model.layers[0].blocks[0].adapter.weight.detach().clone()
+    with layouts.recorded_log() as log:
+        load_checkpoint(model, str(tmp_path / 'file.pth'))
+    assert [line for line in log if 'lacks layers.0 (2 entries), norm0 (2 entries)' in line]
+    assert torch.equal(model.layers[0].blocks[0].adapter.weight, kept)
+    assert torch.equal(model.layers[0].blocks[0].mlp.fc1.weight, source_backbone().layers[0].blocks[0].mlp.fc1.weight)
+
+
+# ---------------------------------------------------------------- parts of a state dict, as torch takes them
+
+
+def as_torch_does(model, state, monkeypatch):
+    """What torch's own loading makes of it, without the conversion; also what it returns."""
+    model = copy.deepcopy(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(SwinTransformerV2, '_load_from_state_dict', nn.Module._load_from_state_dict)
+        return model.load_state_dict(state, strict=False), model.state_dict()
+
+
+PARTS = {
+    'nothing': '$^',
+    'no backbone': '^head',
+    'adapters': 'lora_',
+    'no adapters': '^(?!.*lora_)',
+    'a stage': r'layers\.1\.',
+    'no stage': r'^(?!.*layers\.1\.)',
+    'norms': r'norm\d+\.',
+    'half a norm': r'^(?!.*norm3\.bias)',
+    'patches': 'patch_embed',
+    'windows': 'pretrained_window_size',
+}
+
+
+@pytest.mark.parametrize('part', PARTS)
+@pytest.mark.parametrize('make', [nn.Identity, Net], ids=['alone', 'in a model'])
+def test_a_part_is_taken_as_by_torch(part, make, monkeypatch):
+    def model(**options):
+        backbone = add_lora(SwinTransformerV2(**ALL_STAGES | options), 'qkv')
+        return Net(backbone) if make is Net else backbone
+
+    source = oracles.randomize(model(pretrained_window_sizes=PRETRAINED)).state_dict()
+    state = take(source, PARTS[part])
+    loaded = model()
+    expected, weights = as_torch_does(loaded, state, monkeypatch)
+    with layouts.recorded_log() as log:
+        assert loaded.load_state_dict(state, strict=False) == expected
+    assert expected.missing_keys
+    assert_same_state(loaded, weights)
+    assert len([line for line in log if 'lacks' in line or 'nothing for the backbone' in line]) == 1
+    with pytest.raises(RuntimeError, match=re.escape(expected.missing_keys[0])):
+        loaded.load_state_dict(state)
+
+
+def test_the_log_names_what_stays():
+    model = add_lora(SwinTransformerV2(**TOLD), 'blocks.0.attn.qkv')
+    with layouts.recorded_log() as log:
+        model.load_state_dict(take(model.state_dict(), r'lora_|layers\.[123]'), strict=False)
+    (line,) = [line for line in log if 'lacks' in line]
+    assert re.search(r'lacks patch_embed \(4 entries\), layers\.0 \(\d+ entries\), layers\.0\.downsample \(3 ', line)
+    assert 'norm0 (2 entries)' in line
+    assert 'layers.1' not in line
+
+
+def test_a_position_bias_needs_its_window_in_a_part_too():
+    """One that is replaced; with a window of the config, or without a bias, there is nothing to ask."""
+    state = take(source_backbone().state_dict(), r'cpb_mlp\.[02]')
+    with pytest.raises(CheckpointError, match=r'does not say which windows .*\(stage 0\)'):
+        SwinTransformerV2(**ALL_STAGES).load_state_dict(state, strict=False)
+    model = SwinTransformerV2(**TOLD)
+    model.load_state_dict(state, strict=False)
+    assert model.layers[3].blocks[0].attn.cpb_mlp.pretrained_window_size.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ('name', 'value', 'says'),
+    [
+        (f'{BLOCK}mlp.fc1.bias', torch.ones(3), r'\(3,\) for \(64,\)'),
+        (f'{BLOCK}mlp.fc1.bias', [1.0], r'no tensors: .*fc1\.bias'),
+        (f'{BLOCK}mlp.fc1.bias', torch.ones(64, dtype=torch.int8), r'torch\.int8'),
+        (f'{BLOCK}mlp.fc3.bias', torch.ones(64), 'no Swin V2'),
+    ],
+)
+def test_a_part_that_does_not_fit_is_an_error(name, value, says):
+    model = SwinTransformerV2(**ALL_STAGES)
+    with pytest.raises(CheckpointError, match=says):
+        model.load_state_dict({name: value, f'{BLOCK}mlp.fc2.bias': torch.ones(16)}, strict=False)
+    assert not model.layers[0].blocks[0].mlp.fc2.bias.any()
+
+
+def test_a_part_of_another_layout_is_an_error():
+    """Names that are not ours: nobody can say what was left out on purpose."""
+    state = official_weights(source_backbone())
+    del state[f'{BLOCK}mlp.fc2.bias']
+    with pytest.raises(CheckpointError, match=r'missing: .*mlp\.fc2\.bias'):
+        SwinTransformerV2(**ALL_STAGES).load_state_dict(state, strict=False)
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize('prefix', [None, 'backbone.'])
+@pytest.mark.parametrize('part', ['no stage', 'norms', 'no backbone'])
+def test_init_cfg_names_a_whole_backbone(part, prefix, tmp_path):
+    state = take(Net(source_backbone()).state_dict(), PARTS[part])
+    torch.save({'state_dict': state | {'backbone.more': torch.ones(1)}, 'meta': {}}, tmp_path / 'file.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth'), prefix=prefix)
+    with pytest.raises(CheckpointError):
+        SwinTransformerV2(**ALL_STAGES, init_cfg=init_cfg).init_weights()
+
+
+def test_init_cfg_with_a_part_under_our_names_is_an_error(tmp_path):
+    torch.save(take(source_backbone().state_dict(), PARTS['no stage']), tmp_path / 'file.pth')
+    model = SwinTransformerV2(**ALL_STAGES, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth')))
+    with pytest.raises(CheckpointError, match=r'missing: layers\.1\.'):
+        model.init_weights()
+    model.load_state_dict(torch.load(tmp_path / 'file.pth'), strict=False)  # which is asked for after the failure
+
+
+def test_a_model_takes_its_adapters_from_a_file(tmp_path):
+    """As a part of the backbone that does not claim to be one."""
+    source = Net(add_lora(source_backbone(), 'qkv'))
+    torch.save({'state_dict': take(source.state_dict(), 'lora_'), 'meta': {}}, tmp_path / 'adapters.pth')
+    net = Net(add_lora(SwinTransformerV2(**ALL_STAGES), 'qkv'))
+    before = copy.deepcopy(net.state_dict())
+    load_checkpoint(net, str(tmp_path / 'adapters.pth'))
+    assert_same_state(net, before | take(source.state_dict(), 'lora_'))
+
+
+def test_a_model_refuses_a_file_with_a_part_of_its_backbone(tmp_path):
+    torch.save({'state_dict': take(Net(source_backbone()).state_dict(), PARTS['no stage'])}, tmp_path / 'file.pth')
+    with pytest.raises(CheckpointError, match=r'file\.pth.*missing: layers\.1\.'):
+        load_checkpoint(Net(SwinTransformerV2(**ALL_STAGES)), str(tmp_path / 'file.pth'))
+
+
+def detector(folder, **backbone):
+    pytest.importorskip('mmdet')
+    init_default_scope('mmdet')
+    cfg = detector_config(folder)
+    if backbone:
+        cfg.model.backbone = backbone
+    return MODELS.build(cfg.model)
+
+
+SWIN = dict(type='SwinTransformer', embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+STOCK = {'Swin V1': SWIN, 'ResNet': dict(type='ResNet', depth=18, base_channels=16), 'no backbone': None}
+
+
+@pytest.mark.parametrize('stock', STOCK)
+def test_a_detector_takes_neck_and_heads_of_a_stock_one(stock, tmp_path):
+    """The rest of the report is torch's: what is missing, what is unexpected, and an error if it is to be strict."""
+    theirs = oracles.randomize(detector(tmp_path, **STOCK[stock] or SWIN)).state_dict()
+    if STOCK[stock] is None:
+        theirs = take(theirs, '^(?!backbone)')
+    model = detector(tmp_path)
+    backbone = copy.deepcopy(take(model.state_dict(), '^backbone'))
+    torch.save({'state_dict': theirs, 'meta': {}}, tmp_path / 'stock.pth')
+    with layouts.recorded_log() as log:
+        load_checkpoint(model, str(tmp_path / 'stock.pth'))
+    assert_same_state(model, backbone | take(theirs, '^(?!backbone)'))
+    (line,) = [line for line in log if 'SwinV2' in line]
+    assert 'stays as it is' in line
+    assert ('of another architecture' in line) == (STOCK[stock] is not None)
+
+    missing, unexpected = model.load_state_dict(theirs, strict=False)
+    assert set(missing) == set(backbone)
+    assert set(unexpected) == set(take(theirs, '^backbone'))
+    with pytest.raises(RuntimeError, match=r'Missing key.*backbone'):
+        model.load_state_dict(theirs)
+
+
+def test_a_detector_of_several_backbones_is_no_other_architecture():
+    state = source_backbone().state_dict()
+    twins = {f'backbone.{side}.{name}': value for side in ('left', 'right') for name, value in state.items()}
+    with pytest.raises(CheckpointError, match='several Swin V2'):
+        Net(SwinTransformerV2(**ALL_STAGES)).load_state_dict(twins, strict=False)
+
+
+# ---------------------------------------------------------------- more stages than the model has
+
+
+def cut(**options):
+    model = SwinTransformerV2(**ALL_STAGES | options)
+    delete_a_stage(model)
+    return model
+
+
+@pytest.mark.parametrize('layout', ['official', 'mmpretrain', 'own'])
+def test_stages_that_the_model_does_not_have_are_left_out(layout, tmp_path):
+    source = source_backbone()
+    state = source.state_dict()
+    if layout == 'own':
+        torch.save(state, tmp_path / 'file.pth')
+    else:
+        weights = layouts.canonical(source)
+        torch.save(getattr(layouts, layout)(weights, (8, 8, 8, 4), PRETRAINED, 128), tmp_path / 'file.pth')
+    model = cut()
+    with layouts.recorded_log() as log:
+        load_checkpoint(model, str(tmp_path / 'file.pth'))
+    assert_same_state(model, {name: value for name, value in state.items() if name in model.state_dict()})
+    assert same(features(model), features(source)[:3])
+    (line,) = [line for line in log if 'does not have' in line]
+    parts = {'layers.3 (17 entries)', 'layers.2.downsample (3 entries)', 'norm3 (2 entries)'}
+    assert set(line.rpartition(': ')[2].split(', ')) == parts
+
+
+def test_a_video_model_of_fewer_stages_takes_an_image_file():
+    source = source_backbone()
+    arch = {key: value[:3] if isinstance(value, tuple) else value for key, value in ARCH.items()}
+    options = dict(out_indices=(2,), drop_path_rate=0.0, patch_size=(1, 4, 4))
+    model = SwinTransformer3DV2(arch, [(1, 8, 8)] * 3, **options)
+    model.load_state_dict(official_weights(source))
+    model.norm2.load_state_dict(source.norm2.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = source(image)[2]
+        torch.testing.assert_close(model.eval()(image[:, :, None])[:, :, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('name', 'value', 'says'),
+    [
+        ('layers.2.blocks.2.norm1.weight', torch.ones(64), r'unexpected: layers\.2\.blocks\.2\.norm1\.weight'),
+        ('layers.3.blocks.0.mlp.fc2.bias', None, r'unexpected: .*layers\.3\.'),
+        ('layers.2.downsample.norm.weight', None, r'unexpected: .*layers\.'),
+        ('layers.4.blocks.0.norm1.weight', torch.ones(16), r'unexpected: .*layers\.3\.'),
+    ],
+)
+def test_only_whole_stages_are_left_out(name, value, says):
+    """What both have must have the same depth, and what is incomplete belongs to no Swin V2."""
+    state = official_weights(source_backbone()) | {name: value}
+    state = {name: value for name, value in state.items() if value is not None}
+    with pytest.raises(CheckpointError, match=says):
+        cut().load_state_dict(state)

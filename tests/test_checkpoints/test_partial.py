@@ -10,12 +10,17 @@ import pytest
 import torch
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
+from processes import run_processes
 from test_roads import ALL_STAGES, ARCH, PRETRAINED, detector_config, features, official_weights, same, source_backbone
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import StateDictType
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from swinv2_mm.checkpoints import CheckpointError
 from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
+from swinv2_mm.models.block import SwinBlock
 
 TOLD = dict(ALL_STAGES, pretrained_window_sizes=PRETRAINED)
 BLOCK = 'layers.0.blocks.0.'
@@ -159,6 +164,22 @@ def test_what_a_changed_backbone_computes_is_what_was_saved():
     assert not same(features(model), before)
 
 
+def load_in_shards():
+    """What each process does: a state dict with adapters, into units of FSDP that keep the parameters' names."""
+    expected = Net(oracles.randomize(changed('LoRA of attention', pretrained_window_sizes=PRETRAINED))).state_dict()
+    for policy in (None, ModuleWrapPolicy({SwinBlock})):
+        net = Net(changed('LoRA of attention'))
+        net = FSDP(net, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device('cpu'))
+        with FSDP.state_dict_type(net, StateDictType.FULL_STATE_DICT):
+            net.load_state_dict(expected)
+            assert_same_state(net, expected)
+
+
+@pytest.mark.slow
+def test_a_changed_backbone_in_shards_loads_its_own_state(tmp_path):
+    run_processes(load_in_shards, folder=tmp_path)
+
+
 def test_a_file_for_the_backbone_as_it_was_built_says_when_to_load_it():
     with pytest.raises(CheckpointError, match=r'unexpected: .*qkv\.weight.*: load first, then change the model'):
         changed('LoRA').load_state_dict(source_backbone().state_dict())
@@ -269,11 +290,13 @@ def test_a_part_of_another_layout_is_an_error():
 # ---------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize('prefix', [None, 'backbone.'])
-@pytest.mark.parametrize('part', ['no stage', 'norms', 'no backbone'])
+@pytest.mark.parametrize(
+    ('part', 'prefix'),
+    [('no stage', None), ('no stage', 'backbone.'), ('norms', None), ('norms', 'backbone.'), ('no backbone', None)],
+)
 def test_init_cfg_names_a_whole_backbone(part, prefix, tmp_path):
     state = take(Net(source_backbone()).state_dict(), PARTS[part])
-    torch.save({'state_dict': state | {'backbone.more': torch.ones(1)}, 'meta': {}}, tmp_path / 'file.pth')
+    torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'file.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth'), prefix=prefix)
     with pytest.raises(CheckpointError):
         SwinTransformerV2(**ALL_STAGES, init_cfg=init_cfg).init_weights()

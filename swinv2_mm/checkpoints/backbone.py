@@ -196,18 +196,16 @@ def _leave_out(weights: Weights, target: Target) -> Weights:
     merging = f'layers.{end - 1}.downsample.'
     later = tuple(f'layers.{stage}.' for stage in range(end, num_stages(weights)))
     if later and not any(name.startswith(merging) for name in target.state):
-        later = (*later, merging)
+        later += (merging,)
     if not all(name in weights for name in required_names(weights) if name.startswith(later)):
         later = ()
-    others = [
-        name
-        for name in weights
-        if name.startswith(later) or (OUTPUT_NORM.match(name) and name not in target.state)
-    ]  # fmt: skip
-    listed = [name for name in others if not name.endswith(ENTRY)]
+    left_out = [
+        name for name in weights if name.startswith(later) or OUTPUT_NORM.match(name) and name not in target.state
+    ]
+    listed = [name for name in left_out if not name.endswith(ENTRY)]
     if listed:
         _log(f'left out, as parts that the model does not have: {_parts(listed)}')
-    return {name: value for name, value in weights.items() if name not in others}
+    return {name: value for name, value in weights.items() if name not in left_out}
 
 
 def _fit_patches(weights: Weights, target: Target) -> Weights:
@@ -216,11 +214,10 @@ def _fit_patches(weights: Weights, target: Target) -> Weights:
     if kernel is None or own is None:
         return weights
     is_inflated = own.dim() == 5 and is_for_images(weights)
-    is_like = kernel.dim() == own.dim() or is_inflated
-    if is_like and len(kernel) == len(own) and kernel.numel() and _is_dense(kernel):
-        weights = weights | {
-            PATCH: adapt_patches(kernel, own.shape[1], tuple(own.shape[2 + own.dim() - kernel.dim() :]))
-        }
+    can_fit = (kernel.dim() == own.dim() or is_inflated) and len(kernel) == len(own)  # else refused, with what else is
+    if can_fit and kernel.numel() and _is_dense(kernel):
+        patch = tuple(own.shape[3:] if is_inflated else own.shape[2:])
+        weights = weights | {PATCH: adapt_patches(kernel, own.shape[1], patch)}
     return inflate(weights, own.shape[2], target.told, target.windows) if is_inflated else weights
 
 

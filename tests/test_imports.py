@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parents[1] / 'swinv2_mm'
 ALLOWED = {
     'ops': {'ops'},
     'checkpoints': {'checkpoints', 'ops', 'compat'},
-    'models': {'checkpoints', 'models', 'ops', 'registry'},
-    'engine': {'checkpoints', 'compat', 'engine', 'models', 'ops', 'registry'},
-    'datasets': {'datasets', 'registry'},
+    'models': {'arguments', 'checkpoints', 'models', 'ops', 'registry'},
+    'engine': {'arguments', 'checkpoints', 'compat', 'engine', 'models', 'ops', 'registry'},
+    'datasets': {'arguments', 'datasets', 'registry'},
 }
 TOOLBOXES = {'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}
 EXTENSIONS = {

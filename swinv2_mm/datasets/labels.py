@@ -6,10 +6,12 @@ A config names it in full: `swinv2_mm.datasets.labels.CheckLabels`.
 import numpy as np
 from mmcv.transforms import BaseTransform
 
+from ..arguments import Positive, check_arguments
 from ..registry import TRANSFORMS
 
 
 @TRANSFORMS.register_module()
+@check_arguments()
 class CheckLabels(BaseTransform):
     """Refuse a label map that would train nonsense, or stop a GPU in the middle of a loss without a name.
 
@@ -29,7 +31,7 @@ class CheckLabels(BaseTransform):
         ValueError: The map holds colours, has another size than the image, or another label than these.
     """
 
-    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+    def __init__(self, num_classes: Positive, ignore_index: int = 255) -> None:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
 

@@ -8,10 +8,12 @@ from mmdet.datasets.transforms import InstaBoost as InstaBoostWithoutMap
 from mmdet.structures.bbox import HorizontalBoxes, autocast_box_type
 from mmdet.structures.mask import BitmapMasks
 
+from ..arguments import check_arguments
 from ..registry import TRANSFORMS
 
 
 @TRANSFORMS.register_module()
+@check_arguments()
 class InstaBoost(InstaBoostWithoutMap):
     """Instances move to places near their own, and take their part of the semantic map along.
 

@@ -1,6 +1,7 @@
 """For video: a data set that can do without broken files, and the crop into corners and centre; extends mmaction."""
 
 import logging
+from numbers import Integral
 
 import numpy as np
 from decord import DECORDError
@@ -8,12 +9,14 @@ from mmaction.datasets import VideoDataset as MMActionVideoDataset
 from mmcv.transforms import BaseTransform
 from mmengine.logging import print_log
 
+from ..arguments import Positive, check_arguments
 from ..registry import TRANSFORMS
 
 # what decord and the file system raise for files that are missing, truncated or no videos
 UNREADABLE = (DECORDError, OSError, RuntimeError)
 
 
+@check_arguments()
 class VideoDataset(MMActionVideoDataset):
     """mmaction's VideoDataset, with errors that name the file, and the choice of training without it.
 
@@ -67,6 +70,7 @@ class VideoDataset(MMActionVideoDataset):
 
 
 @TRANSFORMS.register_module()
+@check_arguments()
 class FiveCrop(BaseTransform):
     """Crop all frames of a clip to their four corners and their centre, in this order: five views of each clip.
 
@@ -80,8 +84,8 @@ class FiveCrop(BaseTransform):
         ValueError: The frames are smaller.
     """
 
-    def __init__(self, crop_size: int | tuple[int, int]) -> None:
-        self.crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
+    def __init__(self, crop_size: Positive | tuple[Positive, Positive]) -> None:
+        self.crop_size = (crop_size, crop_size) if isinstance(crop_size, Integral) else tuple(crop_size)
 
     def transform(self, results: dict) -> dict:
         """Crop `imgs`, frames of (H, W, C)."""

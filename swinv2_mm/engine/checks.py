@@ -1,7 +1,7 @@
 """What the command line tools check before anything starts.
 
-The checks look at what a newcomer gets wrong first (paths, numbers of GPUs, ports, sizes of the backbone), so that it
-ends in one line at once and not in a traceback per process after the data have been loaded.
+The checks look at what a newcomer gets wrong first (paths, numbers of GPUs, ports), so that it ends in one line at once
+and not in a traceback per process after the data have been loaded. Classes and their arguments: `classes.py`.
 """
 
 import copy
@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
 from swinv2_mm.checkpoints import releases
-from swinv2_mm.registry import MODELS, TRANSFORMS
+from swinv2_mm.registry import TRANSFORMS
 
 
 def check_data(cfg: Config, splits: Iterable[str]) -> None:
@@ -87,23 +87,6 @@ def _leaf_datasets(dataset, option: str) -> Iterator[tuple[dict, str]]:
         yield dataset, option
     for item, name in inner:
         yield from _leaf_datasets(item, name)
-
-
-def check_backbone(cfg: Config) -> None:
-    """Build a backbone of this package without memory, so that a wrong argument shows once and early.
-
-    Raises:
-        ValueError: What the backbone says about its arguments.
-    """
-    backbone = cfg.get('model', {}).get('backbone', {})
-    if not str(backbone.get('type')).startswith('swinv2_mm.'):
-        return
-    arguments = {key: value for key, value in copy.deepcopy(backbone).items() if key not in ('type', '_scope_')}
-    backbone_class = MODELS.get(backbone.type)
-    if backbone_class is None:
-        raise ValueError(f'model.backbone.type: there is no {backbone.type}')
-    with torch.device('meta'):
-        backbone_class(**arguments)
 
 
 def check_transforms(cfg: Config, splits: Iterable[str]) -> None:

@@ -27,6 +27,7 @@ from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint_to_mod
 from mmengine.utils import get_git_hash
 from torch import nn
 
+from swinv2_mm.arguments import check_arguments
 from swinv2_mm.checkpoints.files import FOLDER_WEIGHTS, read_checkpoint
 from swinv2_mm.registry import STRATEGIES
 
@@ -56,6 +57,7 @@ NO_DATA = ('loss_scaler', 'param_slice_mappings', 'zero_stage')
 
 
 @STRATEGIES.register_module()
+@check_arguments()
 class DeepSpeedStrategy(BaseStrategy):
     """Train with ZeRO; everything else is what the config says for a plain Runner.
 
@@ -80,6 +82,7 @@ class DeepSpeedStrategy(BaseStrategy):
 
     Raises:
         ImportError: DeepSpeed is not installed.
+        TypeError: An argument is unknown or of another type.
         ValueError: `config` sets what the recipe says, or the stage is none of 1, 2, 3.
     """
 

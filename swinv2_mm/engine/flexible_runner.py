@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from mmengine.runner import FlexibleRunner as MMEngineFlexibleRunner
 
+from swinv2_mm.arguments import check_arguments
 from swinv2_mm.registry import RUNNERS, STRATEGIES
 
 # what Runner takes from a config and FlexibleRunner leaves out
@@ -12,6 +13,7 @@ IGNORED = ('activation_checkpointing', 'compile', 'efficient_conv_bn_eval', 'mod
 
 
 @RUNNERS.register_module()
+@check_arguments()
 class FlexibleRunner(MMEngineFlexibleRunner):
     """mmengine's FlexibleRunner, which differs from Runner in what carries out the training: a strategy.
 

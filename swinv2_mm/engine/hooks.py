@@ -14,12 +14,14 @@ from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook, Hook
 from torch.utils.data import get_worker_info
 
+from swinv2_mm.arguments import check_arguments
 from swinv2_mm.registry import HOOKS
 
 UNFINISHED = '.unfinished'
 
 
 @HOOKS.register_module()
+@check_arguments()
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook with the same arguments, safe against a kill at any moment.
 
@@ -161,6 +163,7 @@ def _remove(path: Path) -> None:
 
 
 @HOOKS.register_module()
+@check_arguments()
 class ReproducibleResumeHook(Hook):
     """Make a resumed training reach the same weights as one that was never interrupted.
 

@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 from torch.nn.parallel import DistributedDataParallel
 
 from swinv2_mm.engine.checks import seen_from
+from swinv2_mm.engine.classes import no_such_class
 from swinv2_mm.engine.sharding import SPLITTING, ShardedRunner
 from swinv2_mm.registry import MODEL_WRAPPERS, RUNNERS
 
@@ -135,12 +136,10 @@ def check_runner(cfg: Config) -> None:
     runner_type = cfg.get('runner_type', 'Runner')
     wrapper_type = (cfg.get('model_wrapper_cfg') or {}).get('type', 'MMDistributedDataParallel')
     runner, wrapper = RUNNERS.get(runner_type), MODEL_WRAPPERS.get(wrapper_type)
-    for option, name, found in (
-        ('runner_type', runner_type, runner),
-        ('model_wrapper_cfg.type', wrapper_type, wrapper),
-    ):
-        if found is None:
-            raise ValueError(f'{option}: there is no {name}')
+    if runner is None:
+        raise ValueError(no_such_class('runner_type', runner_type, [RUNNERS]))
+    if wrapper is None:
+        raise ValueError(no_such_class('model_wrapper_cfg.type', wrapper_type, [MODEL_WRAPPERS]))
     if wrapper in SPLITTING and not issubclass(runner, ShardedRunner):
         raise ValueError(
             f'model_wrapper_cfg.type={wrapper_type} needs runner_type=swinv2_mm.ShardedRunner, and it is {runner_type}'

@@ -8,6 +8,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from ..arguments import check_arguments
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 # beside norms and biases (Sec. A1 names none; these are the official code's)
@@ -15,6 +16,7 @@ NO_DECAY = ('logit_scale', 'cpb_mlp')
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+@check_arguments()
 class SwinV2OptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """mmengine's default constructor, with norms, biases, `logit_scale` and `cpb_mlp` exempt from weight decay.
 
@@ -96,6 +98,7 @@ def merge_groups(groups: list[dict]) -> list[dict]:
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+@check_arguments()
 class LearningRateDecayOptimWrapperConstructor(SwinV2OptimWrapperConstructor):
     """Learning rates that fall from the head towards the input of the backbone, by the same factor with each layer.
 

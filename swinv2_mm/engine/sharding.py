@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from ..arguments import check_arguments
 from ..compat import torch_release
 from ..models.block import SwinBlock
 from ..registry import MODEL_WRAPPERS, RUNNERS
 
 
 @MODEL_WRAPPERS.register_module()
+@check_arguments()
 class ZeroDistributedDataParallel(MMDistributedDataParallel):
     """DistributedDataParallel for optimizer states that are split among the processes (ZeRO-1, Sec. 3.4).
 
@@ -39,6 +41,7 @@ class ZeroDistributedDataParallel(MMDistributedDataParallel):
 
 
 @MODEL_WRAPPERS.register_module()
+@check_arguments()
 class FullyShardedModel(nn.Module):
     """A model whose parameters, gradients and optimizer states are split among the processes (PyTorch's FSDP2).
 
@@ -152,6 +155,7 @@ def gather(value):
 
 
 @RUNNERS.register_module()
+@check_arguments()
 class ShardedRunner(Runner):
     """mmengine's Runner, for what the wrappers of this module split among the processes.
 

@@ -4,12 +4,16 @@ from collections.abc import Sequence
 
 from mmaction.engine.hooks import VisualizationHook
 from mmaction.structures import ActionDataSample
+from mmaction.visualization import ActionVisualizer
 from mmengine.dist import get_rank, get_world_size
 from mmengine.runner import Runner
 from mmengine.structures import LabelData
 from torch import Tensor
 
+from swinv2_mm.arguments import check_arguments
 
+
+@check_arguments(more=ActionVisualizer.add_datasample)
 class VideoVisualizationHook(VisualizationHook):
     """Draw the frames of a video's first view, with its class and the predicted one.
 

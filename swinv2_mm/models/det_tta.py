@@ -13,6 +13,7 @@ from mmdet.structures.bbox import bbox2roi, bbox_flip, get_box_wh, scale_boxes
 from mmengine.config import ConfigDict
 from torch import Tensor
 
+from ..arguments import check_arguments
 from ..registry import MODELS
 
 META_KEYS = ('ori_shape', 'scale_factor', 'flip', 'flip_direction')
@@ -20,6 +21,7 @@ FLIPPED_AXES = dict(horizontal=(-1,), vertical=(-2,), diagonal=(-2, -1))
 
 
 @MODELS.register_module()
+@check_arguments()
 class InstanceSegTTAModel(DetTTAModel):
     """Boxes and masks of a Cascade Mask R-CNN or an HTC, merged over scales and flips.
 
@@ -49,10 +51,11 @@ class InstanceSegTTAModel(DetTTAModel):
         **kwargs: `module`, the detector, and `data_preprocessor`, as for mmengine's `BaseTTAModel`.
 
     Raises:
+        TypeError: An argument is unknown or of another type.
         ValueError: A limit is no such range, or the detector predicts masks in another way than Cascade or HTC.
     """
 
-    def __init__(self, tta_cfg: dict, size_limits: Sequence[tuple[float, float]] | None = None, **kwargs) -> None:
+    def __init__(self, tta_cfg: dict, size_limits: Sequence[Sequence[float]] | None = None, **kwargs) -> None:
         super().__init__(tta_cfg=ConfigDict(tta_cfg), **kwargs)
         self.size_limits = size_limits
         for limits in size_limits or ():

@@ -7,10 +7,12 @@ from mmdet.models.dense_heads import RPNHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from torch import Tensor
 
+from ..arguments import check_arguments
 from ..registry import MODELS
 
 
 @MODELS.register_module()
+@check_arguments()
 class Float32RPNHead(RPNHead):
     """mmdet's RPN with its predictions in float32.
 
@@ -25,6 +27,7 @@ class Float32RPNHead(RPNHead):
 
 
 @MODELS.register_module()
+@check_arguments()
 class Float32RoIExtractor(SingleRoIExtractor):
     """mmdet's RoI extractor with features and boxes in float32, whatever the precision of the neck.
 

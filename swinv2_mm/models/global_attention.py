@@ -5,11 +5,13 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from ..arguments import Positive, Rate, check_arguments
 from ..registry import MODELS
 from .block import Mlp, reset_layers
 
 
 @MODELS.register_module()
+@check_arguments()
 class GlobalAttention(BaseModule):
     """One transformer layer over all positions of the last map, for use before the neck proper.
 
@@ -27,21 +29,20 @@ class GlobalAttention(BaseModule):
         init_cfg: See `mmengine.model.BaseModule`.
 
     Raises:
+        TypeError: An argument is unknown or of another type.
         ValueError: `num_heads` does not divide `in_channels`, or `drop_path_rate` is out of its range.
     """
 
     def __init__(
         self,
-        in_channels: int,
+        in_channels: Positive,
         num_heads: int,
-        drop_path_rate: float = 0.0,
+        drop_path_rate: Rate = 0.0,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         if num_heads < 1 or in_channels % num_heads:
             raise ValueError(f'num_heads must divide in_channels, got {num_heads} for {in_channels} channels')
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate must lie in [0, 1), got {drop_path_rate}')
         self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(in_channels)
         self.qkv = nn.Linear(in_channels, 3 * in_channels)

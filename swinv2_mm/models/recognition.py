@@ -7,10 +7,12 @@ The only part of `models` that imports mmaction, so a config names it in full:
 from mmaction.models import I3DHead
 from torch import Tensor
 
+from ..arguments import check_arguments
 from ..registry import MODELS
 
 
 @MODELS.register_module()
+@check_arguments()
 class Float32I3DHead(I3DHead):
     """mmaction's I3DHead with its scores in float32.
 

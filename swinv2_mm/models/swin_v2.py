@@ -7,29 +7,20 @@ from itertools import chain
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from ..arguments import Positive, Rate, check_arguments
 from ..checkpoints.backbone import Target, fit_backbone
 from ..checkpoints.errors import in_file
 from ..ops.window_attention import check_backend
 from ..registry import MODELS
 from .attention import WindowAttention
 from .block import SwinBlock, SwinStage, reset_layers
+from .foreign import FOREIGN_ARGUMENTS
 from .log_cpb import LogCPB
 from .patch import PatchEmbed
-
-# Sec. 3.5 of the paper; every head has 32 channels. `giant_simmim` is the size of the SimMIM files named "giant", whose
-# `huge` and `giant` carry no extra norms: load those with `extra_norm_every_n_blocks=0`.
-ARCHS = {
-    'tiny': dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
-    'small': dict(embed_dims=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
-    'base': dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
-    'large': dict(embed_dims=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
-    'huge': dict(embed_dims=352, depths=(2, 2, 18, 2), num_heads=(11, 22, 44, 88), extra_norm_every_n_blocks=6),
-    'giant_simmim': dict(embed_dims=448, depths=(2, 2, 18, 2), num_heads=(14, 28, 56, 112)),
-    'giant': dict(embed_dims=512, depths=(2, 2, 42, 4), num_heads=(16, 32, 64, 128), extra_norm_every_n_blocks=6),
-}
-ARCH_KEYS = ('embed_dims', 'depths', 'num_heads', 'extra_norm_every_n_blocks')
+from .sizes import check_stages, per_axis, per_stage, resolve_arch
 
 
+@check_arguments(foreign=FOREIGN_ARGUMENTS)
 class SwinV2(BaseModule):
     """Trunk of the Swin Transformer V2 backbones, for as many axes as the subclass says.
 
@@ -60,6 +51,7 @@ class SwinV2(BaseModule):
         init_cfg: See `mmengine.model.BaseModule`.
 
     Raises:
+        TypeError: An argument is unknown or of another type.
         ValueError: An argument is out of its range, or its length does not fit the number of stages or axes.
     """
 
@@ -68,11 +60,11 @@ class SwinV2(BaseModule):
     def __init__(
         self,
         arch: str | dict = 'tiny',
-        window_size: int | Sequence = 8,
-        pretrained_window_sizes: int | Sequence | None = None,
+        window_size: int | Sequence[int | Sequence[int]] = 8,
+        pretrained_window_sizes: int | Sequence[int | Sequence[int]] | None = None,
         patch_size: int | Sequence[int] = 4,
-        in_channels: int = 3,
-        drop_path_rate: float = 0.1,
+        in_channels: Positive = 3,
+        drop_path_rate: Rate = 0.1,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
         norm_eval: bool = False,
@@ -83,26 +75,24 @@ class SwinV2(BaseModule):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        arch = _resolve_arch(arch)
+        arch = resolve_arch(arch)
         depths = arch['depths']
-        windows = _per_stage('window_size', window_size, len(depths), self.num_axes, minimum=1)
-        pretrained = _per_stage(
+        windows = per_stage('window_size', window_size, len(depths), self.num_axes, minimum=1)
+        pretrained = per_stage(
             'pretrained_window_sizes',
             0 if pretrained_window_sizes is None else pretrained_window_sizes,
             len(depths),
             self.num_axes,
             time=0,  # the public models, whose windows a single number describes, know images alone
         )
-        _check_stages('out_indices', out_indices, len(depths))
-        _check_stages('sequential_stages', sequential_stages, len(depths))
+        check_stages('out_indices', out_indices, len(depths))
+        check_stages('sequential_stages', sequential_stages, len(depths))
         if isinstance(with_cp, bool):
             with_cp = range(len(depths)) if with_cp else ()
-        _check_stages('with_cp', with_cp, len(depths))
+        check_stages('with_cp', with_cp, len(depths))
         check_backend(attention_backend)
         if not -1 <= frozen_stages <= len(depths):
             raise ValueError(f'frozen_stages must lie between -1 and {len(depths)}, got {frozen_stages}')
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate must lie in [0, 1), got {drop_path_rate}')
 
         self.windows, self.told_windows = windows, pretrained
         self.out_indices = tuple(out_indices)
@@ -110,7 +100,7 @@ class SwinV2(BaseModule):
         self.norm_eval = norm_eval
         self.num_features = [arch['embed_dims'] * 2**i for i in range(len(depths))]
         self.patch_embed = PatchEmbed(
-            in_channels, arch['embed_dims'], _per_axis('patch_size', patch_size, self.num_axes, minimum=1)
+            in_channels, arch['embed_dims'], per_axis('patch_size', patch_size, self.num_axes, minimum=1)
         )
         # plain floats: a tensor's .item() would fail on the meta device
         rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
@@ -293,6 +283,7 @@ class SwinTransformerV2(SwinV2):
 
 
 @MODELS.register_module()
+@check_arguments(foreign=FOREIGN_ARGUMENTS)
 class SwinTransformer3DV2(SwinV2):
     """Swin Transformer V2 for video: (N, C, T, H, W) -> (N, C_i, T', H_i, W_i), for mmaction2's Recognizer3D.
 
@@ -321,62 +312,3 @@ class SwinTransformer3DV2(SwinV2):
         """(N, C, T, H, W) -> (N, C_i, T', H_i, W_i), or a tuple of them for several `out_indices`."""
         outs = super().forward(x)
         return outs[0] if len(outs) == 1 else outs
-
-
-def _resolve_arch(arch: str | dict) -> dict:
-    if isinstance(arch, str):
-        if arch not in ARCHS:
-            raise ValueError(f'arch {arch!r} is not known; use one of {", ".join(ARCHS)}, or a dict with {ARCH_KEYS}')
-        arch = ARCHS[arch]
-    arch = dict(dict(extra_norm_every_n_blocks=0), **arch)
-    if set(arch) != set(ARCH_KEYS):
-        raise ValueError(f'arch must have the keys {ARCH_KEYS}, the last one optional, got {tuple(arch)}')
-    depths, heads = tuple(arch['depths']), tuple(arch['num_heads'])
-    if not depths or len(depths) != len(heads):
-        raise ValueError(f'depths and num_heads of arch must have one entry per stage, got {depths} and {heads}')
-    for i, num in enumerate(heads):
-        dim = arch['embed_dims'] * 2**i
-        if num < 1 or dim % num:
-            raise ValueError(
-                f'num_heads must divide the channels of its stage: {num} does not divide the {dim} of stage {i}'
-            )
-    return dict(arch, depths=depths, num_heads=heads)
-
-
-def _per_axis(
-    name: str, value: int | Sequence[int], num_axes: int, minimum: int = 0, time: int | None = None
-) -> tuple[int, ...]:
-    """One number per axis; a single number is that of all axes, or of height and width if `time` is given."""
-    if isinstance(value, int):
-        axes = (value if time is None else time,) * (num_axes - 2) + (value,) * 2
-    else:
-        axes = tuple(value)
-    if len(axes) != num_axes or not all(isinstance(a, int) and a >= minimum for a in axes):
-        raise ValueError(f'{name} must be a number of at least {minimum}, or {num_axes} of them, got {value!r}')
-    return axes
-
-
-def _per_stage(
-    name: str, value: int | Sequence, num_stages: int, num_axes: int, minimum: int = 0, time: int | None = None
-) -> list[tuple[int, ...]]:
-    if isinstance(value, int):
-        stages = [value] * num_stages
-    elif len(value) == num_axes and all(isinstance(entry, int) for entry in value):
-        if num_axes == num_stages:
-            raise ValueError(f'{name}={value!r} may mean axes or stages: write {num_axes} numbers for each stage')
-        stages = [value] * num_stages
-    else:
-        stages = list(value)
-    if len(stages) != num_stages:
-        raise ValueError(
-            f'{name} must be one number, {num_axes} for the axes, or one entry for each of the {num_stages} stages, '
-            f'got {value!r}'
-        )
-    return [_per_axis(f'{name} of stage {i}', stage, num_axes, minimum, time) for i, stage in enumerate(stages)]
-
-
-def _check_stages(name: str, indices: Sequence[int], num_stages: int) -> None:
-    if not all(isinstance(i, int) and 0 <= i < num_stages for i in indices) or len(set(indices)) != len(indices):
-        raise ValueError(f'{name} must be different stages between 0 and {num_stages - 1}, got {tuple(indices)}')
-    if name == 'out_indices' and not indices:
-        raise ValueError('out_indices must name at least one stage')

@@ -27,7 +27,7 @@ from mmengine.runner import Runner, load_checkpoint
 from torch import Tensor, nn
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
-from swinv2_mm.engine import checks, launch
+from swinv2_mm.engine import checks, classes, launch
 
 from browse_dataset import run_script, toolbox_script  # isort: skip
 from get_flops import build_model, input_shape, random_data, toolbox  # isort: skip
@@ -172,7 +172,7 @@ def check(args: argparse.Namespace, cfg: Config) -> tuple[int, ...] | None:
         if getattr(args, option) < least:
             raise ValueError(f'--{option.replace("_", "-")} must be at least {least}, got {getattr(args, option)}')
     toolbox(cfg)
-    checks.check_backbone(cfg)
+    classes.check_classes(cfg)
     checks.check_checkpoint(args.checkpoint, '--checkpoint')
     makes_labels = args.task == 'train' and cfg.default_scope == 'mmaction'
     if args.shape and args.task != 'inference' and not makes_labels:

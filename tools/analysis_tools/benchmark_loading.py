@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from swinv2_mm.engine import launch
 from swinv2_mm.models import SwinTransformerV2
-from swinv2_mm.models.swin_v2 import ARCHS
+from swinv2_mm.models.sizes import ARCHS
 
 FORMATS = {'pth': '.pth', 'legacy': '.legacy.pth', 'safetensors': '.safetensors'}
 ROADS = ('ours', 'stock')

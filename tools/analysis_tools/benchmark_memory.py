@@ -42,7 +42,7 @@ from swinv2_mm.engine.memory import (
     resident,
 )
 from swinv2_mm.models import SwinTransformerV2
-from swinv2_mm.models.swin_v2 import ARCHS
+from swinv2_mm.models.sizes import ARCHS
 
 GIB = 2**30
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'

@@ -21,7 +21,7 @@ import numpy as np
 from mmengine.config import Config, DictAction
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
-from swinv2_mm.engine import checks, launch
+from swinv2_mm.engine import checks, classes, launch
 
 SCRIPTS = {
     'mmdet': 'analysis_tools/browse_dataset.py',
@@ -155,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f'default_scope of the config must be one of {", ".join(SCRIPTS)}, got {toolbox!r}')
         script = toolbox_script(toolbox, SCRIPTS[toolbox])
         arguments = script_arguments(args, others, toolbox)
+        classes.check_classes(cfg)
         checks.check_data(cfg, ['train'])
     prepare(cfg, toolbox)
     mend_visualizer(toolbox)

@@ -23,7 +23,7 @@ from mmengine.utils import get_object_from_string
 from torch import Tensor, nn
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
-from swinv2_mm.engine import checks, launch
+from swinv2_mm.engine import classes, launch
 from swinv2_mm.models.attention import WindowAttention
 
 DATA_SAMPLES = {
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError, ValueError):
         cfg = launch.load_config(args.config, args.cfg_options)
         shape = input_shape(cfg, args.shape)
-        checks.check_backbone(cfg)
+        classes.check_classes(cfg)
     print(report(complexity(cfg, shape), shape))
 
 

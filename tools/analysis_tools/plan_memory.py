@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
-from swinv2_mm.engine import checks, launch
+from swinv2_mm.engine import classes, launch
 from swinv2_mm.engine.memory import (
     BackboneMemory,
     MemoryTracker,
@@ -431,7 +431,7 @@ def check(args: argparse.Namespace, cfg: Config) -> tuple[int, ...]:
     backbone = cfg.model.get('backbone', {}).get('type')
     if not str(backbone).startswith('swinv2_mm.'):
         raise ValueError(f'model.backbone.type must be a backbone of swinv2_mm, got {backbone!r}')
-    checks.check_backbone(cfg)
+    classes.check_classes(cfg)
     _numbers_of_state(cfg)
     return shape
 

@@ -33,7 +33,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from swinv2_mm.engine.memory import resident
-from swinv2_mm.models.swin_v2 import ARCHS
+from swinv2_mm.models.sizes import ARCHS
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 MIB = 2**20

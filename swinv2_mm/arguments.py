@@ -1,0 +1,205 @@
+"""Checks of what a constructor is given, so that a wrong argument ends in one line which says what to write instead.
+
+    @check_arguments()
+    class GlobalAttention(BaseModule):
+        def __init__(self, in_channels: Positive, num_heads: int, drop_path_rate: Rate = 0.0) -> None:
+
+The rules are the signature: the names of the arguments, and what their type hints say. Needs Python alone.
+"""
+
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+Class = TypeVar('Class', bound=type)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers of at least `low` and below `end`; `demand` says so in messages."""
+
+    demand: str
+    low: float
+    end: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value < self.end
+
+
+Positive = Annotated[int, Range('be at least 1', 1)]
+NotNegative = Annotated[int, Range('be at least 0', 0)]
+Rate = Annotated[float, Range('lie in [0, 1)', 0, 1)]
+
+# what a type hint takes, and its name in messages; NumPy's numbers count, and tuples and sets are lists too
+KINDS = {
+    int: (Integral, 'a whole number'),
+    float: (Real, 'a number'),
+    bool: (bool, 'True or False'),
+    str: (str, 'a string'),
+    dict: (dict, 'a dict'),
+    Sequence: (Collection, 'a list'),
+    NoneType: (NoneType, 'None'),
+}
+
+
+def check_arguments(foreign: Mapping[str, str] | None = None, more: Callable | None = None) -> Callable[[Class], Class]:
+    """Decorate a class, so that its constructor checks its arguments first; its signature stays what it is.
+
+    The attribute `check` of the constructor takes the name of the class and keyword arguments, and checks these without
+    building anything.
+
+    Args:
+        foreign: What to write instead of arguments that other implementations have.
+        more: Function whose optional arguments the constructor takes too, by `**kwargs`.
+    """
+
+    def decorate(cls: Class) -> Class:
+        own = vars(cls).get('__init__')
+
+        def check(name: str, kwargs: Mapping[str, Any], *args) -> None:
+            check_call(name, arguments_of(cls, more), args, kwargs, foreign or {})
+
+        @functools.wraps(_without_arguments if cls.__init__ is object.__init__ else cls.__init__)
+        def checked(self, *args, **kwargs) -> None:
+            check(type(self).__name__, kwargs, *args)
+            if own is None:
+                super(cls, self).__init__(*args, **kwargs)
+            else:
+                own(self, *args, **kwargs)
+
+        checked.check = check
+        cls.__init__ = checked
+        return cls
+
+    return decorate
+
+
+def _without_arguments(self) -> None:
+    """What `object.__init__` is, whose signature has any."""
+
+
+@functools.cache
+def arguments_of(cls: type, more: Callable | None = None) -> dict[str, inspect.Parameter]:
+    """The arguments of a constructor, with those of the base classes that its `*args` and `**kwargs` go to.
+
+    Base classes from other packages keep no type hint but that of a number: many of the others are wrong.
+    """
+    found = _collect(cls.__mro__[:-1], cls.__module__.split('.')[0])
+    optional = inspect.signature(more).parameters.values() if more else ()
+    return {**{p.name: p for p in optional if p.default is not p.empty}, **found}
+
+
+def _collect(mro: Sequence[type], package: str) -> dict[str, inspect.Parameter]:
+    mro = list(mro)
+    while mro and '__init__' not in vars(mro[0]):
+        del mro[0]
+    if not mro:
+        return {}
+    init = inspect.unwrap(vars(mro[0])['__init__'])
+    _, *parameters = inspect.signature(init).parameters.values()
+    kinds = [p.kind for p in parameters]
+    own = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    if init.__module__.split('.')[0] != package:
+        own = {n: p.replace(annotation=float if p.annotation in (int, float) else p.empty) for n, p in own.items()}
+    inherited = _collect(mro[1:], package) if inspect.Parameter.VAR_KEYWORD in kinds else {}
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return {**inherited, **own}  # the order of positional arguments is that of the base class
+    return {**own, **inherited, **own}
+
+
+def check_call(
+    name: str,
+    arguments: Mapping[str, inspect.Parameter],
+    args: Sequence,
+    kwargs: Mapping[str, Any],
+    foreign: Mapping[str, str],
+) -> None:
+    """Check the arguments of a call.
+
+    Args:
+        name: Of what is called, for messages.
+        arguments: What it takes.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        foreign: See `check_arguments`.
+
+    Raises:
+        TypeError: One is unknown, missing, or of another type than its hint says.
+        ValueError: A number is out of its range.
+    """
+    unknown = [_way_out(key, arguments, foreign) for key in kwargs if key not in arguments]
+    if unknown:
+        raise TypeError(
+            f'{name} has no argument {"; ".join(unknown)}. Its arguments are {", ".join(arguments) or "none"}'
+        )
+    given = {**dict(zip(arguments, args, strict=False)), **kwargs}
+    missing = [key for key, p in arguments.items() if p.default is p.empty and key not in given]
+    if missing:
+        raise TypeError(f'{name} needs the argument {" and ".join(missing)}')
+    for key, value in given.items():
+        check_value(key, value, arguments[key].annotation)
+
+
+def _way_out(key: str, arguments: Iterable[str], foreign: Mapping[str, str]) -> str:
+    if key in foreign:
+        return f'{key} ({foreign[key]})'
+    return key + did_you_mean(key, arguments)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """For the end of a message: the known names that are close to one which is not, or nothing."""
+    names = {_plain(candidate): candidate for candidate in known}
+    close = difflib.get_close_matches(_plain(name), names, cutoff=0.75)
+    return f' (did you mean {" or ".join(names[match] for match in close)}?)' if close else ''
+
+
+def _plain(name: str) -> str:
+    return name.rpartition('.')[2].replace('_', '').lower()
+
+
+def check_value(name: str, value: Any, hint: Any) -> None:
+    """Check a value by a type hint of numbers, strings, dicts, None, `Range`s, and lists of these; no other is read.
+
+    The entries of a list are of one kind.
+
+    Raises:
+        TypeError: It is of another type.
+        ValueError: A number is out of its range, or a tuple of another length.
+    """
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if not all(_base(kind) in KINDS for kind in kinds):
+        return
+    kind = next((kind for kind in kinds if _is(value, _base(kind))), None)
+    if kind is None:
+        demand = ' or '.join(KINDS[_base(kind)][1] for kind in kinds)
+        raise TypeError(f'{name} must be {demand}, got {value!r} of type {type(value).__name__}')
+    if get_origin(kind) is Annotated:
+        _, limits = get_args(kind)
+        if value not in limits:
+            raise ValueError(f'{name} must {limits.demand}, got {value!r}')
+    elif _base(kind) is Sequence:
+        hints = get_args(kind)
+        if get_origin(kind) is tuple and len(value) != len(hints):
+            raise ValueError(f'{name} must have {len(hints)} entries, got {value!r}')
+        for i, entry in enumerate(value if hints else ()):
+            check_value(f'{name}[{i}]', entry, hints[0])
+
+
+def _base(kind: Any) -> Any:
+    """Key of `KINDS`: Annotated[int, ...] -> int, list[dict] and tuple[...] -> Sequence."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    base = get_origin(kind) or kind
+    return Sequence if base in (list, tuple, Sequence) else base
+
+
+def _is(value: Any, base: Any) -> bool:
+    if base is Sequence and isinstance(value, (str, Mapping)):
+        return False
+    return isinstance(value, KINDS[base][0]) and (base is bool or not isinstance(value, bool))

@@ -1,0 +1,138 @@
+"""Checks of the classes that a config names, and of what it gives to those of this package."""
+
+import copy
+import importlib
+import inspect
+from collections.abc import Iterable, Iterator
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import Registry
+from mmengine.runner import Runner
+
+from swinv2_mm import registry
+from swinv2_mm.arguments import did_you_mean
+from swinv2_mm.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+
+SCOPE = 'swinv2_mm'
+REGISTRIES = [value for value in vars(registry).values() if isinstance(value, Registry) and value.scope == SCOPE]
+# the entries of a config from which something is built; others are for its own use
+BUILT = (*inspect.signature(Runner).parameters, 'strategy', 'tta_model', 'tta_pipeline')
+# parts of a model that are models in every toolbox, by their names or the ends of these
+PARTS = ('backbone', 'neck', 'head', 'roi_extractor', 'data_preprocessor')
+GIVEN_A_MODEL = ('model_wrapper_cfg', 'tta_model')  # as `module`, when they are built
+
+
+def check_classes(cfg: Config) -> None:
+    """Check that the classes exist of which a config builds its model, and all of this package; and their arguments.
+
+    The backbone and the constructor of the optimizer, if they are of this package, are built, without memory.
+
+    Raises:
+        ImportError: A class of this package needs a package that is not installed.
+        ValueError: A class does not exist, or refuses an argument; the message names the option.
+    """
+    for option, entry, scope in _entries({key: cfg[key] for key in BUILT if key in cfg}, cfg.get('default_scope')):
+        if _is_ours(entry['type']):
+            _check_arguments(option, entry, _find(option, entry['type']))
+        if _is_model(option):
+            _check_model(option, entry['type'], scope)
+    build_backbone(cfg)
+    _check_constructor(cfg)
+
+
+def build_backbone(cfg: Config) -> torch.nn.Module | None:
+    """Build the backbone without memory, if it is one of this package.
+
+    Raises:
+        ValueError: What the backbone says about its arguments.
+    """
+    backbone = cfg.get('model', {}).get('backbone', {})
+    if not _is_ours(backbone.get('type')):
+        return None
+    with torch.device('meta'):
+        return MODELS.build(copy.deepcopy(backbone))
+
+
+def no_such_class(option: str, name: str, registries: Iterable[Registry]) -> str:
+    """Message for a name that none of the registries has, with the close ones that they or their parents have."""
+    known = set()
+    for node in registries:
+        while node is not None:
+            known |= {f'{SCOPE}.{key}' if node.scope == SCOPE else key for key in node.module_dict}
+            node = node.parent
+    return f'{option}: there is no {name}{did_you_mean(name, known)}'
+
+
+def _entries(value, scope: str | None, option: str = '') -> Iterator[tuple[str, dict, str | None]]:
+    """Yield each dict at any depth that names a class: the option that holds it, the dict, and its scope."""
+    if isinstance(value, dict):
+        scope = value.get('_scope_', scope)
+        if isinstance(value.get('type'), str):
+            yield option, value, scope
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, item in items:
+        yield from _entries(item, scope, f'{option}.{key}' if option else str(key))
+
+
+def _is_ours(name) -> bool:
+    return isinstance(name, str) and name.startswith(f'{SCOPE}.')
+
+
+def _find(option: str, name: str) -> type:
+    """The class of this package that has a name in a registry, or in a module."""
+    module, _, short = name.rpartition('.')
+    try:
+        if module == SCOPE:
+            found = next((found for node in REGISTRIES if (found := node.get(name)) is not None), None)
+        else:
+            found = getattr(importlib.import_module(module), short, None)
+    except ModuleNotFoundError as error:
+        if not _is_ours(error.name):
+            raise ImportError(f'{option}.type: {name} needs a package that is not installed: {error}') from error
+        found = None
+    if found is None:
+        raise ValueError(no_such_class(f'{option}.type', name, REGISTRIES))
+    return found
+
+
+def _check_arguments(option: str, entry: dict, found: type) -> None:
+    check = getattr(found.__init__, 'check', None)
+    if check is None:
+        return
+    arguments = {key: value for key, value in entry.items() if key not in ('type', '_scope_')}
+    if option.startswith(('custom_hooks.', 'default_hooks.')):
+        arguments.pop('priority', None)  # the runner takes it out
+    if option in GIVEN_A_MODEL:
+        arguments.setdefault('module', None)
+    try:
+        check(found.__name__, arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{option}: {error}') from error
+
+
+def _is_model(option: str) -> bool:
+    first, *rest = [part for part in option.split('.') if not part.isdecimal()]  # without places in lists
+    return first == 'model' and (not rest or rest[-1].endswith(PARTS))
+
+
+def _check_model(option: str, name: str, scope: str | None) -> None:
+    with MMENGINE_MODELS.switch_scope_and_registry(scope) as models:
+        try:
+            found = models.get(name)
+        except RuntimeError:  # mmengine's, for some of the names that are none
+            found = None
+        if found is None:
+            raise ValueError(no_such_class(f'{option}.type', name, (models, MODELS)))
+
+
+def _check_constructor(cfg: Config) -> None:
+    wrapper = copy.deepcopy(cfg.get('optim_wrapper')) or {}
+    name, settings = wrapper.pop('constructor', None), wrapper.pop('paramwise_cfg', None)
+    if not _is_ours(name):
+        return
+    constructor = OPTIM_WRAPPER_CONSTRUCTORS.get(name)
+    if constructor is None:
+        raise ValueError(no_such_class('optim_wrapper.constructor', name, [OPTIM_WRAPPER_CONSTRUCTORS]))
+    constructor(wrapper, settings)

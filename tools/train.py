@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from mmengine.config import Config
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
-from swinv2_mm.engine import checks, classes, launch
+from swinv2_mm.engine import checks, classes, launch, unused
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -82,7 +82,9 @@ def check(args: argparse.Namespace, cfg: Config) -> None:
         ValueError: Anything else.
     """
     launch.check_runner(cfg)
-    classes.check_classes(cfg)
+    backbone = classes.check_classes(cfg)
+    if backbone is not None:
+        unused.check_unused(cfg, backbone)
     checks.check_init_cfg(cfg)
     checks.check_data(cfg, ['train', 'val'])
     checks.check_metrics(cfg, ['val'])

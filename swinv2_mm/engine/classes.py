@@ -18,16 +18,17 @@ from swinv2_mm.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 SCOPE = 'swinv2_mm'
 REGISTRIES = [value for value in vars(registry).values() if isinstance(value, Registry) and value.scope == SCOPE]
 # the entries of a config from which something is built; others are for its own use
-BUILT = (*inspect.signature(Runner).parameters, 'strategy', 'tta_model', 'tta_pipeline')
+BUILT = (*inspect.signature(Runner).parameters, 'model_wrapper_cfg', 'strategy', 'tta_model', 'tta_pipeline')
 # parts of a model that are models in every toolbox, by their names or the ends of these
 PARTS = ('backbone', 'neck', 'head', 'roi_extractor', 'data_preprocessor')
 GIVEN_A_MODEL = ('model_wrapper_cfg', 'tta_model')  # as `module`, when they are built
 
 
-def check_classes(cfg: Config) -> None:
+def check_classes(cfg: Config) -> torch.nn.Module | None:
     """Check that the classes exist of which a config builds its model, and all of this package; and their arguments.
 
-    The backbone and the constructor of the optimizer, if they are of this package, are built, without memory.
+    Returns:
+        The backbone, built without memory; or None if it is not of this package.
 
     Raises:
         ImportError: A class of this package needs a package that is not installed.
@@ -38,21 +39,17 @@ def check_classes(cfg: Config) -> None:
             _check_arguments(option, entry, _find(option, entry['type']))
         if _is_model(option):
             _check_model(option, entry['type'], scope)
-    build_backbone(cfg)
     _check_constructor(cfg)
+    return _build_backbone(cfg)
 
 
-def build_backbone(cfg: Config) -> torch.nn.Module | None:
-    """Build the backbone without memory, if it is one of this package.
-
-    Raises:
-        ValueError: What the backbone says about its arguments.
-    """
-    backbone = cfg.get('model', {}).get('backbone', {})
-    if not _is_ours(backbone.get('type')):
-        return None
-    with torch.device('meta'):
-        return MODELS.build(copy.deepcopy(backbone))
+def find_model(name: str, scope: str | None) -> type | None:
+    """The class of that name among the models of a toolbox, or None."""
+    with MMENGINE_MODELS.switch_scope_and_registry(scope) as models:
+        try:
+            return models.get(name)
+        except RuntimeError:  # mmengine's, for some of the names that are none
+            return None
 
 
 def no_such_class(option: str, name: str, registries: Iterable[Registry]) -> str:
@@ -119,11 +116,7 @@ def _is_model(option: str) -> bool:
 
 def _check_model(option: str, name: str, scope: str | None) -> None:
     with MMENGINE_MODELS.switch_scope_and_registry(scope) as models:
-        try:
-            found = models.get(name)
-        except RuntimeError:  # mmengine's, for some of the names that are none
-            found = None
-        if found is None:
+        if find_model(name, scope) is None:
             raise ValueError(no_such_class(f'{option}.type', name, (models, MODELS)))
 
 
@@ -136,3 +129,11 @@ def _check_constructor(cfg: Config) -> None:
     if constructor is None:
         raise ValueError(no_such_class('optim_wrapper.constructor', name, [OPTIM_WRAPPER_CONSTRUCTORS]))
     constructor(wrapper, settings)
+
+
+def _build_backbone(cfg: Config) -> torch.nn.Module | None:
+    backbone = cfg.get('model', {}).get('backbone', {})
+    if not _is_ours(backbone.get('type')):
+        return None
+    with torch.device('meta'):
+        return MODELS.build(copy.deepcopy(backbone))

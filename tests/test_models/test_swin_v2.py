@@ -4,6 +4,7 @@ import copy
 import math
 from collections import Counter
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -364,11 +365,52 @@ def test_the_extra_norm_comes_after_the_second_residual():
         (dict(drop_path_rate=1.0), r'drop_path_rate must lie in \[0, 1\)'),
         (dict(attention_backend='flash'), "'flash' is not known"),
         (dict(patch_size=0), 'patch_size must be a number of at least 1'),
+        (dict(in_channels=0), 'in_channels must be at least 1, got 0'),
+        (dict(arch=ARCH | dict(depths=(2, -1, 2, 2))), r'arch.depths\[1\] must be at least 0, got -1'),
+        (dict(arch=ARCH | dict(num_heads=(1, 2, 4, 0))), r'arch.num_heads\[3\] must be at least 1, got 0'),
+        (dict(arch=ARCH | dict(extra_norm_every_n_blocks=-1)), 'arch.extra_norm_every_n_blocks must be at least 0'),
     ],
 )
 def test_wrong_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         SwinTransformerV2(**dict(arch=ARCH, window_size=4) | kwargs)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        (dict(out_indices=3), 'out_indices must be a list, got 3 of type int'),
+        (dict(with_cp=1), 'with_cp must be True or False or a list, got 1 of type int'),
+        (dict(window_size=7.0), 'window_size must be a whole number or a list, got 7.0 of type float'),
+        (dict(window_size=(8, 8, None, 8)), r'window_size\[2\] must be a whole number or a list, got None'),
+        (
+            dict(pretrained_window_sizes='12'),
+            "pretrained_window_sizes must be a whole number or a list or None, got '12'",
+        ),
+        (dict(patch_size=True), 'patch_size must be a whole number or a list, got True of type bool'),
+        (dict(drop_path_rate='0.2'), "drop_path_rate must be a number, got '0.2' of type str"),
+        (dict(frozen_stages='1'), 'frozen_stages must be a whole number'),
+        (dict(norm_eval=None), 'norm_eval must be True or False, got None'),
+        (dict(attention_backend=None), 'attention_backend must be a string'),
+        (dict(init_cfg='a.pth'), "init_cfg must be a dict or a list or None, got 'a.pth'"),
+        (dict(arch=3), 'arch must be a string or a dict, got 3'),
+        (dict(arch=ARCH | dict(depths=2)), 'arch.depths must be a list, got 2 of type int'),
+        (dict(arch=ARCH | dict(depths=(2, 2, '2', 2))), r"arch.depths\[2\] must be a whole number, got '2'"),
+        (dict(arch=ARCH | dict(embed_dims='96')), "arch.embed_dims must be a whole number, got '96'"),
+    ],
+)
+def test_arguments_of_another_type_are_named(kwargs, message):
+    with pytest.raises(TypeError, match=message):
+        SwinTransformerV2(**dict(arch=ARCH, window_size=4) | kwargs)
+
+
+def test_numbers_of_numpy_and_lists_are_taken_as_numbers_and_tuples():
+    arch = dict(embed_dims=np.int64(16), depths=[1, np.int32(1)], num_heads=np.array([1, 2]))
+    sizes = dict(window_size=np.int64(4), in_channels=np.int64(3), out_indices=[np.int64(1)], frozen_stages=np.int64(0))
+    backbone = SwinTransformerV2(arch, drop_path_rate=np.float32(0.5), with_cp=[0], init_cfg=[], **sizes)
+    plain = SwinTransformerV2(dict(embed_dims=16, depths=(1, 1), num_heads=(1, 2)), 4, out_indices=(1,))
+    assert {n: p.shape for n, p in backbone.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
+    assert backbone.windows == plain.windows == [(4, 4), (4, 4)]
 
 
 @pytest.mark.parametrize('shape', [(3, 32, 32), (1, 4, 32, 32), (1, 3, 8, 32, 32)])

@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 from tool_runs import TOOLS, beside, call, environment, free_port, refuse, run, taken_port
 
-from swinv2_mm.engine import checks, launch
+from swinv2_mm.engine import checks, classes, launch
 
 TINY = Path(__file__).parent / 'tiny'
 DET = Path(__file__).parents[2] / 'configs/det'
@@ -140,11 +140,83 @@ def test_wrong_backbone(complain, data, option, text):
     assert any(word in line for word in text.split('|'))
 
 
-def test_unknown_backbone(complain, data):
-    line = complain(
-        'train', TINY / 'det.py', '--cfg-options', f'data_root={data}', 'model.backbone.type=swinv2_mm.Swin'
-    )
-    assert 'there is no swinv2_mm.Swin' in line
+@pytest.mark.parametrize(
+    ('option', 'text'),
+    [
+        ('model.backbone.type=swinv2_mm.Swin', 'model.backbone.type: there is no swinv2_mm.Swin'),
+        ('model.backbone.type=swinv2_mm.SwinTransformrV2', '(did you mean swinv2_mm.SwinTransformerV2 or'),
+        ('model.backbone.type=SwinTransformerV2', '(did you mean swinv2_mm.SwinTransformerV2 or'),
+        ('model.backbone.type=swinv2_mm.modls.SwinTransformerV2', 'there is no swinv2_mm.modls.SwinTransformerV2'),
+        ('model.type=Nope', 'model.type: there is no Nope'),
+        ('model.type=RetinaNett', 'model.type: there is no RetinaNett (did you mean RetinaNet?)'),
+        ('model.neck.type=FPNN', 'model.neck.type: there is no FPNN (did you mean FPN?)'),
+        ('model.bbox_head.type=RetinHead', 'model.bbox_head.type: there is no RetinHead (did you mean RetinaHead'),
+        ('model.backbone.windowsize=3', 'no argument windowsize (did you mean window_size?). Its arguments are arch'),
+        (
+            'model.backbone.mlp_ratio=4',
+            'model.backbone: SwinTransformerV2 has no argument mlp_ratio (leave it out: MLPs',
+        ),
+        ('model.backbone.with_cp=1', 'model.backbone: with_cp must be True or False or a list, got 1 of type int'),
+        ('model.backbone.in_channels=0', 'model.backbone: in_channels must be at least 1, got 0'),
+        ('custom_hooks.0.type=swinv2_mm.ResumeHook', 'custom_hooks.0.type: there is no swinv2_mm.ResumeHook'),
+        (
+            'custom_hooks.0.seed=1',
+            'custom_hooks.0: ReproducibleResumeHook has no argument seed. Its arguments are none',
+        ),
+        (
+            'default_hooks.checkpoint.intervall=1',
+            'AtomicCheckpointHook has no argument intervall (did you mean interval',
+        ),
+        ('optim_wrapper.constructor=swinv2_mm.SwinV2OptimConstructor', 'did you mean swinv2_mm.SwinV2OptimWrapperCons'),
+    ],
+)
+@pytest.mark.parametrize('tool', ['train', 'test'])
+def test_wrong_names_of_classes_and_arguments(complain, data, tmp_path, tool, option, text):
+    (tmp_path / 'a.pth').touch()
+    arguments = [TINY / 'det.py', *([tmp_path / 'a.pth'] if tool == 'test' else [])]
+    assert text in complain(tool, *arguments, '--cfg-options', f'data_root={data}', option)
+
+
+@pytest.mark.parametrize('tool', ['get_flops', 'benchmark', 'browse_dataset', 'plan_memory'])
+@pytest.mark.parametrize(
+    ('option', 'text'), [('model.backbone.windowsize=3', 'did you mean'), ('model.type=A', 'no A')]
+)
+def test_wrong_names_in_the_analysis_tools(tmp_path, tool, option, text):
+    shape = ['--shape', '64', '64'] if tool in ('get_flops', 'plan_memory') else []
+    assert text in refuse(tmp_path, f'analysis_tools/{tool}.py', TINY / 'det.py', *shape, '--cfg-options', option)
+
+
+def test_settings_of_the_optimizer_are_checked_before_anything_starts(complain, data):
+    options = ['optim_wrapper.constructor=swinv2_mm.SwinV2OptimWrapperConstructor']
+    options.append('optim_wrapper.paramwise_cfg.decay_rate=0.9')
+    line = complain('train', TINY / 'det.py', '--cfg-options', f'data_root={data}', *options)
+    assert 'but not decay_rate (write layer_decay_rate=0.9' in line
+
+
+def test_a_priority_of_a_hook_and_the_model_of_a_wrapper_are_no_arguments(data, tmp_path):
+    cfg = Config.fromfile(TINY / 'det.py')
+    cfg.custom_hooks[0].priority = 'LOW'
+    cfg.model_wrapper_cfg = dict(type='swinv2_mm.ZeroDistributedDataParallel', bucket_cap_mb=5)
+    classes.check_classes(cfg)
+    cfg.model_wrapper_cfg.buckets = 5
+    with pytest.raises(ValueError, match='model_wrapper_cfg: ZeroDistributedDataParallel has no argument buckets'):
+        classes.check_classes(cfg)
+
+
+def test_parts_are_looked_up_in_the_scope_that_holds_them():
+    cfg = Config(dict(default_scope='mmaction', model=dict(type='FastRCNN', _scope_='mmdet', neck=dict(type='FPN'))))
+    classes.check_classes(cfg)
+    cfg.model.pop('_scope_')
+    with pytest.raises(ValueError, match='model.type: there is no FastRCNN'):
+        classes.check_classes(cfg)
+
+
+def test_a_class_whose_package_is_missing_is_no_wrong_name(monkeypatch):
+    monkeypatch.delitem(sys.modules, 'swinv2_mm.datasets.video', raising=False)
+    monkeypatch.setitem(sys.modules, 'decord', None)
+    dataset = dict(type='swinv2_mm.datasets.video.VideoDataset', ann_file='a', pipeline=[])
+    with pytest.raises(ImportError, match='train_dataloader.dataset.type: .*VideoDataset needs a package that is not'):
+        classes.check_classes(Config(dict(train_dataloader=dict(dataset=dataset))))
 
 
 @pytest.mark.parametrize(
@@ -399,6 +471,14 @@ def test_dist_train_complains_in_one_line_about_a_port_in_use(data, tmp_path):
     with taken_port() as port:
         line = refuse_to_start(tmp_path, 'dist_train.sh', TINY / 'det.py', 2, *options, PORT=str(port))
     assert line.startswith(f'error: port {port} cannot be used')
+
+
+def test_preflight_finds_what_gets_no_gradient(data, tmp_path):
+    options = [f'data_root={data}', 'model.neck.start_level=1', 'model.neck.num_outs=2']
+    arguments = [TINY / 'det.py', '--launcher', 'pytorch', '--preflight', '2', '--cfg-options', *options]
+    line = refuse(tmp_path, 'train.py', *arguments)
+    assert 'nothing uses output 1 of model.backbone.out_indices=(1, 2, 3)' in line
+    assert ' model.backbone.out_indices=[2,3] model.neck.in_channels=[64,128] model.neck.start_level=0' in line
 
 
 def test_preflight_checks_and_leaves(data, tmp_path, monkeypatch):

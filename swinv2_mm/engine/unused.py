@@ -1,0 +1,151 @@
+"""A check for parameters of the backbone that would get no gradient, at which DistributedDataParallel stops."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.model import MMDistributedDataParallel
+from mmengine.runner import Runner
+
+from swinv2_mm.arguments import arguments_of
+from swinv2_mm.engine.classes import find_model
+from swinv2_mm.models import GlobalAttention
+from swinv2_mm.models.swin_v2 import SwinV2
+from swinv2_mm.registry import MODEL_WRAPPERS, RUNNERS
+
+TOOLBOXES = ('mmdet', 'mmseg')
+# heads of mmsegmentation that read other maps than those of their `in_index`
+OTHER_MAPS = (
+    *('DDRHead', 'DepthwiseSeparableASPPHead', 'IterativeDecodeHead', 'PIDHead', 'SideAdapterCLIPHead'),
+    'VPDDepthHead',
+)
+
+
+def check_unused(cfg: Config, backbone: SwinV2) -> None:
+    """Check that a training in several processes uses all that the backbone returns, and all of its stages.
+
+    DistributedDataParallel waits for the gradient of each parameter, and stops at the second step if one never comes.
+    What is used is known of the toolboxes' necks with `start_level` and heads with `in_index`; all others are taken to
+    use everything.
+
+    Args:
+        cfg: Config of a training.
+        backbone: Its backbone, which may be on the meta device.
+
+    Raises:
+        ValueError: Something is not used; the message gives the options to set.
+    """
+    if not _waits_for_gradients(cfg):
+        return
+    stages = sorted(backbone.out_indices)
+    used, changes = _used_maps(cfg, len(stages))
+    without_gradient = [stages[i] for i in range(len(stages)) if i not in used and stages[i] >= backbone.frozen_stages]
+    last = max(stages[i] for i in used)
+    never_run = range(max(last + 1, backbone.frozen_stages), len(backbone.layers))
+    if not without_gradient and not never_run:
+        return
+    find = f'{"model_wrapper_cfg." if cfg.get("model_wrapper_cfg") else ""}find_unused_parameters=True'
+    if never_run:
+        what, ways_out = f'stage {_listed(never_run)} of model.backbone', find
+    else:
+        what = f'output {_listed(without_gradient)} of model.backbone.out_indices={tuple(stages)}'
+        changes = {'model.backbone.out_indices': [stages[i] for i in used], **changes}
+        ways_out = f'{" ".join(_option(*change) for change in changes.items())}, or {find}'
+    raise ValueError(
+        f'nothing uses {what}, and DistributedDataParallel stops where parameters get no gradient: '
+        f'--cfg-options {ways_out}'
+    )
+
+
+def _listed(stages) -> str:
+    return ' and '.join(map(str, stages))
+
+
+def _option(name: str, value: Any) -> str:
+    return f'{name}={str(value).replace(" ", "")}'
+
+
+def _waits_for_gradients(cfg: Config) -> bool:
+    wrapper = cfg.get('model_wrapper_cfg') or {}
+    kind = MODEL_WRAPPERS.get(wrapper.get('type', 'MMDistributedDataParallel'))
+    finds = wrapper or cfg
+    return (
+        cfg.get('launcher', 'none') != 'none'
+        and issubclass(RUNNERS.get(cfg.get('runner_type', 'Runner')), Runner)
+        and issubclass(kind, MMDistributedDataParallel)
+        and not finds.get('find_unused_parameters')
+        and not wrapper.get('static_graph')
+    )
+
+
+def _used_maps(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]]:
+    """Which of the backbone's maps, counted in their order, are used; and the options for a model that gets only these.
+
+    Args:
+        cfg: The config.
+        count: How many maps there are.
+    """
+    everything = list(range(count)), {}
+    scope = cfg.get('default_scope')
+    if cfg.model.get('neck'):
+        neck, option = _first_neck(cfg, scope)
+        return everything if neck is None else _used_by_neck(neck, option, count, scope) or everything
+    heads = dict(_heads(cfg.model))
+    if not heads or not all(_reads_in_index(head, scope) for head in heads.values()):
+        return everything
+    read = {option: head.get('in_index', -1) for option, head in heads.items()}
+    used = sorted({i % count for index in read.values() for i in _as_list(index)})
+    changes = {}
+    for option, index in read.items():
+        new = [used.index(i % count) for i in _as_list(index)]
+        changes[f'{option}.in_index'] = new if isinstance(index, (list, tuple)) else new[0]
+    return used, changes
+
+
+def _as_list(index) -> list[int]:
+    return list(index) if isinstance(index, (list, tuple)) else [index]
+
+
+def _first_neck(cfg: Config, scope: str | None) -> tuple[Mapping | None, str]:
+    """The first neck that makes other maps, and its option."""
+    neck = cfg.model.neck
+    for i, part in enumerate(neck if isinstance(neck, list) else [neck]):
+        if find_model(part.get('type'), scope) is not GlobalAttention:
+            return part, f'model.neck.{i}' if isinstance(neck, list) else 'model.neck'
+    return None, ''
+
+
+def _used_by_neck(neck: Mapping, option: str, count: int, scope: str | None) -> tuple[list[int], dict[str, Any]] | None:
+    arguments = _arguments_of_stock(neck, scope)
+    if not {'in_channels', 'start_level', 'end_level'} <= arguments.keys():
+        return None
+    start, end = (neck.get(name, arguments[name].default) for name in ('start_level', 'end_level'))
+    used = list(range(count))[start : None if end == -1 else end + 1]
+    if not used or len(neck['in_channels']) != count:  # the neck says what is wrong
+        return None
+    changes = {f'{option}.in_channels': [neck['in_channels'][i] for i in used], f'{option}.start_level': 0}
+    return used, {**changes, **({} if end == -1 else {f'{option}.end_level': -1})}
+
+
+def _heads(model: Mapping) -> Iterator[tuple[str, Mapping]]:
+    for name in ('decode_head', 'auxiliary_head'):
+        heads = model.get(name) or []
+        if isinstance(heads, dict):
+            yield f'model.{name}', heads
+        else:
+            yield from ((f'model.{name}.{i}', head) for i, head in enumerate(heads))
+
+
+def _reads_in_index(head: Mapping, scope: str | None) -> bool:
+    found = find_model(head.get('type'), scope)
+    return _is_stock(found) and hasattr(found, '_transform_inputs') and found.__name__ not in OTHER_MAPS
+
+
+def _arguments_of_stock(part: Mapping, scope: str | None) -> Mapping[str, inspect.Parameter]:
+    found = find_model(part.get('type'), scope)
+    return arguments_of(found) if _is_stock(found) else {}
+
+
+def _is_stock(found: type | None) -> bool:
+    return found is not None and found.__module__.split('.')[0] in TOOLBOXES

@@ -177,13 +177,22 @@ def test_wrong_names_of_classes_and_arguments(complain, data, tmp_path, tool, op
     assert text in complain(tool, *arguments, '--cfg-options', f'data_root={data}', option)
 
 
-@pytest.mark.parametrize('tool', ['get_flops', 'benchmark', 'browse_dataset', 'plan_memory'])
 @pytest.mark.parametrize(
-    ('option', 'text'), [('model.backbone.windowsize=3', 'did you mean'), ('model.type=A', 'no A')]
+    ('tool', 'arguments'),
+    [
+        ('get_flops', ['--shape', '64', '64']),
+        ('benchmark', []),
+        ('browse_dataset', ['--not-show', '--output-dir', 'out']),
+        ('plan_memory', ['--shape', '64', '64']),
+    ],
 )
-def test_wrong_names_in_the_analysis_tools(tmp_path, tool, option, text):
-    shape = ['--shape', '64', '64'] if tool in ('get_flops', 'plan_memory') else []
-    assert text in refuse(tmp_path, f'analysis_tools/{tool}.py', TINY / 'det.py', *shape, '--cfg-options', option)
+@pytest.mark.parametrize(
+    ('option', 'text'),
+    [('model.backbone.windowsize=3', 'did you mean window_size?'), ('model.type=A', 'there is no A')],
+)
+def test_wrong_names_in_the_analysis_tools(tmp_path, tool, arguments, option, text):
+    line = refuse(tmp_path, f'analysis_tools/{tool}.py', TINY / 'det.py', *arguments, '--cfg-options', option)
+    assert text in line
 
 
 def test_settings_of_the_optimizer_are_checked_before_anything_starts(complain, data):

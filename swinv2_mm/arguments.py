@@ -56,7 +56,7 @@ def check_arguments(foreign: Mapping[str, str] | None = None, more: Callable | N
 
     Args:
         foreign: What to write instead of arguments that other implementations have.
-        more: Function whose optional arguments the constructor takes too, by `**kwargs`.
+        more: Method whose optional arguments the constructor takes too, by `**kwargs`.
     """
 
     def decorate(cls: Class) -> Class:
@@ -90,9 +90,10 @@ def arguments_of(cls: type, more: Callable | None = None) -> dict[str, inspect.P
 
     Base classes from other packages keep no type hint but that of a number: many of the others are wrong.
     """
-    found = _collect(cls.__mro__[:-1], cls.__module__.split('.')[0])
-    optional = inspect.signature(more).parameters.values() if more else ()
-    return {**{p.name: p for p in optional if p.default is not p.empty}, **found}
+    package = cls.__module__.split('.')[0]
+    found = _collect(cls.__mro__[:-1], package)
+    others = _named(inspect.unwrap(more), package) if more else {}
+    return {**found, **{n: p for n, p in others.items() if n not in found and p.default is not p.empty}}
 
 
 def _collect(mro: Sequence[type], package: str) -> dict[str, inspect.Parameter]:
@@ -102,15 +103,20 @@ def _collect(mro: Sequence[type], package: str) -> dict[str, inspect.Parameter]:
     if not mro:
         return {}
     init = inspect.unwrap(vars(mro[0])['__init__'])
-    _, *parameters = inspect.signature(init).parameters.values()
-    kinds = [p.kind for p in parameters]
-    own = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    if init.__module__.split('.')[0] != package:
-        own = {n: p.replace(annotation=float if p.annotation in (int, float) else p.empty) for n, p in own.items()}
+    own = _named(init, package)
+    kinds = [p.kind for p in inspect.signature(init).parameters.values()]
     inherited = _collect(mro[1:], package) if inspect.Parameter.VAR_KEYWORD in kinds else {}
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         return {**inherited, **own}  # the order of positional arguments is that of the base class
     return {**own, **inherited, **own}
+
+
+def _named(method: Callable, package: str) -> dict[str, inspect.Parameter]:
+    _, *parameters = inspect.signature(method).parameters.values()  # without `self`
+    found = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    if method.__module__.split('.')[0] == package:
+        return found
+    return {n: p.replace(annotation=float if p.annotation in (int, float) else p.empty) for n, p in found.items()}
 
 
 def check_call(

@@ -177,6 +177,8 @@ def test_every_class_that_a_config_can_name_checks_its_arguments():
         pytest.importorskip(package)
     classes = public_classes()
     assert len(classes) >= 19
+    classes['VideoVisualizationHook'].__init__.check('it', {}, True, 10, True, None)  # in the order of mmaction's
+    classes['VideoVisualizationHook'].__init__.check('it', dict(draw_gt=False, fps=3))
     for name, cls in classes.items():
         with pytest.raises(TypeError, match=rf'^{name} has no argument nonsense\. Its arguments are ') as error:
             cls.__init__(cls.__new__(cls), nonsense=1)

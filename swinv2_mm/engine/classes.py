@@ -43,8 +43,10 @@ def check_classes(cfg: Config) -> torch.nn.Module | None:
     return _build_backbone(cfg)
 
 
-def find_model(name: str, scope: str | None) -> type | None:
-    """The class of that name among the models of a toolbox, or None."""
+def find_model(name: str | type, scope: str | None) -> type | None:
+    """The class of that name among the models of a toolbox, or None; a class is what it is."""
+    if not isinstance(name, str):
+        return name
     with MMENGINE_MODELS.switch_scope_and_registry(scope) as models:
         try:
             return models.get(name)

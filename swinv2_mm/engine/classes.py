@@ -43,7 +43,7 @@ def check_classes(cfg: Config) -> torch.nn.Module | None:
     return _build_backbone(cfg)
 
 
-def find_model(name: str | type, scope: str | None) -> type | None:
+def find_model(name: str | type | None, scope: str | None) -> type | None:
     """The class of that name among the models of a toolbox, or None; a class is what it is."""
     if not isinstance(name, str):
         return name

@@ -1,6 +1,5 @@
 """A check for parameters of the backbone that would get no gradient, at which DistributedDataParallel stops."""
 
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,18 +15,18 @@ from swinv2_mm.registry import MODEL_WRAPPERS, RUNNERS
 
 TOOLBOXES = ('mmdet', 'mmseg')
 # heads of mmsegmentation that read other maps than those of their `in_index`
-OTHER_MAPS = (
-    *('DDRHead', 'DepthwiseSeparableASPPHead', 'IterativeDecodeHead', 'PIDHead', 'SideAdapterCLIPHead'),
-    'VPDDepthHead',
-)
+OTHER_MAPS = {
+    *('DDRHead', 'DepthwiseSeparableASPPHead', 'IterativeDecodeHead'),
+    *('PIDHead', 'SideAdapterCLIPHead', 'VPDDepthHead'),
+}
 
 
 def check_unused(cfg: Config, backbone: SwinV2) -> None:
     """Check that a training in several processes uses all that the backbone returns, and all of its stages.
 
     DistributedDataParallel waits for the gradient of each parameter, and stops at the second step if one never comes.
-    What is used is known of the toolboxes' necks with `start_level` and heads with `in_index`; all others are taken to
-    use everything.
+    What is used is known of mmdet's and mmsegmentation's models that have a neck with `start_level`, or heads with
+    `in_index` and no neck; all others are taken to use everything.
 
     Args:
         cfg: Config of a training.
@@ -86,14 +85,39 @@ def _used_maps(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]]:
         cfg: The config.
         count: How many maps there are.
     """
-    everything = list(range(count)), {}
-    scope = cfg.get('default_scope')
-    if cfg.model.get('neck'):
-        neck, option = _first_neck(cfg, scope)
-        return everything if neck is None else _used_by_neck(neck, option, count, scope) or everything
+    known = None
+    if _is_stock(find_model(cfg.model.get('type'), cfg.get('default_scope'))):
+        known = _used_by_neck(cfg, count) if cfg.model.get('neck') else _used_by_heads(cfg, count)
+    return known or (list(range(count)), {})
+
+
+def _first_neck(cfg: Config) -> tuple[Mapping, str]:
+    """The first neck that makes other maps, and its option."""
+    neck = cfg.model.neck
+    for i, part in enumerate(neck if isinstance(neck, list) else [neck]):
+        if find_model(part.get('type'), cfg.get('default_scope')) is not GlobalAttention:
+            return part, f'model.neck.{i}' if isinstance(neck, list) else 'model.neck'
+    return {}, ''
+
+
+def _used_by_neck(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]] | None:
+    neck, option = _first_neck(cfg)
+    found = find_model(neck.get('type'), cfg.get('default_scope'))
+    arguments = arguments_of(found) if _is_stock(found) else {}
+    if not {'in_channels', 'start_level', 'end_level'} <= arguments.keys():
+        return None
+    start, end = (neck.get(name, arguments[name].default) for name in ('start_level', 'end_level'))
+    used = list(range(count))[start : None if end == -1 else end + 1]
+    if not used or len(neck['in_channels']) != count:  # the neck says what is wrong
+        return None
+    changes = {f'{option}.in_channels': [neck['in_channels'][i] for i in used], f'{option}.start_level': 0}
+    return used, {**changes, **({} if end == -1 else {f'{option}.end_level': -1})}
+
+
+def _used_by_heads(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]] | None:
     heads = dict(_heads(cfg.model))
-    if not heads or not all(_reads_in_index(head, scope) for head in heads.values()):
-        return everything
+    if not heads or not all(_reads_in_index(head, cfg.get('default_scope')) for head in heads.values()):
+        return None
     read = {option: head.get('in_index', -1) for option, head in heads.items()}
     used = sorted({i % count for index in read.values() for i in _as_list(index)})
     changes = {}
@@ -105,27 +129,6 @@ def _used_maps(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]]:
 
 def _as_list(index) -> list[int]:
     return list(index) if isinstance(index, (list, tuple)) else [index]
-
-
-def _first_neck(cfg: Config, scope: str | None) -> tuple[Mapping | None, str]:
-    """The first neck that makes other maps, and its option."""
-    neck = cfg.model.neck
-    for i, part in enumerate(neck if isinstance(neck, list) else [neck]):
-        if find_model(part.get('type'), scope) is not GlobalAttention:
-            return part, f'model.neck.{i}' if isinstance(neck, list) else 'model.neck'
-    return None, ''
-
-
-def _used_by_neck(neck: Mapping, option: str, count: int, scope: str | None) -> tuple[list[int], dict[str, Any]] | None:
-    arguments = _arguments_of_stock(neck, scope)
-    if not {'in_channels', 'start_level', 'end_level'} <= arguments.keys():
-        return None
-    start, end = (neck.get(name, arguments[name].default) for name in ('start_level', 'end_level'))
-    used = list(range(count))[start : None if end == -1 else end + 1]
-    if not used or len(neck['in_channels']) != count:  # the neck says what is wrong
-        return None
-    changes = {f'{option}.in_channels': [neck['in_channels'][i] for i in used], f'{option}.start_level': 0}
-    return used, {**changes, **({} if end == -1 else {f'{option}.end_level': -1})}
 
 
 def _heads(model: Mapping) -> Iterator[tuple[str, Mapping]]:
@@ -140,11 +143,6 @@ def _heads(model: Mapping) -> Iterator[tuple[str, Mapping]]:
 def _reads_in_index(head: Mapping, scope: str | None) -> bool:
     found = find_model(head.get('type'), scope)
     return _is_stock(found) and hasattr(found, '_transform_inputs') and found.__name__ not in OTHER_MAPS
-
-
-def _arguments_of_stock(part: Mapping, scope: str | None) -> Mapping[str, inspect.Parameter]:
-    found = find_model(part.get('type'), scope)
-    return arguments_of(found) if _is_stock(found) else {}
 
 
 def _is_stock(found: type | None) -> bool:

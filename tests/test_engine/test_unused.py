@@ -77,6 +77,11 @@ def without_gradient(cfg: Config) -> set[str]:
     return {name for name, p in backbone.named_parameters() if p.grad is None and p.requires_grad}
 
 
+@MODELS.register_module()
+class OwnDetector(nn.Module):
+    """A detector of a user, which may use any map."""
+
+
 # ---------------------------------------------------------------- what is unused, and what to write
 
 
@@ -178,6 +183,7 @@ def test_the_stock_retinanet_trains_every_parameter_after_the_advice():
         dict(runner_type='swinv2_mm.FlexibleRunner'),
         dict(model=dict(backbone=dict(frozen_stages=1))),
         dict(model=dict(neck=dict(type='ChannelMapper'))),
+        dict(model=dict(type='OwnDetector')),
     ],
 )
 def test_quiet_where_nothing_stops_or_nothing_is_known(options):

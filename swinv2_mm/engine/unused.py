@@ -22,7 +22,7 @@ OTHER_MAPS = {
 
 
 def check_unused(cfg: Config, backbone: SwinV2) -> None:
-    """Check that a training in several processes uses all that the backbone returns, and all of its stages.
+    """Check that a training in several processes uses all that the backbone returns.
 
     DistributedDataParallel waits for the gradient of each parameter, and stops at the second step if one never comes.
     What is used is known of mmdet's and mmsegmentation's models that have a neck with `start_level`, or heads with
@@ -40,20 +40,13 @@ def check_unused(cfg: Config, backbone: SwinV2) -> None:
     stages = sorted(backbone.out_indices)
     used, changes = _used_maps(cfg, len(stages))
     without_gradient = [stages[i] for i in range(len(stages)) if i not in used and stages[i] >= backbone.frozen_stages]
-    last = max(stages[i] for i in used)
-    never_run = range(max(last + 1, backbone.frozen_stages), len(backbone.layers))
-    if not without_gradient and not never_run:
+    if not without_gradient:
         return
+    changes = {'model.backbone.out_indices': [stages[i] for i in used], **changes}
     find = f'{"model_wrapper_cfg." if cfg.get("model_wrapper_cfg") else ""}find_unused_parameters=True'
-    if never_run:
-        what, ways_out = f'stage {_listed(never_run)} of model.backbone', find
-    else:
-        what = f'output {_listed(without_gradient)} of model.backbone.out_indices={tuple(stages)}'
-        changes = {'model.backbone.out_indices': [stages[i] for i in used], **changes}
-        ways_out = f'{" ".join(_option(*change) for change in changes.items())}, or {find}'
     raise ValueError(
-        f'nothing uses {what}, and DistributedDataParallel stops where parameters get no gradient: '
-        f'--cfg-options {ways_out}'
+        f'nothing uses output {_listed(without_gradient)} of model.backbone.out_indices={tuple(stages)}, and DistributedDataParallel stops where parameters get no gradient: '
+        f'--cfg-options {" ".join(_option(*change) for change in changes.items())}, or {find}'
     )
 
 

@@ -3,12 +3,26 @@
 import math
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.window_attention import check_backend, window_attention
 from ..ops.windows import pad_to_windows
 from .log_cpb import LogCPB
+
+# depend on the size of the map, which a symbolic trace does not know
+torch.fx.wrap('crop')
+torch.fx.wrap('pad_to_windows')
+torch.fx.wrap('window_attention')
+
+
+class QKVLinear(nn.Linear):
+    """A linear layer without a bias of its own, which may be given one together with the input."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(x, self.weight, bias)
 
 
 class WindowAttention(nn.Module):
@@ -47,7 +61,7 @@ class WindowAttention(nn.Module):
         self.sequential = sequential
         self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
         self.cpb_mlp = LogCPB(window_size, pretrained_window_size, num_heads)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = QKVLinear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.empty(dim))
         self.v_bias = nn.Parameter(torch.empty(dim))
         self.proj = nn.Linear(dim, dim)
@@ -61,14 +75,9 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within windows: (B, *S, C) -> (B, *S, C)."""
-        map_size = x.shape[1:-1]
-        if not self.mask_padding:
-            x = pad_to_windows(x, self.window_size)
-        # queries and values have a bias, keys have none
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        tokens = x if self.mask_padding else pad_to_windows(x, self.window_size)
         out = window_attention(
-            qkv,
+            self._project(tokens).unflatten(-1, (3, self.num_heads, -1)),
             self.logit_scale,
             self.cpb_mlp(),
             self.window_size,
@@ -76,4 +85,17 @@ class WindowAttention(nn.Module):
             backend=self.backend,
             sequential=self.sequential,
         )
-        return self.proj(out[(slice(None), *(slice(s) for s in map_size))])
+        return self.proj(out if self.mask_padding else crop(out, x))
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values: (..., C) -> (..., 3C)."""
+        # queries and values have a bias, keys have none
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        if isinstance(self.qkv, QKVLinear):
+            return self.qkv(x, bias)  # which adds it as the official code does, to the last bit
+        return self.qkv(x) + bias  # an adapter around it, or another layer in its place
+
+
+def crop(x: Tensor, like: Tensor) -> Tensor:
+    """Take off what padding has added at the end of the axes of a map (B, *S, C)."""
+    return x[(slice(None), *(slice(size) for size in like.shape[1:-1]))]

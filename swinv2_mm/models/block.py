@@ -41,7 +41,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        if x.device.type != 'cpu' or is_recorded():
+        if is_recorded() or x.device.type != 'cpu':
             return self._run(x)
         tokens = x.flatten(0, -2)
         # equal parts, since PyTorch rounds the product with a single row differently

@@ -1,14 +1,17 @@
 """Log-spaced continuous position bias."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.checkpoint import checkpoint
 
+from ..ops.autocast import no_autocast
 from ..ops.coordinates import log_spaced_coords
-from ..ops.recording import is_recorded
+from ..ops.recording import is_counted, is_recorded, is_transformed
 
 _optimizer_steps = 0
 
@@ -27,11 +30,11 @@ class LogCPB(nn.Sequential):
     the window that they were learnt with. That window is a buffer: it belongs to the weights, and so it travels with
     them through checkpoints, EMA copies and process groups.
 
-    The bias is computed once for the same weights, and the backward pass computes it again instead of keeping
-    activations: so once per optimizer step, however many micro-batches and recomputed blocks use it, and once in eval
-    mode. It is computed anew after an optimizer step, after each call of `train`, `eval`, `to` and `load_state_dict`,
-    and after weights were replaced or changed in place. What PyTorch cannot see, an in-place change through
-    `weight.data` with none of these after it, goes unnoticed.
+    In training, the backward pass computes activations again instead of keeping them. Without gradients, the bias is
+    computed once for the same weights. It is computed anew after an optimizer step, after each call of `train`, `eval`,
+    `to` and `load_state_dict`, and after weights were replaced or changed in place. What PyTorch cannot see, an
+    in-place change through `weight.data` with none of these after it, goes unnoticed. Layers that were replaced, or
+    that have hooks or parametrizations, are called each time.
 
     Args:
         window_size: Tokens of a window along each axis.
@@ -53,28 +56,44 @@ class LogCPB(nn.Sequential):
 
     def forward(self) -> Tensor:
         """Bias of every relative position: (heads, prod(2 * window - 1)), between 0 and 16."""
-        weights = self[0].weight, self[0].bias, self[2].weight
-        if is_recorded() or not all(map(_is_plain, weights)):
-            return self._compute(*weights)
-        return CachedBias.apply(self, *weights)
+        if not self._is_plain():
+            return self._bias(super().forward)
+        if not torch.is_grad_enabled() or not any(weight.requires_grad for weight in self._weights()):
+            return self._cached()
+        # the weights are arguments: those of the module may be others in the backward pass, as `functional_call` has it
+        return checkpoint(self._bias, _mlp, *self._weights(), use_reentrant=False, preserve_rng_state=False)
 
-    def cached(self, *weights: Tensor) -> Tensor:
-        """Bias without gradient, computed if it is not that of these weights."""
-        key = _optimizer_steps, *map(_identity, (*weights, self.pretrained_window_size))
+    def _is_plain(self) -> bool:
+        """Whether the weights alone decide the bias, and PyTorch runs this module as it is."""
+        if is_recorded() or is_transformed() or is_counted() or not all(map(_is_plain_layer, self)):
+            return False
+        return all(map(_is_plain_tensor, self._weights()))
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self[0].weight, self[0].bias, self[2].weight
+
+    def _cached(self) -> Tensor:
+        """Bias without gradient, computed if it is not that of the weights as they are now."""
+        sources = *self._weights(), self.pretrained_window_size
+        key = _optimizer_steps, *map(_version, sources)
         if self._cache is None or self._cache[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # what is made here may be used in training too
-                self._cache = key, self._compute(*weights)
+                bias = self._bias(_mlp, *self._weights())
+            # with the storages that the key stands for: as long as they are held, no other one gets their addresses
+            self._cache = key, bias, [source.untyped_storage() for source in sources]
         return self._cache[1]
 
-    def _compute(self, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
+    def _bias(self, mlp: Callable[..., Tensor], *weights: Tensor) -> Tensor:
         # computed, not stored: a buffer would have to follow every window change and every deferred initialisation
         coords = log_spaced_coords(self.window_size, self.pretrained_window_size)
         # PyTorch's CPU kernels compute the last few elements of a tensor by another routine, one bit off; rows of
         # padding keep them out, so that the bias is the official one to the last bit although the sigmoid comes before
         # the gather
-        rows = F.pad(coords.to(weight1.dtype), (0, 0, 0, -len(coords) % 64))
-        with torch.autocast(weight1.device.type, enabled=False):
-            bias = 16 * F.linear(F.relu(F.linear(rows, weight1, bias1)), weight2).sigmoid()
+        rows = F.pad(coords, (0, 0, 0, -len(coords) % 64))
+        # quantized layers have no parameters, and take float32
+        dtype = next((p.dtype for p in weights or self.parameters() if p.is_floating_point()), rows.dtype)
+        with no_autocast(rows.device):
+            bias = 16 * mlp(rows.to(dtype), *weights).sigmoid()
         return bias[: len(coords)].T
 
     def train(self, mode: bool = True) -> 'LogCPB':
@@ -91,29 +110,23 @@ class LogCPB(nn.Sequential):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-class CachedBias(torch.autograd.Function):
-    """The bias of a `LogCPB`, whose activations are computed again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, log_cpb: LogCPB, *weights: Tensor) -> Tensor:  # noqa: D102
-        ctx.log_cpb = log_cpb
-        ctx.save_for_backward(*weights)
-        return log_cpb.cached(*weights).detach()  # autograd makes the result its own
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:  # noqa: D102
-        weights = [w.detach().requires_grad_() for w in ctx.saved_tensors]
-        with torch.enable_grad():
-            bias = ctx.log_cpb._compute(*weights)
-        return None, *torch.autograd.grad(bias, weights, grad)
+def _mlp(rows: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
+    """What the layers of a `LogCPB` do."""
+    return F.linear(F.relu(F.linear(rows, weight1, bias1)), weight2)
 
 
-def _is_plain(weight: Tensor) -> bool:
+def _is_plain_layer(layer: nn.Module) -> bool:
+    """Whether a layer is one of those that were built, and nothing but its forward pass is done when it is called."""
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    return type(layer) in (nn.Linear, nn.ReLU) and not any(hooks) and not nn.modules.module._has_any_global_hook()
+
+
+def _is_plain_tensor(weight: Tensor) -> bool:
     """Tell whether a tensor has a storage and a version: no wrapper of tensors, nor made in inference mode."""
     kinds = Tensor, nn.Parameter, FakeTensor  # a fake one has to behave as what it stands for
     return type(weight) in kinds and not weight.is_meta and not weight.is_inference()
 
 
-def _identity(tensor: Tensor) -> tuple[int, int, int]:
+def _version(tensor: Tensor) -> tuple[int, int, int]:
+    """What changes when a tensor gets other memory or is written to."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor._version

@@ -1,9 +1,11 @@
 """Patch embedding and patch merging."""
 
-import torch.nn.functional as F
+import torch.fx
 from torch import Tensor, nn
 
 from ..ops.windows import pad_to_windows
+
+torch.fx.wrap('pad_to_windows')  # depends on the size of the input, which a symbolic trace does not know
 
 
 class PatchEmbed(nn.Module):
@@ -24,9 +26,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *input size) -> (B, *S, dim); inputs that patches do not divide are padded with zeros at the end."""
-        end = [-s % p for s, p in zip(x.shape[2:], self.patch_size, strict=True)]
-        if any(end):
-            x = F.pad(x, [p for e in reversed(end) for p in (0, e)])
+        x = pad_to_windows(x, self.patch_size, first=2)
         return self.norm(self.proj(x).movedim(1, -1))
 
 
@@ -40,7 +40,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, [T,] H, W, C) -> (B, [T,] ceil(H / 2), ceil(W / 2), 2C)."""
-        x = pad_to_windows(x, (1,) * (x.dim() - 4) + (2, 2))
+        x = pad_to_windows(x, (2, 2), first=-3)
         x = x.unflatten(-2, (-1, 2)).unflatten(-4, (-1, 2))  # (..., H / 2, 2, W / 2, 2, C)
         x = x.transpose(-4, -3).transpose(-3, -2)  # the official order of corners: height varies fastest
         return self.norm(self.reduction(x.flatten(-3)))

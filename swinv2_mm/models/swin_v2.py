@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from itertools import chain
 
+import torch.fx
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -18,6 +19,8 @@ from .foreign import FOREIGN_ARGUMENTS
 from .log_cpb import LogCPB
 from .patch import PatchEmbed
 from .sizes import check_stages, per_axis, per_stage, resolve_arch
+
+torch.fx.wrap('check_input')  # looks at the size of the input, which a symbolic trace does not know
 
 
 @check_arguments(foreign=FOREIGN_ARGUMENTS)
@@ -39,7 +42,7 @@ class SwinV2(BaseModule):
         patch_size: Pixels of a patch, one number or one per axis.
         in_channels: Channels of the input.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
-        out_indices: Stages to return, each through a norm of its own.
+        out_indices: Stages to return, each through a norm of its own. Stages after the last one are not built.
         frozen_stages: 0 freezes the patch embedding, n > 0 also the first n stages; -1 freezes nothing.
         norm_eval: Whether norms stay in eval mode during training.
         with_cp: Whether activations of each block are recomputed in the backward pass, to save memory; or the stages
@@ -104,13 +107,14 @@ class SwinV2(BaseModule):
         )
         # plain floats: a tensor's .item() would fail on the meta device
         rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        last = max(self.out_indices)  # stages after it would never be used
         self.layers = nn.ModuleList(
             SwinStage(
                 dim,
                 drop_path=rates[sum(depths[:i]) : sum(depths[: i + 1])],
                 window_size=windows[i],
                 extra_norm_every_n_blocks=arch['extra_norm_every_n_blocks'],
-                downsample=i < len(depths) - 1,
+                downsample=i < last,
                 with_cp=i in with_cp,
                 num_heads=arch['num_heads'][i],
                 pretrained_window_size=tuple(p or w for p, w in zip(pretrained[i], windows[i], strict=True)),
@@ -118,7 +122,7 @@ class SwinV2(BaseModule):
                 backend=attention_backend,
                 sequential=i in sequential_stages,
             )
-            for i, dim in enumerate(self.num_features)
+            for i, dim in enumerate(self.num_features[: last + 1])
         )
         for i in self.out_indices:
             self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
@@ -225,20 +229,14 @@ class SwinV2(BaseModule):
         Raises:
             ValueError: The input has another number of axes or channels.
         """
-        channels = self.patch_embed.proj.in_channels
-        if x.dim() != self.num_axes + 2 or x.shape[1] != channels:
-            axes = ('T, ' if self.num_axes == 3 else '') + 'H, W'
-            raise ValueError(
-                f'{type(self).__name__} takes an input of shape (N, {channels}, {axes}), got {tuple(x.shape)}'
-            )
+        check_input(x, type(self).__name__, self.patch_embed.proj.in_channels, self.num_axes)
         x = self.patch_embed(x)
         outs = []
-        last = max(self.out_indices)
-        for i, stage in enumerate(self.layers[: last + 1]):
+        for i, stage in enumerate(self.layers):
             x = stage(x)
             if i in self.out_indices:
-                outs.append(getattr(self, f'norm{i}')(x).movedim(self.num_axes + 1, 1).contiguous())
-            if i < last:
+                outs.append(getattr(self, f'norm{i}')(x).movedim(-1, 1).contiguous())
+            if stage.downsample is not None:
                 x = stage.downsample(x)
         return tuple(outs)
 
@@ -312,3 +310,10 @@ class SwinTransformer3DV2(SwinV2):
         """(N, C, T, H, W) -> (N, C_i, T', H_i, W_i), or a tuple of them for several `out_indices`."""
         outs = super().forward(x)
         return outs[0] if len(outs) == 1 else outs
+
+
+def check_input(x: Tensor, name: str, channels: int, num_axes: int) -> None:
+    """Raise a ValueError unless an input has these axes and channels."""
+    if x.dim() != num_axes + 2 or x.shape[1] != channels:
+        axes = ('T, ' if num_axes == 3 else '') + 'H, W'
+        raise ValueError(f'{name} takes an input of shape (N, {channels}, {axes}), got {tuple(x.shape)}')

@@ -1,6 +1,12 @@
-"""Whether PyTorch runs a model, or records it for later."""
+"""Whether PyTorch runs a model as it is, or records, transforms or counts it."""
+
+import sys
+from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
+from torch.utils import _python_dispatch
 
 # of torch 2.3; `torch.compile` of older ones gets the reference if it is named
 is_compiling = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda: False)
@@ -15,4 +21,27 @@ def is_tracing() -> bool:
 
 def is_recorded() -> bool:
     """Tell whether what runs is kept as a graph, in which loops are written out and caches are constants."""
-    return is_compiling() or is_tracing()
+    return is_compiling() or is_tracing() or _symbolic_trace._is_fx_tracing_flag
+
+
+def is_transformed() -> bool:
+    """Tell whether `torch.func` or forward-mode AD transforms what runs: both need PyTorch's own operators."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def flop_counter() -> Any:
+    """Return the `FlopCounterMode` that counts what runs, or None.
+
+    It knows formulas for operators, and looks into none of them.
+    """
+    if 'torch.utils.flop_counter' not in sys.modules:  # whose import brings Triton along
+        return None
+    modes = _python_dispatch._get_current_dispatch_mode_stack()
+    found = (mode for mode in modes if type(mode).__name__.lstrip('_') == 'FlopCounterMode')
+    mode = next(found, None)
+    return getattr(mode, 'counter', mode)
+
+
+def is_counted() -> bool:
+    """Tell whether a `FlopCounterMode` counts what runs."""
+    return flop_counter() is not None

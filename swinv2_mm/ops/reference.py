@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .autocast import no_autocast
 from .windows import (
     Size,
     attention_mask,
@@ -68,7 +69,7 @@ def _attend(qkv: Tensor, logit_scale: Tensor, bias: Tensor, regions: Tensor | No
     `bias` is (heads, N, N); `regions` (m, N) belong to the windows in turn, where m divides n.
     """
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (n, heads, N, head_dim)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with no_autocast(qkv.device):
         logits = unit_vectors(q.to(bias.dtype)) @ unit_vectors(k.to(bias.dtype)).transpose(-2, -1)
         logits = logits * logit_scale.to(bias.dtype).clamp(max=MAX_LOGIT_SCALE).exp() + bias
         if regions is not None:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .recording import is_compiling, is_tracing
+from .autocast import no_autocast
+from .recording import is_compiling, is_counted, is_tracing, is_transformed
 from .reference import MAX_LOGIT_SCALE
 from .windows import (
     Size,
@@ -40,10 +41,14 @@ def can_run(qkv: Tensor) -> str | None:
     """Tell why this backend cannot attend, or None if it can."""
     if is_tracing():
         return 'its operator is not one of those that models are exported with'
+    if is_transformed():
+        return 'torch.func and forward-mode AD transform operators of PyTorch alone'
+    if qkv.is_meta:
+        return 'its windows are places in memory, and a map on the meta device has none'
     if not HAS_SCALE:
         return f'it needs torch 2.1 or newer, this is {torch.__version__}'
-    if is_compiling() and not hasattr(torch.library, 'custom_op'):
-        return f'compiled, it needs torch 2.4 or newer, this is {torch.__version__}'
+    if (is_compiling() or is_counted()) and not hasattr(torch.library, 'custom_op'):
+        return f'compiled or counted, it needs torch 2.4 or newer, this is {torch.__version__}'
     return None
 
 
@@ -56,7 +61,7 @@ def sdpa_window_attention(
     sequential: bool = False,
 ) -> Tensor:
     """See `swinv2_mm.ops.window_attention`; a few windows at a time is what the backward pass does in any case."""
-    if is_compiling():
+    if is_compiling() or is_counted():
         return torch.ops.swinv2_mm.window_attention(qkv, logit_scale, bias_table, window_size, shift_size)
     return RecomputedAttention.apply(qkv, logit_scale, bias_table, window_size, shift_size)
 
@@ -83,7 +88,7 @@ def attend(qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, window_size: Si
     # a GPU has fused kernels for half precision, which accumulate in float32; a CPU gains nothing from it
     dtype = qkv.dtype if qkv.is_cuda else _exact(qkv.dtype)
     out = qkv.new_empty(len(qkv), math.prod(qkv.shape[1:-3]), heads, head_dim)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with no_autocast(qkv.device):
         table = crop_bias_table(bias_table, window_size, window).to(dtype)
         inputs = [_gather_qkv(qkv, group).to(dtype) for group in windows.groups]
         for tokens in inputs:
@@ -107,7 +112,7 @@ def attend_backward(
     grad = grad.flatten(1, -2).unflatten(-1, (heads, head_dim))
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     grad_scale = torch.zeros_like(logit_scale, dtype=dtype)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with no_autocast(qkv.device):
         table = crop_bias_table(bias_table, window_size, window).to(dtype)
         grad_table = torch.empty_like(table, memory_format=torch.contiguous_format)
         scales = _scales(logit_scale, dtype)

@@ -4,12 +4,13 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import fused, reference, sdpa
-from .recording import at_compilation
+from .recording import at_compilation, flop_counter
 
 
 class Backend(NamedTuple):
@@ -92,8 +93,17 @@ def window_attention(
     """
     check_backend(backend)
     _check_shapes(qkv, logit_scale, bias_table, window_size, shift_size)
+    _give_formulas(flop_counter())
     run = _choose(backend, qkv).run
     return run(qkv, logit_scale, bias_table, tuple(window_size), tuple(shift_size), sequential)
+
+
+def _give_formulas(counter: Any) -> None:
+    if counter is None or not hasattr(torch.library, 'custom_op'):
+        return
+    from . import flops  # not at the top: it imports Triton
+
+    flops.tell(counter)
 
 
 def _check_shapes(

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .recording import is_compiling
+
 Size = tuple[int, ...]
 
 
@@ -23,13 +25,15 @@ def fit_window(map_size: Size, window_size: Size, shift_size: Size) -> tuple[Siz
     return window, shift
 
 
-def pad_to_windows(x: Tensor, window_size: Size) -> Tensor:
-    """Append zeros to each axis of (B, *S, ...) until the window divides it."""
-    axes = len(window_size)
-    end = [-s % w for s, w in zip(x.shape[1 : 1 + axes], window_size, strict=True)]
-    if not any(end):
+def pad_to_windows(x: Tensor, window_size: Size, first: int = 1) -> Tensor:
+    """Append zeros to the axes of x, as many as the window has from the axis `first` on, until it divides them."""
+    first %= x.dim()
+    axes = range(first, first + len(window_size))
+    end = [-x.shape[axis] % w for axis, w in zip(axes, window_size, strict=True)]
+    # a compiled graph pads by nothing instead: to ask would make one graph for sizes that divide and one for others
+    if not is_compiling() and not any(end):
         return x
-    trailing = x.dim() - 1 - axes
+    trailing = x.dim() - 1 - axes[-1]
     return F.pad(x, [0, 0] * trailing + [p for e in reversed(end) for p in (0, e)])
 
 
@@ -167,6 +171,12 @@ def window_groups(
         # the inverse of a permutation sorts it
         places = [torch.cat([getattr(g, role).flatten() for g in groups]).argsort() for role in ('queries', 'qkv')]
         return WindowGroups(groups, *places)
+
+
+def count_pairs(map_size: Size, window_size: Size, shift_size: Size) -> int:
+    """Pairs of a query and a key in all windows of a map, without padding."""
+    axes = [_axis_groups(*sizes) for sizes in zip(map_size, window_size, shift_size, strict=True)]
+    return math.prod(sum(len(group.tokens) * len(group.positions) ** 2 for group in groups) for groups in axes)
 
 
 def _axis_groups(size: int, window: int, shift: int) -> list[AxisGroup]:

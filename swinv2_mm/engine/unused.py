@@ -44,14 +44,12 @@ def check_unused(cfg: Config, backbone: SwinV2) -> None:
         return
     changes = {'model.backbone.out_indices': [stages[i] for i in used], **changes}
     find = f'{"model_wrapper_cfg." if cfg.get("model_wrapper_cfg") else ""}find_unused_parameters=True'
+    listed = ' and '.join(map(str, without_gradient))
     raise ValueError(
-        f'nothing uses output {_listed(without_gradient)} of model.backbone.out_indices={tuple(stages)}, and DistributedDataParallel stops where parameters get no gradient: '
+        f'nothing uses output {listed} of model.backbone.out_indices={tuple(stages)}, '
+        'and DistributedDataParallel stops where parameters get no gradient: '
         f'--cfg-options {" ".join(_option(*change) for change in changes.items())}, or {find}'
     )
-
-
-def _listed(stages) -> str:
-    return ' and '.join(map(str, stages))
 
 
 def _option(name: str, value: Any) -> str:

@@ -1,11 +1,33 @@
 """Patch embedding and patch merging."""
 
+import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..ops.windows import pad_to_windows
+from ..ops.recording import is_compiling
+from ..ops.windows import Size, pad_end, pad_to_windows
 
-torch.fx.wrap('pad_to_windows')  # depends on the size of the input, which a symbolic trace does not know
+# depend on the size of the input, which a symbolic trace does not know
+torch.fx.wrap('corners')
+torch.fx.wrap('pad_to_patches')
+
+
+def pad_to_patches(x: Tensor, patch_size: Size, first: int) -> Tensor:
+    """Append zeros to the axes of x from the axis `first` on, at least until the patches divide them.
+
+    A compiled graph appends as many as can be needed, which makes it the same for all sizes; no patch begins in what is
+    too much.
+    """
+    if is_compiling():
+        return pad_end(x, [p - 1 for p in patch_size], first)
+    return pad_to_windows(x, patch_size, first)
+
+
+def corners(x: Tensor) -> Tensor:
+    """Join each 2x2 tokens of (..., H, W, C) in the official order: (..., ceil(H / 2), ceil(W / 2), 4C)."""
+    height, width = x.shape[-3:-1]
+    x = pad_to_patches(x, (2, 2), first=-3)
+    return torch.cat([x[..., i : height + i : 2, j : width + j : 2, :] for j in (0, 1) for i in (0, 1)], -1)
 
 
 class PatchEmbed(nn.Module):
@@ -26,7 +48,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *input size) -> (B, *S, dim); inputs that patches do not divide are padded with zeros at the end."""
-        x = pad_to_windows(x, self.patch_size, first=2)
+        x = pad_to_patches(x, self.patch_size, first=2)
         return self.norm(self.proj(x).movedim(1, -1))
 
 
@@ -40,7 +62,4 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, [T,] H, W, C) -> (B, [T,] ceil(H / 2), ceil(W / 2), 2C)."""
-        x = pad_to_windows(x, (2, 2), first=-3)
-        x = x.unflatten(-2, (-1, 2)).unflatten(-4, (-1, 2))  # (..., H / 2, 2, W / 2, 2, C)
-        x = x.transpose(-4, -3).transpose(-3, -2)  # the official order of corners: height varies fastest
-        return self.norm(self.reduction(x.flatten(-3)))
+        return self.norm(self.reduction(corners(x)))

@@ -229,13 +229,15 @@ class SwinV2(BaseModule):
         Raises:
             ValueError: The input has another number of axes or channels.
         """
-        check_input(x, type(self).__name__, self.patch_embed.proj.in_channels, self.num_axes)
+        # what may stand in the place of the convolution need not tell its channels
+        channels = getattr(self.patch_embed.proj, 'in_channels', x.shape[1])
+        check_input(x, type(self).__name__, channels, self.num_axes)
         x = self.patch_embed(x)
         outs = []
         for i, stage in enumerate(self.layers):
             x = stage(x)
             if i in self.out_indices:
-                outs.append(getattr(self, f'norm{i}')(x).movedim(-1, 1).contiguous())
+                outs.append(getattr(self, f'norm{i}')(x).movedim(self.num_axes + 1, 1).contiguous())
             if stage.downsample is not None:
                 x = stage.downsample(x)
         return tuple(outs)

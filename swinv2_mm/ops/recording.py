@@ -26,6 +26,8 @@ def is_recorded() -> bool:
 
 def is_transformed() -> bool:
     """Tell whether `torch.func` or forward-mode AD transforms what runs: both need PyTorch's own operators."""
+    if is_compiling():
+        return False
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
@@ -34,7 +36,8 @@ def flop_counter() -> Any:
 
     It knows formulas for operators, and looks into none of them.
     """
-    if 'torch.utils.flop_counter' not in sys.modules:  # whose import brings Triton along
+    # a compiled graph is counted by its operators; the import of the module brings Triton along
+    if is_compiling() or 'torch.utils.flop_counter' not in sys.modules:
         return None
     modes = _python_dispatch._get_current_dispatch_mode_stack()
     found = (mode for mode in modes if type(mode).__name__.lstrip('_') == 'FlopCounterMode')

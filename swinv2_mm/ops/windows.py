@@ -7,6 +7,7 @@ window, `...` anything that travels with a token.
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,14 +28,16 @@ def fit_window(map_size: Size, window_size: Size, shift_size: Size) -> tuple[Siz
 
 def pad_to_windows(x: Tensor, window_size: Size, first: int = 1) -> Tensor:
     """Append zeros to the axes of x, as many as the window has from the axis `first` on, until it divides them."""
-    first %= x.dim()
     axes = range(first, first + len(window_size))
     end = [-x.shape[axis] % w for axis, w in zip(axes, window_size, strict=True)]
     # a compiled graph pads by nothing instead: to ask would make one graph for sizes that divide and one for others
-    if not is_compiling() and not any(end):
-        return x
-    trailing = x.dim() - 1 - axes[-1]
-    return F.pad(x, [0, 0] * trailing + [p for e in reversed(end) for p in (0, e)])
+    return pad_end(x, end, first) if is_compiling() or any(end) else x
+
+
+def pad_end(x: Tensor, numbers: Sequence[int], first: int) -> Tensor:
+    """Append so many zeros to each axis of x from the axis `first` on."""
+    trailing = x.dim() - first % x.dim() - len(numbers)
+    return F.pad(x, [0, 0] * trailing + [p for number in reversed(numbers) for p in (0, number)])
 
 
 def partition(x: Tensor, window_size: Size) -> Tensor:

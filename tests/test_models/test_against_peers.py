@@ -58,6 +58,9 @@ def timm(geometry: tuple) -> tuple[list[Tensor], dict[str, Tensor]]:
 @pytest.mark.parametrize(('backend', 'tolerance'), BACKENDS)
 @pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
 def test_features_and_gradients_of_every_parameter_are_those_of_timm(geometry, backend, tolerance):
+    if geometry[1] % 2:
+        # the elements of the peers' bias are no multiple of 16, and some CPUs compute the last ones by another routine
+        tolerance = max(tolerance, 1e-6)
     backbone, x = build(*geometry, attention_backend=backend), random_image(geometry[0], geometry[0], batch=2)
     features, gradients = timm(geometry)
     with torch.no_grad():

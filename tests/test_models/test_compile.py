@@ -36,19 +36,16 @@ def image(*size):
 
 
 @torch.no_grad()
-def test_images_of_many_sizes_need_few_graphs_and_no_break_and_follow_the_weights():
+def test_images_of_any_size_need_three_graphs_and_no_break_and_follow_the_weights():
     """The cache of the position bias is eager code's alone."""
     backbone = build(out_indices=(0, 1)).eval()
-    compiled = torch.compile(backbone, fullgraph=True, backend='aot_eager')
-    graphs = []
-    # whole windows, others in another form, then what has to be padded: to patches, to windows, to merge, and again
-    for size in ((32, 32), (48, 64), (50, 30), (36, 42), (52, 38), (44, 70)):
+    compiled = torch.compile(backbone, fullgraph=True, dynamic=True, backend='aot_eager')
+    # A square, whose axes are one symbol. Then whole windows, and what has to be padded: to patches, to windows, to
+    # merge. At last maps of one token, which PyTorch always makes a graph of their own for.
+    for size in ((32, 32), (48, 64), (50, 30), (36, 42), (52, 38), (44, 70), (63, 41), (37, 80), (12, 8), (20, 8)):
         for ours, expected in zip(compiled(image(*size)), backbone(image(*size)), strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
-        graphs.append(counters['stats']['unique_graphs'])
-    # the first size has one of its own, then sizes are symbols; whether merging has to pad may make one more
-    assert graphs[0] == 1
-    assert graphs[-1] <= 4
+    assert counters['stats']['unique_graphs'] <= 3
     assert not counters['graph_break']
 
     before = compiled(image(32, 32))[1]

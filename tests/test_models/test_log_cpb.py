@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmengine.hooks import EMAHook
-from torch.utils.checkpoint import checkpoint
 
 from swinv2_mm.models import log_cpb
 from swinv2_mm.models.log_cpb import LogCPB
@@ -109,17 +108,30 @@ def computations(monkeypatch):
     return calls
 
 
-def test_the_bias_is_computed_once_for_each_step_of_the_optimizer(computations):
-    """Micro-batches share it, and blocks that are recomputed too; the backward pass of each builds its own graph."""
-    mlp = random_cpb()
-    optimizer = torch.optim.AdamW(mlp.parameters(), lr=0.1)
-    for step in range(1, 4):
-        for _ in range(4):
-            x = torch.rand(2, 1, requires_grad=True)
-            checkpoint(lambda x: (x * mlp()).tanh(), x, use_reentrant=False).sum().backward()
-        assert computations == {False: step, True: 4 * step}
-        optimizer.step()
-        optimizer.zero_grad()
+def test_training_keeps_no_activations_of_the_mlp():
+    """Those of its weights alone, the coordinates and the result of the last operation are kept."""
+    mlp, sizes = random_cpb(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        mlp()
+    assert sum(sizes) < 2 * sum(p.numel() for p in mlp.parameters())
+
+
+@torch.no_grad()
+def test_a_weight_where_another_was_before_brings_no_bias_of_that_one():
+    """The allocator gives addresses out again, and weights of `functional_call` live for one call."""
+    mlp, others = random_cpb().eval(), []
+    first = mlp[2].weight * 1
+    address = first.untyped_storage()._cdata
+    before = torch.func.functional_call(mlp, {'2.weight': first}, ()).clone()
+    del first
+    for _ in range(1000):
+        second = mlp[2].weight * 2
+        if second.untyped_storage()._cdata == address:
+            break
+        others.append(second)
+    found = torch.func.functional_call(mlp, {'2.weight': second}, ())
+    expected = 16 * torch.sigmoid(2 * torch.logit(before / 16))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_bias_is_computed_once_in_eval_mode(computations):

@@ -212,6 +212,28 @@ def test_without_freezing_every_parameter_gets_a_gradient():
     assert set(grads(build().train(), image(64, 64))) == {n for n, _ in build().named_parameters()}
 
 
+def test_stages_after_the_last_output_are_not_built():
+    """15.4 of the 27.6 million parameters of T are those of its last stage and the merging before it."""
+    with torch.device('meta'):
+        sizes = [sum(p.numel() for p in SwinTransformerV2(out_indices=(0, 1, 2)[:n]).parameters()) for n in (1, 3)]
+        whole = SwinTransformerV2()
+    later = [p for name, p in whole.named_parameters() if name.startswith(('layers.3', 'layers.2.downsample', 'norm3'))]
+    assert sizes[1] == sum(p.numel() for p in whole.parameters()) - sum(p.numel() for p in later)
+    assert (sizes[1] / 1e6, sum(p.numel() for p in later) / 1e6) == pytest.approx((12.2, 15.4), abs=0.05)
+    assert sizes[0] < sizes[1] / 10
+    backbone = build(out_indices=(1, 0), drop_path_rate=0.0).train()
+    assert set(grads(backbone, image(64, 64))) == {n for n, _ in backbone.named_parameters()}
+
+
+@torch.no_grad()
+def test_a_whole_checkpoint_loads_into_the_stages_that_are_built():
+    whole = build().eval()
+    part = SwinTransformerV2(ARCH, 4, out_indices=(0, 2)).eval()
+    part.load_state_dict(whole.state_dict())
+    for ours, expected in zip(part(image(64, 64)), whole(image(64, 64))[::2], strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_norm_eval_keeps_norms_in_eval_mode():
     backbone = build(norm_eval=True).train()
     assert backbone.layers[0].blocks[0].training

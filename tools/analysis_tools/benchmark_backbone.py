@@ -80,9 +80,8 @@ class RawCPB(LogCPB):
 class UncachedCPB(LogCPB):
     """The position bias, computed on each call with autograd."""
 
-    def forward(self) -> Tensor:
-        """As of `LogCPB`."""
-        return self._compute(self[0].weight, self[0].bias, self[2].weight)
+    def _is_plain(self) -> bool:
+        return False
 
 
 def attend_with_sigmoid(*args, **kwargs) -> Tensor:

@@ -170,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         configure(args, cfg)
     if args.preflight:
         return
-    launch.build_runner(cfg).test()
+    with launch.process_group():
+        launch.build_runner(cfg).test()
 
 
 if __name__ == '__main__':

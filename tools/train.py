@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check(args, cfg)
     if args.preflight:
         return
-    launch.build_runner(cfg).train()
+    with launch.process_group():
+        launch.build_runner(cfg).train()
 
 
 if __name__ == '__main__':

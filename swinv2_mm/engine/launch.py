@@ -110,6 +110,19 @@ def default_work_dir(cfg: Config, config_path: str, work_dir: str | None) -> str
 # ---------------------------------------------------------------- devices and processes
 
 
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """End the group of processes that is started inside, before Python ends with PyTorch's threads still at work.
+
+    After an error it stays, since the others may wait for this process: the launcher ends all.
+    """
+    is_ours = not torch.distributed.is_initialized()
+    yield
+    if is_ours and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # none may leave while another one is still sending
+        torch.distributed.destroy_process_group()
+
+
 def build_runner(cfg: Config):
     """Tie this process to its machine and to the other processes, and build the Runner, or what `runner_type` names.
 

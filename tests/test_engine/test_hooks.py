@@ -116,6 +116,31 @@ def assert_same_weights(left, right):
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
+def test_checkpoints_on_a_system_that_opens_no_folders(tmp_path, monkeypatch):
+    """As Windows, which also syncs no file that is open for reading alone."""
+    open_, fsync, flags_of, synced = os.open, os.fsync, {}, []
+
+    def refuse_folders(path, flags, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(13, 'Permission denied', str(path))
+        descriptor = open_(path, flags, *args, **kwargs)
+        flags_of[descriptor] = flags
+        return descriptor
+
+    def refuse_readers(descriptor):
+        if not flags_of[descriptor] & os.O_RDWR:
+            raise OSError(9, 'Bad file descriptor')
+        synced.append(descriptor)
+        fsync(descriptor)
+
+    monkeypatch.setattr('swinv2_mm.engine.hooks.os.open', refuse_folders)
+    monkeypatch.setattr('swinv2_mm.engine.hooks.os.fsync', refuse_readers)
+    train(make_runner(tmp_path, total=2))
+    assert (tmp_path / 'last_checkpoint').read_text().endswith('epoch_2.pth')
+    assert torch.load(tmp_path / 'epoch_2.pth', weights_only=True)['meta']['epoch'] == 2
+    assert len(synced) == 4  # each checkpoint, and the file that names the last one
+
+
 @pytest.mark.parametrize(
     ('by_epoch', 'sampler', 'workers'),
     [

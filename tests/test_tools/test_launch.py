@@ -525,3 +525,37 @@ def test_print_config(tmp_path, how):
 def test_print_config_refuses_an_unknown_suffix(tmp_path):
     line = refuse(tmp_path, 'misc/print_config.py', TINY / 'seg.py', '--save-path', 'a.txt')
     assert line == 'error: --save-path a.txt: the file must end in .py, .json or .yml'
+
+
+# ---------------------------------------------------------------- the end
+
+
+@pytest.fixture
+def meet(tmp_path):
+    """Start a group of one process, as mmengine and `init_cpu_processes` do."""
+    group = torch.distributed
+
+    yield lambda: group.init_process_group('gloo', store=group.FileStore(str(tmp_path / 'store')), rank=0, world_size=1)
+    if group.is_initialized():
+        group.destroy_process_group()
+
+
+def test_the_group_of_processes_ends_with_the_work(meet):
+    with launch.process_group():
+        meet()
+    assert not torch.distributed.is_initialized()
+
+
+def test_the_group_of_processes_of_a_caller_stays(meet):
+    meet()
+    with launch.process_group():
+        pass
+    assert torch.distributed.is_initialized()
+
+
+def test_after_an_error_nobody_waits_for_the_others(meet):
+    """A barrier, or the end of the group, could wait for processes that wait for this one."""
+    with pytest.raises(ValueError, match='of one process'), launch.process_group():
+        meet()
+        raise ValueError('of one process')
+    assert torch.distributed.is_initialized()

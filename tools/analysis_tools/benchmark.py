@@ -12,7 +12,6 @@ same arguments.
 
 import argparse
 import itertools
-import resource
 import statistics
 import sys
 import time
@@ -112,6 +111,8 @@ def peak_memory() -> int:
     """Peak in bytes: of what torch has allocated on the GPU, or of all that this process has had in memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    import resource  # Windows has none
+
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

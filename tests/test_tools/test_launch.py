@@ -555,7 +555,11 @@ def test_the_group_of_processes_of_a_caller_stays(meet):
 
 def test_after_an_error_nobody_waits_for_the_others(meet):
     """A barrier, or the end of the group, could wait for processes that wait for this one."""
-    with pytest.raises(ValueError, match='of one process'), launch.process_group():
+
+    def fail():
         meet()
         raise ValueError('of one process')
+
+    with pytest.raises(ValueError, match='of one process'), launch.process_group():
+        fail()
     assert torch.distributed.is_initialized()

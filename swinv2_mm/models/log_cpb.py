@@ -13,6 +13,7 @@ from ..ops.autocast import no_autocast
 from ..ops.coordinates import log_spaced_coords
 from ..ops.recording import is_counted, is_recorded, is_transformed
 
+HOOKS = 'forward_pre_hooks', 'forward_hooks', 'backward_pre_hooks', 'backward_hooks'
 _optimizer_steps = 0
 
 
@@ -117,8 +118,9 @@ def _mlp(rows: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tenso
 
 def _is_plain_layer(layer: nn.Module) -> bool:
     """Whether a layer is one of those that were built, and nothing but its forward pass is done when it is called."""
-    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
-    return type(layer) in (nn.Linear, nn.ReLU) and not any(hooks) and not nn.modules.module._has_any_global_hook()
+    of_all = nn.modules.module
+    hooks = [getattr(layer, f'_{kind}') or getattr(of_all, f'_global_{kind}') for kind in HOOKS]
+    return type(layer) in (nn.Linear, nn.ReLU) and not any(hooks)
 
 
 def _is_plain_tensor(weight: Tensor) -> bool:

@@ -28,7 +28,7 @@ def is_transformed() -> bool:
     """Tell whether `torch.func` or forward-mode AD transforms what runs: both need PyTorch's own operators."""
     if is_compiling():
         return False
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def flop_counter() -> Any:

@@ -225,6 +225,8 @@ def _fit_windows(weights: Weights, target: Target) -> Weights:
     """Settle the pre-training windows of the blocks whose whole position bias is replaced; others keep theirs."""
 
     def is_replaced(block: str) -> bool:
+        if stage_of(block) >= len(target.windows):  # a stage that was appended, of whose windows nothing is known
+            return False
         bias = [name for name in target.state if name.startswith(block + BIAS) and not name.endswith(ENTRY)]
         return bool(bias) and all(name in weights for name in bias)
 

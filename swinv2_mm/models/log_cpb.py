@@ -44,7 +44,7 @@ class LogCPB(nn.Sequential):
     """
 
     def __init__(self, window_size: tuple[int, ...], pretrained_window_size: tuple[int, ...], num_heads: int) -> None:
-        super().__init__(nn.Linear(len(window_size), 512), nn.ReLU(inplace=True), nn.Linear(512, num_heads, bias=False))
+        super().__init__(nn.Linear(len(window_size), 512), nn.ReLU(), nn.Linear(512, num_heads, bias=False))
         self.window_size = window_size
         self._cache = None
         self._initial_window_size = pretrained_window_size

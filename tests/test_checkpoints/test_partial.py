@@ -99,7 +99,12 @@ def quantize(model):
     model.layers[1].blocks[0].mlp.fc1 = Quantized()
 
 
+def append_a_stage(model):
+    model.layers.append(copy.deepcopy(model.layers[3]))
+
+
 CHANGES = {
+    'a stage more': append_a_stage,
     'another patch embedding': replace_patches,
     'a stage less': delete_a_stage,
     'LoRA': add_lora,

@@ -91,8 +91,10 @@ def test_hooks_fire_on_every_leaf_at_every_call(plain):
             plain(X)
         assert set(fired) == leaves.keys()
     fired.clear()
-    plain(X)
-    assert set(fired) == leaves.keys()
+    for name, module in leaves.items():
+        module.register_full_backward_hook(lambda *_, name=name: fired.append(f'backward {name}'))
+    sum(out.sum() for out in plain(X)).backward()
+    assert set(fired) == leaves.keys() | {f'backward {name}' for name in leaves}
 
 
 class Doubled(nn.Module):

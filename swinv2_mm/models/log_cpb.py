@@ -77,12 +77,13 @@ class LogCPB(nn.Sequential):
         """Bias without gradient, computed if it is not that of the weights as they are now."""
         sources = *self._weights(), self.pretrained_window_size
         key = _optimizer_steps, *map(_version, sources)
-        if self._cache is None or self._cache[0] != key:
+        cache = self._cache  # once, since another thread may replace it
+        if cache is None or cache[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # what is made here may be used in training too
                 bias = self._bias(_mlp, *self._weights())
             # with the storages that the key stands for: as long as they are held, no other one gets their addresses
-            self._cache = key, bias, [source.untyped_storage() for source in sources]
-        return self._cache[1]
+            cache = self._cache = key, bias, [source.untyped_storage() for source in sources]
+        return cache[1]
 
     def _bias(self, mlp: Callable[..., Tensor], *weights: Tensor) -> Tensor:
         # computed, not stored: a buffer would have to follow every window change and every deferred initialisation

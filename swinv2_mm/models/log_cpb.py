@@ -1,13 +1,10 @@
 """Log-spaced continuous position bias."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.checkpoint import checkpoint
 
 from ..ops.autocast import no_autocast
 from ..ops.coordinates import log_spaced_coords
@@ -31,11 +28,10 @@ class LogCPB(nn.Sequential):
     the window that they were learnt with. That window is a buffer: it belongs to the weights, and so it travels with
     them through checkpoints, EMA copies and process groups.
 
-    In training, the backward pass computes activations again instead of keeping them. Without gradients, the bias is
-    computed once for the same weights. It is computed anew after an optimizer step, after each call of `train`, `eval`,
-    `to` and `load_state_dict`, and after weights were replaced or changed in place. What PyTorch cannot see, an
-    in-place change through `weight.data` with none of these after it, goes unnoticed. Layers that were replaced, or
-    that have hooks or parametrizations, are called each time.
+    Without gradients, the bias is computed once for the same weights. It is computed anew after an optimizer step,
+    after each call of `train`, `eval`, `to` and `load_state_dict`, and after weights were replaced or changed in place.
+    What PyTorch cannot see, an in-place change through `weight.data` with none of these after it, goes unnoticed.
+    Layers that were replaced, or that have hooks or parametrizations, are called each time.
 
     Args:
         window_size: Tokens of a window along each axis.
@@ -57,35 +53,31 @@ class LogCPB(nn.Sequential):
 
     def forward(self) -> Tensor:
         """Bias of every relative position: (heads, prod(2 * window - 1)), between 0 and 16."""
-        if not self._is_plain():
-            return self._bias(super().forward)
-        if not torch.is_grad_enabled() or not any(weight.requires_grad for weight in self._weights()):
-            return self._cached()
-        # the weights are arguments: those of the module may be others in the backward pass, as `functional_call` has it
-        return checkpoint(self._bias, _mlp, *self._weights(), use_reentrant=False, preserve_rng_state=False)
+        learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.parameters())
+        return self._compute() if learns or not self._is_plain() else self._cached()
 
     def _is_plain(self) -> bool:
         """Whether the weights alone decide the bias, and PyTorch runs this module as it is."""
         if is_recorded() or is_transformed() or is_counted() or not all(map(_is_plain_layer, self)):
             return False
-        return all(map(_is_plain_tensor, self._weights()))
+        return all(map(_is_plain_tensor, self._sources()))
 
-    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self[0].weight, self[0].bias, self[2].weight
+    def _sources(self) -> tuple[Tensor, ...]:
+        return self[0].weight, self[0].bias, self[2].weight, self.pretrained_window_size
 
     def _cached(self) -> Tensor:
         """Bias without gradient, computed if it is not that of the weights as they are now."""
-        sources = *self._weights(), self.pretrained_window_size
+        sources = self._sources()
         key = _optimizer_steps, *map(_version, sources)
         cache = self._cache  # once, since another thread may replace it
         if cache is None or cache[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # what is made here may be used in training too
-                bias = self._bias(_mlp, *self._weights())
+                bias = self._compute()
             # with the storages that the key stands for: as long as they are held, no other one gets their addresses
             cache = self._cache = key, bias, [source.untyped_storage() for source in sources]
         return cache[1]
 
-    def _bias(self, mlp: Callable[..., Tensor], *weights: Tensor) -> Tensor:
+    def _compute(self) -> Tensor:
         # computed, not stored: a buffer would have to follow every window change and every deferred initialisation
         coords = log_spaced_coords(self.window_size, self.pretrained_window_size)
         # PyTorch's CPU kernels compute the last few elements of a tensor by another routine, one bit off; rows of
@@ -93,9 +85,9 @@ class LogCPB(nn.Sequential):
         # the gather
         rows = F.pad(coords, (0, 0, 0, -len(coords) % 64))
         # quantized layers have no parameters, and take float32
-        dtype = next((p.dtype for p in weights or self.parameters() if p.is_floating_point()), rows.dtype)
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), rows.dtype)
         with no_autocast(rows.device):
-            bias = 16 * mlp(rows.to(dtype), *weights).sigmoid()
+            bias = 16 * super().forward(rows.to(dtype)).sigmoid()
         return bias[: len(coords)].T
 
     def train(self, mode: bool = True) -> 'LogCPB':
@@ -110,11 +102,6 @@ class LogCPB(nn.Sequential):
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self._cache = None
         super()._load_from_state_dict(*args, **kwargs)
-
-
-def _mlp(rows: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
-    """What the layers of a `LogCPB` do."""
-    return F.linear(F.relu(F.linear(rows, weight1, bias1)), weight2)
 
 
 def _is_plain_layer(layer: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .autocast import no_autocast
+from .recording import is_transformed
 from .windows import (
     Size,
     attention_mask,
@@ -56,7 +57,8 @@ def reference_window_attention(
     table = bias_table.to(torch.promote_types(qkv.dtype, torch.float32))
     bias = crop_bias_table(table, window_size, window)[:, relative_position_index(window, qkv.device)]
     regions = token_regions(map_size, padded_size, window, shift, qkv.device)
-    attend = _attend_in_chunks if sequential else _attend
+    # torch.func cannot differentiate what is computed again in the backward pass
+    attend = _attend_in_chunks if sequential and not is_transformed() else _attend
     out = reverse(attend(qkv, logit_scale, bias, regions), window, padded_size)
     if any(shift):
         out = out.roll(shift, axes)

@@ -1,5 +1,6 @@
 """Backbones under torch.func, forward-mode AD, symbolic tracing, the meta device and PyTorch's counter of FLOPs."""
 
+import contextlib
 import copy
 
 import oracles
@@ -23,8 +24,9 @@ def scalar(backbone, x=X):
     return lambda weights: sum(out.square().mean() for out in functional_call(backbone, weights, (x,)))
 
 
-def test_gradients_of_torch_func_and_its_jvp_are_those_of_autograd():
-    backbone = build().double()
+@pytest.mark.parametrize('options', [{}, dict(sequential_stages=(0,))], ids=str)
+def test_gradients_of_torch_func_and_its_jvp_are_those_of_autograd(options):
+    backbone = build(**options).double()
     weights, loss = dict(backbone.named_parameters()), scalar(backbone, X.double())
     expected = dict(zip(weights, torch.autograd.grad(loss(weights), tuple(weights.values())), strict=True))
     found = grad(loss)(weights)
@@ -103,6 +105,20 @@ def count(model, *inputs) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs)
     return counter.get_total_flops()
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_a_backward_pass_may_be_counted_alone(with_cp):
+    backbone = build(with_cp=with_cp)
+    for before, after in ((False, True), (True, False)):
+        with contextlib.ExitStack() as stack:
+            if before:
+                stack.enter_context(FlopCounterMode(display=False))
+            loss = sum(out.square().sum() for out in backbone(X))
+        with contextlib.ExitStack() as stack:
+            if after:
+                stack.enter_context(FlopCounterMode(display=False))
+            loss.backward()
 
 
 @pytest.mark.parametrize('backend', ['auto', 'reference'])

@@ -30,7 +30,8 @@ class LogCPB(nn.Sequential):
 
     Without gradients, the bias is computed once for the same weights. It is computed anew after an optimizer step,
     after each call of `train`, `eval`, `to` and `load_state_dict`, and after weights were replaced or changed in place.
-    What PyTorch cannot see, an in-place change through `weight.data` with none of these after it, goes unnoticed.
+    What PyTorch cannot see, an in-place change through `weight.data` or by `torch.distributed` with none of these after
+    it, goes unnoticed.
     Layers that were replaced, or that have hooks or parametrizations, are called each time.
 
     Args:
@@ -60,14 +61,14 @@ class LogCPB(nn.Sequential):
         """Whether the weights alone decide the bias, and PyTorch runs this module as it is."""
         if is_recorded() or is_transformed() or is_counted() or not all(map(_is_plain_layer, self)):
             return False
-        return all(map(_is_plain_tensor, self._sources()))
+        return all(map(_is_plain_weight, self._weights()))
 
-    def _sources(self) -> tuple[Tensor, ...]:
-        return self[0].weight, self[0].bias, self[2].weight, self.pretrained_window_size
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self[0].weight, self[0].bias, self[2].weight
 
     def _cached(self) -> Tensor:
         """Bias without gradient, computed if it is not that of the weights as they are now."""
-        sources = self._sources()
+        sources = *self._weights(), self.pretrained_window_size
         key = _optimizer_steps, *map(_version, sources)
         cache = self._cache  # once, since another thread may replace it
         if cache is None or cache[0] != key:
@@ -111,9 +112,12 @@ def _is_plain_layer(layer: nn.Module) -> bool:
     return type(layer) in (nn.Linear, nn.ReLU) and not any(hooks)
 
 
-def _is_plain_tensor(weight: Tensor) -> bool:
-    """Tell whether a tensor has a storage and a version: no wrapper of tensors, nor made in inference mode."""
-    kinds = Tensor, nn.Parameter, FakeTensor  # a fake one has to behave as what it stands for
+def _is_plain_weight(weight: Tensor) -> bool:
+    """Tell whether a weight is a parameter of its own, which keeps its memory, and whose version counts its changes.
+
+    FSDP has parts of its buffers instead, `functional_call` may have any tensor, and inference mode counts nothing.
+    """
+    kinds = nn.Parameter, FakeTensor  # a fake one has to behave as what it stands for
     return type(weight) in kinds and not weight.is_meta and not weight.is_inference()
 
 

@@ -109,15 +109,26 @@ def computations(monkeypatch):
 
 
 @torch.no_grad()
+def test_tensors_in_the_place_of_parameters_are_looked_at_each_time():
+    """As the views of FSDP, whose memory is written to without notice."""
+    mlp = random_cpb().eval()
+    weight = mlp[2].weight.detach().clone()
+    before = torch.func.functional_call(mlp, {'2.weight': weight}, ()).clone()
+    weight.data.mul_(2)
+    found = torch.func.functional_call(mlp, {'2.weight': weight}, ())
+    torch.testing.assert_close(found, 16 * torch.sigmoid(2 * torch.logit(before / 16)), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
 def test_a_weight_where_another_was_before_brings_no_bias_of_that_one():
     """The allocator gives addresses out again, and weights of `functional_call` live for one call."""
     mlp, others = random_cpb().eval(), []
-    first = mlp[2].weight * 1
+    first = torch.nn.Parameter(mlp[2].weight * 1)
     address = first.untyped_storage()._cdata
     before = torch.func.functional_call(mlp, {'2.weight': first}, ()).clone()
     del first
     for _ in range(1000):
-        second = mlp[2].weight * 2
+        second = torch.nn.Parameter(mlp[2].weight * 2)
         if second.untyped_storage()._cdata == address:
             break
         others.append(second)

@@ -45,7 +45,8 @@ def assert_every_gradient(model: nn.Module) -> None:
 @pytest.mark.parametrize('targets', [*([name] for name in LINEAR), 'all-linear'], ids=str)
 def test_lora_of_peft_changes_the_features_and_learns(plain, targets):
     oracles.find_peers()
-    peft = pytest.importorskip('peft')
+    import peft
+
     config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     model = peft.get_peft_model(copy.deepcopy(plain), config)
     assert_every_gradient(model)

@@ -9,7 +9,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.recording import is_recorded
+from ..ops.recording import has_hooks, is_recorded, is_transformed
 from .attention import WindowAttention
 from .patch import PatchMerging
 
@@ -41,7 +41,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        if is_recorded() or x.device.type != 'cpu':
+        # hooks get all tokens at once, as on a GPU
+        if is_recorded() or x.device.type != 'cpu' or any(map(has_hooks, self.children())):
             return self._run(x)
         tokens = x.flatten(0, -2)
         # equal parts, since PyTorch rounds the product with a single row differently
@@ -121,7 +122,9 @@ class SwinStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, *S, C) -> (B, *S, C), before merging."""
         for block in self.blocks:
-            x = recomputed(block, x) if self.with_cp and torch.is_grad_enabled() else block(x)
+            # torch.func cannot differentiate what is computed again in the backward pass
+            recompute = self.with_cp and torch.is_grad_enabled() and not is_transformed()
+            x = recomputed(block, x) if recompute else block(x)
         return x
 
 

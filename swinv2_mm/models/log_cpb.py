@@ -8,7 +8,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops.autocast import no_autocast
 from ..ops.coordinates import log_spaced_coords
-from ..ops.recording import is_counted, is_recorded, is_transformed
+from ..ops.recording import has_hooks, is_counted, is_recorded, is_transformed
 
 HOOKS = 'forward_pre_hooks', 'forward_hooks', 'backward_pre_hooks', 'backward_hooks'
 _optimizer_steps = 0
@@ -59,9 +59,10 @@ class LogCPB(nn.Sequential):
 
     def _is_plain(self) -> bool:
         """Whether the weights alone decide the bias, and PyTorch runs this module as it is."""
-        if is_recorded() or is_transformed() or is_counted() or not all(map(_is_plain_layer, self)):
+        if is_recorded() or is_transformed() or is_counted() or has_hooks(self) or _has_hooks_of_all():
             return False
-        return all(map(_is_plain_weight, self._weights()))
+        as_built = [type(layer) for layer in self] == [nn.Linear, nn.ReLU, nn.Linear] and self[2].bias is None
+        return as_built and all(map(_is_plain_layer, self)) and all(map(_is_plain_weight, self._weights()))
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
         return self[0].weight, self[0].bias, self[2].weight
@@ -91,6 +92,10 @@ class LogCPB(nn.Sequential):
             bias = 16 * super().forward(rows.to(dtype)).sigmoid()
         return bias[: len(coords)].T
 
+    def __getstate__(self) -> dict:
+        """Leave the cache out of copies and pickles: it holds memory that is known by its address."""
+        return {**vars(self), '_cache': None}
+
     def train(self, mode: bool = True) -> 'LogCPB':
         """Set the mode; weights may have been exchanged before, as mmengine's EMAHook does it."""
         self._cache = None
@@ -106,10 +111,13 @@ class LogCPB(nn.Sequential):
 
 
 def _is_plain_layer(layer: nn.Module) -> bool:
-    """Whether a layer is one of those that were built, and nothing but its forward pass is done when it is called."""
-    of_all = nn.modules.module
-    hooks = [getattr(layer, f'_{kind}') or getattr(of_all, f'_global_{kind}') for kind in HOOKS]
-    return type(layer) in (nn.Linear, nn.ReLU) and not any(hooks)
+    """Tell whether a layer does what its class does when it is called, and nothing else."""
+    return not has_hooks(layer) and 'forward' not in vars(layer)
+
+
+def _has_hooks_of_all() -> bool:
+    """Tell whether something is to be done before or after any module runs."""
+    return any(getattr(nn.modules.module, f'_global_{kind}') for kind in HOOKS)
 
 
 def _is_plain_weight(weight: Tensor) -> bool:

@@ -10,6 +10,7 @@ from ..ops.windows import Size, pad_end, pad_to_windows
 # depend on the size of the input, which a symbolic trace does not know
 torch.fx.wrap('corners')
 torch.fx.wrap('pad_to_patches')
+torch.fx.wrap('pad_to_windows')
 
 
 def pad_to_patches(x: Tensor, patch_size: Size, first: int) -> Tensor:
@@ -48,8 +49,17 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *input size) -> (B, *S, dim); inputs that patches do not divide are padded with zeros at the end."""
-        x = pad_to_patches(x, self.patch_size, first=2)
+        pad = pad_to_patches if self._cuts_patches() else pad_to_windows
+        x = pad(x, self.patch_size, first=2)
         return self.norm(self.proj(x).movedim(1, -1))
+
+    def _cuts_patches(self) -> bool:
+        """Whether the convolution takes one patch after the other, as it was built; users put stems in its place."""
+        conv = self.proj
+        if type(conv) not in (nn.Conv2d, nn.Conv3d):
+            return False
+        zeros, ones = (0,) * len(self.patch_size), (1,) * len(self.patch_size)
+        return conv.kernel_size == conv.stride == self.patch_size and (conv.padding, conv.dilation) == (zeros, ones)
 
 
 class PatchMerging(nn.Module):

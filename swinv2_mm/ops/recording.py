@@ -21,7 +21,12 @@ def is_tracing() -> bool:
 
 def is_recorded() -> bool:
     """Tell whether what runs is kept as a graph, in which loops are written out and caches are constants."""
-    return is_compiling() or is_tracing() or _symbolic_trace._is_fx_tracing_flag
+    return (
+        is_compiling()
+        or is_tracing()
+        or _symbolic_trace._is_fx_tracing_flag
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def is_transformed() -> bool:
@@ -48,3 +53,9 @@ def flop_counter() -> Any:
 def is_counted() -> bool:
     """Tell whether a `FlopCounterMode` counts what runs."""
     return flop_counter() is not None
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Tell whether something is to be done before or after a module runs, apart from what is done for all modules."""
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return any(hooks)

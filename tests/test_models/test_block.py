@@ -39,10 +39,19 @@ def test_parts_change_no_bit(mlp, shape):
         assert torch.equal(mlp(x), mlp.fc2(F.gelu(mlp.fc1(x))))
 
 
-def test_hidden_channels_of_a_part_alone_are_in_memory(mlp):
+def test_hidden_channels_of_a_part_alone_are_in_memory(mlp, monkeypatch):
     mlp, sizes = mlp.float(), []
-    handle = mlp.act.register_forward_hook(lambda module, inputs, out: sizes.append(out.numel() // out.shape[-1]))
+    monkeypatch.setattr(F, 'gelu', lambda x, gelu=F.gelu, **kwargs: sizes.append(len(x)) or gelu(x, **kwargs))
     with torch.no_grad():
         mlp(torch.randn(2, 40, 30, 16))
-    handle.remove()
     assert sizes == [800, 800, 800]
+
+
+def test_a_hook_gets_all_tokens_at_once(mlp):
+    mlp, x, seen = mlp.float(), torch.randn(2, 40, 30, 16), []
+    handle = mlp.fc1.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0], out)))
+    with torch.no_grad():
+        mlp(x)
+        handle.remove()
+        assert [inputs is x for inputs, _ in seen] == [True]
+        assert torch.equal(seen[0][1], mlp.fc1(x))

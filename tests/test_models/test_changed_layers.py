@@ -4,6 +4,7 @@ The oracle is a plain backbone with the weights that result, or the float model.
 """
 
 import copy
+import pickle
 
 import oracles
 import pytest
@@ -96,6 +97,47 @@ def test_hooks_fire_on_every_leaf_at_every_call(plain):
         module.register_full_backward_hook(lambda *_, name=name: fired.append(f'backward {name}'))
     sum(out.sum() for out in plain(X)).backward()
     assert set(fired) == leaves.keys() | {f'backward {name}' for name in leaves}
+
+
+def test_a_hook_before_a_layer_may_replace_its_input(plain):
+    hooked = copy.deepcopy(plain)
+    for name, module in hooked.named_modules():
+        if isinstance(module, nn.Linear) and 'cpb_mlp' not in name:
+            module.register_forward_pre_hook(lambda _, inputs: tuple(2 * x for x in inputs))
+            plain.get_submodule(name).weight.data.mul_(2)
+    assert_same(hooked, plain)
+
+
+@pytest.mark.parametrize('name', LINEAR)
+def test_the_forward_pass_of_a_layer_may_be_patched(plain, name):
+    patched = copy.deepcopy(plain)
+    for (parent, child), (of_plain, _) in zip(layers(patched, name), layers(plain, name), strict=True):
+        layer = getattr(parent, child)
+        layer.forward = lambda x, original=layer.forward: 2 * original(x)
+        setattr(of_plain, child, Wrapper(getattr(of_plain, child)))
+    assert_same(patched, plain)
+
+
+def test_the_mlp_of_the_position_bias_may_get_other_layers(plain):
+    before = plain(X)[0].detach()
+    with torch.no_grad():
+        plain(X)
+        for block in plain.layers[0].blocks:
+            block.attn.cpb_mlp.append(nn.Hardtanh(-0.1, 0.1))
+        assert (plain(X)[0] - before).abs().max() > 1e-3
+    assert torch.equal(plain(X)[0].detach(), plain(X)[0].detach())
+
+
+def test_a_backbone_is_saved_and_copied_after_a_forward_pass_that_has_cached_its_bias(plain, tmp_path):
+    with torch.no_grad():
+        expected = plain(X)
+        torch.save(plain, tmp_path / 'model.pth')
+        copies = [pickle.loads(pickle.dumps(plain)), copy.deepcopy(plain)]
+        copies.append(torch.load(tmp_path / 'model.pth', weights_only=False))
+        for twin in copies:
+            assert torch.equal(twin(X)[1], expected[1])
+            twin.layers[0].blocks[0].attn.cpb_mlp[2].weight.mul_(-1)
+            assert not torch.equal(twin(X)[1], expected[1])
 
 
 class Doubled(nn.Module):

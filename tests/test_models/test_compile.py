@@ -58,6 +58,15 @@ def test_images_of_any_size_need_three_graphs_and_no_break_and_follow_the_weight
     assert (after - before).abs().max() > 0.01
 
 
+@torch.no_grad()
+def test_a_stem_in_the_place_of_the_patch_embedding_gives_maps_of_the_same_size():
+    """Patches can be padded more than they need, and other convolutions cannot."""
+    backbone = build(arch=ONE_STAGE, out_indices=(0,)).eval()
+    backbone.patch_embed.proj = torch.nn.Conv2d(3, 16, 7, 4, 3)
+    compiled = torch.compile(backbone, fullgraph=True, backend='eager')
+    torch.testing.assert_close(compiled(image(32, 32))[0], backbone(image(32, 32))[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ('kind', 'backend', 'size', 'options'),
     [

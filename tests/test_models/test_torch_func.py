@@ -24,7 +24,7 @@ def scalar(backbone, x=X):
     return lambda weights: sum(out.square().mean() for out in functional_call(backbone, weights, (x,)))
 
 
-@pytest.mark.parametrize('options', [{}, dict(sequential_stages=(0,))], ids=str)
+@pytest.mark.parametrize('options', [{}, dict(sequential_stages=(0,)), dict(with_cp=True)], ids=str)
 def test_gradients_of_torch_func_and_its_jvp_are_those_of_autograd(options):
     backbone = build(**options).double()
     weights, loss = dict(backbone.named_parameters()), scalar(backbone, X.double())

@@ -18,9 +18,9 @@ from .layouts import (
     OTHER_HEADS,
     PATCH,
     Weights,
+    claims_swin_v2,
     describe,
     find_backbone,
-    find_backbones,
     num_stages,
     required_names,
     to_ours,
@@ -119,14 +119,14 @@ class Target:
     Args:
         state: What its state dict holds now, by name. Where FSDP has cut parameters in parts, it is what they were when
             the backbone was built, and None where nothing is known but a name.
-        built: Names in the state dict of the backbone as it was built. What has come later may be missing from a
-            checkpoint: layers of a subclass, adapters.
+        built: What its state dict held when it was built, of which the shapes are known. What has come later may be
+            missing from a checkpoint: layers of a subclass, adapters.
         told: `pretrained_window_sizes` of the config, 0 for not told.
         windows: Its windows.
     """
 
     state: Mapping[str, Any]
-    built: Collection[str]
+    built: Mapping[str, Tensor]
     told: Windows
     windows: Windows
 
@@ -138,6 +138,27 @@ class Target:
         return [name for name in missing if name not in norms], norms
 
 
+def check_file(prefix: str, roots: Sequence[str] = (), claims_swin_v2: bool = False, **_) -> None:
+    """Check that nothing of a Swin V2 is passed over, in a file that has nothing for the backbone of the model.
+
+    Args:
+        prefix: Where the backbone lies in the model.
+        roots: Where the file has a Swin V2.
+        claims_swin_v2: Whether it has something of one.
+
+    Raises:
+        CheckpointError: It has one elsewhere, or a damaged one.
+    """
+    if claims_swin_v2 and not roots:
+        raise CheckpointError(f'it holds a Swin V2 that is not whole, and nothing under {prefix!r}')
+    if roots:
+        found, there = _list([repr(root) for root in roots]), f'with prefix={roots[0]!r}' if roots[0] else 'as it is'
+        raise CheckpointError(
+            f'it holds a Swin V2 under {found}, and nothing under {prefix!r}, where the backbone of the model is: load '
+            f'it by the init_cfg of the backbone, {there}'
+        )
+
+
 def fit_backbone(given: dict[str, Any], target: Target, is_file: bool, is_part: bool) -> Weights:
     """Turn entries of any layout into entries of a backbone, or raise before anything is touched.
 
@@ -147,7 +168,7 @@ def fit_backbone(given: dict[str, Any], target: Target, is_file: bool, is_part: 
     Args:
         given: Weights by name.
         target: The backbone.
-        is_file: Whether they come from a file, or from what `init_cfg` names.
+        is_file: Whether they come from a file.
         is_part: Whether the backbone is a part of the model that is loaded. It may then be another architecture that
             has these entries, or none.
 
@@ -162,7 +183,7 @@ def fit_backbone(given: dict[str, Any], target: Target, is_file: bool, is_part: 
     given = unwrap(given)
     is_own = given.keys() <= target.state.keys()
     is_needed = is_file and not is_part
-    if is_part and not is_own and not find_backbones(given):
+    if is_part and not is_own and not claims_swin_v2(given):
         _log(
             f"the checkpoint's backbone is of another architecture (it has {_list(list(given), 2)}) and is left out; "
             'the whole backbone stays as it is',
@@ -211,7 +232,7 @@ def _leave_out(weights: Weights, target: Target) -> Weights:
 def _fit_patches(weights: Weights, target: Target) -> Weights:
     """Adapt the patch embedding to channels and patch size, and inflate an image model for a video model."""
     kernel, own = weights.get(PATCH), target.state.get(PATCH)
-    if kernel is None or own is None:
+    if kernel is None or own is None or own.shape != target.built[PATCH].shape:  # another stem fits no public file
         return weights
     is_inflated = own.dim() == 5 and is_for_images(weights)
     can_fit = (kernel.dim() == own.dim() or is_inflated) and len(kernel) == len(own)  # else refused, with what else is

@@ -151,6 +151,12 @@ BUFFERS = re.compile(r'\.attn_mask$|\.attn\.(relative_coords_table|relative_posi
 OTHER_HEADS = re.compile(r'^(head|classifier|decoder|mask_token|projector|pre_logits)(\.|$)')
 
 
+def claims_swin_v2(names: Collection[str]) -> bool:
+    """Whether a state dict has something of a Log-CPB, and so is that of a Swin V2, damaged or not."""
+    marks = re.compile(r'\b(cpb_mlp|rpe_mlp|continuous_position_bias_mlp|relative_coords_table)\b')
+    return any(marks.search(name) for name in names)
+
+
 def find_backbones(names: Collection[str]) -> list[tuple[Layout, str]]:
     """Recognise every Swin V2 in a state dict: its layout, and the prefix under which it lies."""
     found = []

@@ -1,6 +1,7 @@
 """From a file, an address or the name of a release to weights; every road of mmengine's passes through here."""
 
 from collections import OrderedDict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from . import releases
 from .backbone import check_complete, extract_backbone, unwrap
 from .errors import CheckpointError, in_file
 from .files import read_checkpoint
-from .layouts import Weights, find_backbone
+from .layouts import Weights, claims_swin_v2, find_backbone, find_backbones
 
 
 def load_swinv2_state_dict(path: str | Path, trust: bool = False) -> Weights:
@@ -53,6 +54,8 @@ def local_path(path: str | Path) -> Path:
 
 # ---------------------------------------------------------------- mmengine
 
+_with_prefix = mmengine_checkpoint._load_checkpoint_with_prefix
+
 
 def load_from_local(filename: str, map_location: Any = None) -> dict:
     """Take the place of mmengine's loader of local files, see `register_loaders`."""
@@ -69,6 +72,11 @@ def load_from_release(filename: str, map_location: Any = None) -> dict:
     return _load(local_path(filename), map_location)
 
 
+def load_with_prefix(prefix: str, filename: str, map_location: Any = None) -> OrderedDict:
+    """Take the place of mmengine's function for `init_cfg` with a `prefix`, which forgets the metadata."""
+    return _with_source(_with_prefix(prefix, filename, map_location), filename)
+
+
 def register_loaders() -> None:
     """Let mmengine read local files and addresses as data alone, and know `swinv2://` and safetensors.
 
@@ -79,6 +87,7 @@ def register_loaders() -> None:
     CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http, force=True)
     CheckpointLoader.register_scheme(releases.SCHEME, load_from_release, force=True)
     mmengine_checkpoint.load_from_http = load_from_http  # what torchvision://, open-mmlab:// and mmcls:// call
+    mmengine_checkpoint._load_checkpoint_with_prefix = load_with_prefix
 
 
 def _load(path: Path, map_location: Any) -> dict:
@@ -106,7 +115,7 @@ def _for_toolboxes(checkpoint: Any, path: Path) -> dict:
         _, root = find_backbone(list(weights))
     except CheckpointError:  # none, or several; what is being loaded will see which of them it needs
         if 'state_dict' not in checkpoint:
-            return _with_source(checkpoint, path)
+            return _with_source(checkpoint, path, names=weights)
         checkpoint['state_dict'] = _with_source(weights, path)
         return checkpoint
     is_of_mm = isinstance(checkpoint.get('meta'), dict) and checkpoint.get('state_dict') is weights
@@ -120,10 +129,12 @@ def _for_toolboxes(checkpoint: Any, path: Path) -> dict:
     return found
 
 
-def _with_source(weights: dict, path: Path) -> OrderedDict:
-    """Note the file in the metadata that modules are given when they load, so that they can name it in errors."""
+def _with_source(weights: dict, path: str | Path, names: Collection[str] | None = None) -> OrderedDict:
+    """Note in the metadata, which modules are given when they load, the file and what it has of a Swin V2."""
+    names = [name for name in (weights if names is None else names) if isinstance(name, str)]
     noted = OrderedDict(weights)
     noted._metadata = OrderedDict(getattr(weights, '_metadata', {}))
+    found = dict(roots=[root for _, root in find_backbones(names)], claims_swin_v2=claims_swin_v2(names))
     for module in ('', 'backbone'):
-        noted._metadata[module] = dict(noted._metadata.get(module, {}), source=str(path))
+        noted._metadata[module] = dict(noted._metadata.get(module, {}), source=str(path), **found)
     return noted

@@ -91,7 +91,7 @@ class WindowAttention(nn.Module):
         """Queries, keys and values: (..., C) -> (..., 3C)."""
         # queries and values have a bias, keys have none
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        if isinstance(self.qkv, QKVLinear) and 'forward' not in vars(self.qkv):
+        if type(self.qkv).forward is QKVLinear.forward and 'forward' not in vars(self.qkv):
             return self.qkv(x, bias=bias)  # which adds it as the official code does, to the last bit
         return self.qkv(x) + bias  # an adapter, or another layer in its place
 

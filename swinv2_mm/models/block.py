@@ -9,7 +9,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.recording import has_hooks, is_recorded, is_transformed
+from ..ops.recording import are_plain, is_recorded, is_transformed
 from .attention import WindowAttention
 from .patch import PatchMerging
 
@@ -41,8 +41,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        # hooks get all tokens at once, as on a GPU
-        if is_recorded() or x.device.type != 'cpu' or any(map(has_hooks, self.children())):
+        # what may stand in the place of a layer, and hooks, get all tokens at once, as on a GPU
+        is_plain = are_plain((self.fc1, self.act, self.fc2), (nn.Linear, nn.GELU, nn.Linear))
+        if is_recorded() or x.device.type != 'cpu' or not is_plain:
             return self._run(x)
         tokens = x.flatten(0, -2)
         # equal parts, since PyTorch rounds the product with a single row differently

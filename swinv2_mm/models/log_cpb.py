@@ -8,7 +8,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops.autocast import no_autocast
 from ..ops.coordinates import log_spaced_coords
-from ..ops.recording import has_hooks, is_counted, is_recorded, is_transformed
+from ..ops.recording import are_plain, has_hooks, is_counted, is_recorded, is_transformed
 
 HOOKS = 'forward_pre_hooks', 'forward_hooks', 'backward_pre_hooks', 'backward_hooks'
 _optimizer_steps = 0
@@ -61,8 +61,8 @@ class LogCPB(nn.Sequential):
         """Whether the weights alone decide the bias, and PyTorch runs this module as it is."""
         if is_recorded() or is_transformed() or is_counted() or has_hooks(self) or _has_hooks_of_all():
             return False
-        as_built = [type(layer) for layer in self] == [nn.Linear, nn.ReLU, nn.Linear] and self[2].bias is None
-        return as_built and all(map(_is_plain_layer, self)) and all(map(_is_plain_weight, self._weights()))
+        as_built = are_plain(self, (nn.Linear, nn.ReLU, nn.Linear)) and self[2].bias is None
+        return as_built and all(map(_is_plain_weight, self._weights()))
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
         return self[0].weight, self[0].bias, self[2].weight
@@ -108,11 +108,6 @@ class LogCPB(nn.Sequential):
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self._cache = None
         super()._load_from_state_dict(*args, **kwargs)
-
-
-def _is_plain_layer(layer: nn.Module) -> bool:
-    """Tell whether a layer does what its class does when it is called, and nothing else."""
-    return not has_hooks(layer) and 'forward' not in vars(layer)
 
 
 def _has_hooks_of_all() -> bool:

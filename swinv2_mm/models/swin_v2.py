@@ -9,7 +9,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..arguments import Positive, Rate, check_arguments
-from ..checkpoints.backbone import Target, fit_backbone
+from ..checkpoints.backbone import Target, check_file, fit_backbone
 from ..checkpoints.errors import in_file
 from ..ops.window_attention import check_backend
 from ..registry import MODELS
@@ -128,18 +128,13 @@ class SwinV2(BaseModule):
             self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
         # taken now, shapes alone: FSDP flattens parameters later, and what subclasses add is theirs to load
         self._built = {name: value.to('meta') for name, value in self.state_dict().items()}
-        self._is_initialising = False
         self._reset_parameters()
         self._freeze()
 
     def init_weights(self) -> None:
         """Initialise as the official code does, then load what `init_cfg` names."""
         self._reset_parameters()
-        self._is_initialising = True  # what `init_cfg` names has to be there; mmengine does not say what it loads
-        try:
-            super().init_weights()
-        finally:
-            self._is_initialising = False
+        super().init_weights()
 
     def _reset_parameters(self) -> None:
         reset_layers(self)
@@ -174,10 +169,12 @@ class SwinV2(BaseModule):
         target = Target(self._state(), self._built, self.told_windows, self.windows)
         source = local_metadata.get('source')
         with in_file(source):
+            if not given:
+                check_file(prefix, **local_metadata)
             weights = fit_backbone(
                 {name.removeprefix(prefix): value for name, value in given.items()},
                 target,
-                is_file=source is not None or self._is_initialising,
+                is_file=source is not None,
                 is_part=bool(prefix),
             )
         missing, norms = target.lacks(weights)

@@ -1,6 +1,7 @@
 """Whether PyTorch runs a model as it is, or records, transforms or counts it."""
 
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,3 +60,10 @@ def has_hooks(module: torch.nn.Module) -> bool:
     """Tell whether something is to be done before or after a module runs, apart from what is done for all modules."""
     hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
     return any(hooks)
+
+
+def are_plain(modules: Iterable[torch.nn.Module], kinds: Sequence[type]) -> bool:
+    """Tell whether modules are of exactly these classes, and do nothing but what these do when they are called."""
+    modules = list(modules)
+    changed = any(has_hooks(module) or 'forward' in vars(module) for module in modules)
+    return [type(module) for module in modules] == list(kinds) and not changed

@@ -8,6 +8,7 @@ import layouts
 import oracles
 import pytest
 import torch
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from processes import run_processes
@@ -329,6 +330,53 @@ def test_a_model_refuses_a_file_with_a_part_of_its_backbone(tmp_path):
     torch.save({'state_dict': take(Net(source_backbone()).state_dict(), PARTS['no stage'])}, tmp_path / 'file.pth')
     with pytest.raises(CheckpointError, match=r'file\.pth.*missing: layers\.1\.'):
         load_checkpoint(Net(SwinTransformerV2(**ALL_STAGES)), str(tmp_path / 'file.pth'))
+
+
+class InitialisedNet(BaseModule):
+    """A model that starts from a file as a whole."""
+
+    def __init__(self, **init_cfg) -> None:
+        super().__init__(init_cfg=dict(type='Pretrained', **init_cfg))
+        self.backbone = SwinTransformerV2(**ALL_STAGES)
+
+
+@pytest.mark.parametrize('prefix', [None, 'model.'])
+def test_the_init_cfg_of_a_model_names_a_whole_backbone_too(prefix, tmp_path):
+    state = take(Net(source_backbone()).state_dict(), PARTS['no stage'])
+    state = {f'{prefix or ""}{name}': value for name, value in state.items()}
+    torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'file.pth')
+    with pytest.raises(CheckpointError, match=r'missing: layers\.1\.'):
+        InitialisedNet(checkpoint=str(tmp_path / 'file.pth'), prefix=prefix).init_weights()
+
+
+@pytest.mark.parametrize('roots', [['model.backbone.'], ['teacher.backbone.', 'student.backbone.'], ['img_backbone.']])
+def test_a_backbone_that_lies_elsewhere_in_the_file_is_not_passed_over(roots, tmp_path):
+    """With the way out that the message gives, it is loaded."""
+    source = source_backbone()
+    state = {f'{root}{name}': value for root in roots for name, value in source.state_dict().items()}
+    torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'file.pth')
+    with pytest.raises(CheckpointError, match=rf"file\.pth.* with prefix='{roots[0]}'"):
+        load_checkpoint(Net(SwinTransformerV2(**ALL_STAGES)), str(tmp_path / 'file.pth'))
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth'), prefix=roots[0])
+    backbone = SwinTransformerV2(**ALL_STAGES, init_cfg=init_cfg)
+    backbone.init_weights()
+    assert_same_state(backbone, source.state_dict())
+
+
+@pytest.mark.parametrize('root', ['', 'backbone.'])
+def test_a_damaged_swin_v2_is_no_other_architecture(root, tmp_path):
+    """One of another architecture has nothing of a Log-CPB; this one lacks what its layout is recognised by."""
+    state = {f'{root}{n}': v for n, v in source_backbone().state_dict().items() if not n.endswith('cpb_mlp.0.weight')}
+    torch.save({'state_dict': state | {f'{root}more.weight': torch.ones(1)}, 'meta': {}}, tmp_path / 'file.pth')
+    with pytest.raises(CheckpointError, match=r'it holds (no Swin V2 that|a Swin V2 that is not whole)'):
+        load_checkpoint(Net(SwinTransformerV2(**ALL_STAGES)), str(tmp_path / 'file.pth'))
+
+
+def test_a_stem_in_the_place_of_the_patch_embedding_is_not_filled_by_resampling():
+    model = SwinTransformerV2(**ALL_STAGES)
+    model.patch_embed.proj = nn.Conv2d(3, ARCH['embed_dims'], 7, 4, 3)
+    with pytest.raises(CheckpointError, match=r'of another shape: patch_embed\.proj\.weight'):
+        model.load_state_dict(source_backbone().state_dict())
 
 
 def detector(folder, **backbone):

@@ -1,5 +1,7 @@
 """The MLP that takes a few tokens at a time, against the formula over all of them."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,17 @@ def test_hidden_channels_of_a_part_alone_are_in_memory(mlp, monkeypatch):
     with torch.no_grad():
         mlp(torch.randn(2, 40, 30, 16))
     assert sizes == [800, 800, 800]
+
+
+def test_another_layer_gets_all_tokens_at_once(mlp):
+    class Centred(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x - x.mean((0, 1, 2)))
+
+    mlp, x = copy.deepcopy(mlp).float(), torch.randn(2, 40, 30, 16)
+    mlp.fc1.__class__ = Centred
+    with torch.no_grad():
+        assert torch.equal(mlp(x), mlp.fc2(F.gelu(mlp.fc1(x))))
 
 
 def test_a_hook_gets_all_tokens_at_once(mlp):

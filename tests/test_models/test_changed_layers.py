@@ -48,11 +48,12 @@ def test_lora_of_peft_changes_the_features_and_learns(plain, targets):
     oracles.find_peers()
     import peft
 
+    torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     model = peft.get_peft_model(copy.deepcopy(plain), config)
     assert_every_gradient(model)
     with torch.no_grad():
-        assert (model(X)[1] - plain(X)[1]).abs().max() > 0.1
+        assert (model(X)[1] - plain(X)[1]).abs().max() > 1e-2
     merged = copy.deepcopy(model).merge_and_unload()
     assert type(merged.layers[0].blocks[0].attn.qkv) is type(plain.layers[0].blocks[0].attn.qkv)
     assert_same(model, merged)
@@ -116,6 +117,19 @@ def test_the_forward_pass_of_a_layer_may_be_patched(plain, name):
         layer.forward = lambda x, original=layer.forward: 2 * original(x)
         setattr(of_plain, child, Wrapper(getattr(of_plain, child)))
     assert_same(patched, plain)
+
+
+def test_a_layer_may_be_of_a_class_of_the_users(plain):
+    other = copy.deepcopy(plain)
+    attention = other.layers[0].blocks[0].attn
+
+    class Doubled(type(attention.qkv)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    attention.qkv.__class__ = Doubled
+    plain.layers[0].blocks[0].attn.qkv.weight.data.mul_(2)
+    assert_same(other, plain)
 
 
 def test_the_mlp_of_the_position_bias_may_get_other_layers(plain):

@@ -163,7 +163,7 @@ def check(args: argparse.Namespace, cfg: Config) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError):
+    with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError, ValueError):
         cfg = launch.load_config(args.config, args.cfg_options)
     with launch.one_line_errors(FileNotFoundError, ImportError, ValueError):
         check(args, cfg)

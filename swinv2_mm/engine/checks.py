@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from mmengine.config import Config
+from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import find_latest_checkpoint
 
+from swinv2_mm.arguments import did_you_mean
 from swinv2_mm.checkpoints import releases
 from swinv2_mm.registry import TRANSFORMS
 
@@ -145,15 +147,27 @@ def check_checkpoint(path: str | None, option: str) -> None:
 
 
 def check_init_cfg(cfg: Config) -> None:
-    """Check the checkpoint that the backbone starts from.
+    """Check how the backbone starts: the kind of initialisation, and the checkpoint of a pre-trained one.
 
     Raises:
         FileNotFoundError: See `check_checkpoint`.
-        ValueError: See `check_checkpoint`.
+        ValueError: See `check_checkpoint`; or there is no such kind, or no checkpoint is named.
     """
-    init_cfg = cfg.get('model', {}).get('backbone', {}).get('init_cfg')
-    if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
-        check_checkpoint(init_cfg.get('checkpoint'), 'model.backbone.init_cfg.checkpoint')
+    found = ((cfg.get('model') or {}).get('backbone') or {}).get('init_cfg')
+    for init_cfg in found if isinstance(found, list) else [found]:
+        if not isinstance(init_cfg, dict):
+            continue
+        option, kind = 'model.backbone.init_cfg', init_cfg.get('type')
+        if isinstance(kind, str) and kind not in WEIGHT_INITIALIZERS or kind is None:
+            raise ValueError(
+                f'{option}.type: there is no {kind}{did_you_mean(str(kind), WEIGHT_INITIALIZERS.module_dict)}; to load '
+                'weights it is Pretrained'
+            )
+        if kind == 'Pretrained':
+            path = init_cfg.get('checkpoint')
+            if not path or not isinstance(path, str):
+                raise ValueError(f'{option}.checkpoint must be a file, an address or swinv2://NAME, got {path!r}')
+            check_checkpoint(path, f'{option}.checkpoint')
 
 
 def check_last_checkpoint(work_dir: str) -> None:

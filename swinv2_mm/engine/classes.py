@@ -3,7 +3,7 @@
 import copy
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from mmengine.config import Config
@@ -16,6 +16,7 @@ from swinv2_mm.arguments import did_you_mean
 from swinv2_mm.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 
 SCOPE = 'swinv2_mm'
+SPLITS = ('train', 'val', 'test')
 REGISTRIES = [value for value in vars(registry).values() if isinstance(value, Registry) and value.scope == SCOPE]
 # the entries of a config from which something is built; others are for its own use
 BUILT = (*inspect.signature(Runner).parameters, 'model_wrapper_cfg', 'strategy', 'tta_model', 'tta_pipeline')
@@ -24,8 +25,12 @@ PARTS = ('backbone', 'neck', 'head', 'roi_extractor', 'data_preprocessor')
 GIVEN_A_MODEL = ('model_wrapper_cfg', 'tta_model')  # as `module`, when they are built
 
 
-def check_classes(cfg: Config) -> torch.nn.Module | None:
+def check_classes(cfg: Config, parts: Collection[str] = BUILT) -> torch.nn.Module | None:
     """Check that the classes exist of which a config builds its model, and all of this package; and their arguments.
+
+    Args:
+        cfg: The config.
+        parts: Its entries that are looked at.
 
     Returns:
         The backbone, built without memory; or None if it is not of this package.
@@ -34,7 +39,9 @@ def check_classes(cfg: Config) -> torch.nn.Module | None:
         ImportError: A class of this package needs a package that is not installed.
         ValueError: A class does not exist, or refuses an argument; the message names the option.
     """
-    for option, entry, scope in _entries({key: cfg[key] for key in BUILT if key in cfg}, cfg.get('default_scope')):
+    for option in ('model', 'model.backbone', 'optim_wrapper', *(f'{split}_dataloader' for split in SPLITS)):
+        _check_dict(cfg, option)
+    for option, entry, scope in _entries({key: cfg[key] for key in parts if key in cfg}, cfg.get('default_scope')):
         if _is_ours(entry['type']):
             _check_arguments(option, entry, _find(option, entry['type']))
         if _is_model(option):
@@ -73,6 +80,13 @@ def _entries(value, scope: str | None, option: str = '') -> Iterator[tuple[str, 
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     for key, item in items:
         yield from _entries(item, scope, f'{option}.{key}' if option else str(key))
+
+
+def _check_dict(cfg: Config, option: str) -> None:
+    owner, _, name = option.rpartition('.')
+    value = (cfg.get(owner) or {} if owner else cfg).get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f'{option} must be a dict, got {value!r}')
 
 
 def _is_ours(name) -> bool:
@@ -134,8 +148,11 @@ def _check_constructor(cfg: Config) -> None:
 
 
 def _build_backbone(cfg: Config) -> torch.nn.Module | None:
-    backbone = cfg.get('model', {}).get('backbone', {})
+    backbone = (cfg.get('model') or {}).get('backbone') or {}
     if not _is_ours(backbone.get('type')):
         return None
-    with torch.device('meta'):
-        return MODELS.build(copy.deepcopy(backbone))
+    try:
+        with torch.device('meta'):
+            return MODELS.build(copy.deepcopy(backbone))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'model.backbone: {error}') from error

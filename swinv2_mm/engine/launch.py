@@ -73,6 +73,7 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
     Raises:
         FileNotFoundError: There is no such file.
         ModuleNotFoundError: It inherits from a toolbox that is not installed.
+        ValueError: An option does not fit it.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f'config {path} does not exist{seen_from(path)}')
@@ -84,7 +85,10 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
             'pip install swinv2_mm[det], [seg] or [video]'
         ) from error
     former_root = cfg.get('data_root')
-    cfg.merge_from_dict(cfg_options or {})
+    try:
+        cfg.merge_from_dict(cfg_options or {})
+    except (AssertionError, KeyError, TypeError) as error:
+        raise ValueError(f'--cfg-options do not fit {path}: {error}') from error
     if 'data_root' in (cfg_options or {}) and isinstance(former_root, str):
         for key in [key for key in cfg if key.endswith(('_dataloader', '_evaluator'))]:
             cfg[key] = _move(cfg[key], former_root, cfg.data_root)

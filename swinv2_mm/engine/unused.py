@@ -42,18 +42,21 @@ def check_unused(cfg: Config, backbone: SwinV2) -> None:
     without_gradient = [stages[i] for i in range(len(stages)) if i not in used and stages[i] >= backbone.frozen_stages]
     if not without_gradient:
         return
-    changes = {'model.backbone.out_indices': [stages[i] for i in used], **changes}
     find = f'{"model_wrapper_cfg." if cfg.get("model_wrapper_cfg") else ""}find_unused_parameters=True'
-    listed = ' and '.join(map(str, without_gradient))
+    listed, ways_out = ' and '.join(map(str, without_gradient)), find
+    if changes:
+        changes = {'model.backbone.out_indices': [stages[i] for i in used], **changes}
+        ways_out = f'{" ".join(_option(*change) for change in changes.items())}, or {find}'
     raise ValueError(
         f'nothing uses output {listed} of model.backbone.out_indices={tuple(stages)}, '
         'and DistributedDataParallel stops where parameters get no gradient: '
-        f'--cfg-options {" ".join(_option(*change) for change in changes.items())}, or {find}'
+        f'--cfg-options {ways_out}'
     )
 
 
 def _option(name: str, value: Any) -> str:
-    return f'{name}={str(value).replace(" ", "")}'
+    text = str(value).replace(' ', '')
+    return f'{name}="{text}"' if isinstance(value, (list, tuple)) else f'{name}={text}'  # brackets mean much to shells
 
 
 def _waits_for_gradients(cfg: Config) -> bool:
@@ -70,7 +73,8 @@ def _waits_for_gradients(cfg: Config) -> bool:
 
 
 def _used_maps(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]]:
-    """Which of the backbone's maps, counted in their order, are used; and the options for a model that gets only these.
+    """Which of the backbone's maps, counted in their order, are used; and the options for a model that gets only these,
+    if there are any.
 
     Args:
         cfg: The config.
@@ -82,26 +86,31 @@ def _used_maps(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]]:
     return known or (list(range(count)), {})
 
 
-def _first_neck(cfg: Config) -> tuple[Mapping, str]:
-    """The first neck that makes other maps, and its option."""
+def _first_neck(cfg: Config) -> tuple[Mapping, int, str]:
+    """The first neck that makes other maps, how many come before it, and its option."""
     neck = cfg.model.neck
     for i, part in enumerate(neck if isinstance(neck, list) else [neck]):
-        if find_model(part.get('type'), cfg.get('default_scope')) is not GlobalAttention:
-            return part, f'model.neck.{i}' if isinstance(neck, list) else 'model.neck'
-    return {}, ''
+        if isinstance(part, dict) and find_model(part.get('type'), cfg.get('default_scope')) is not GlobalAttention:
+            return part, i, f'model.neck.{i}' if isinstance(neck, list) else 'model.neck'
+    return {}, 0, ''
 
 
 def _used_by_neck(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]] | None:
-    neck, option = _first_neck(cfg)
+    neck, before, option = _first_neck(cfg)
     found = find_model(neck.get('type'), cfg.get('default_scope'))
     arguments = arguments_of(found) if _is_stock(found) else {}
     if not {'in_channels', 'start_level', 'end_level'} <= arguments.keys():
         return None
     start, end = (neck.get(name, arguments[name].default) for name in ('start_level', 'end_level'))
-    used = list(range(count))[start : None if end == -1 else end + 1]
-    if not used or len(neck['in_channels']) != count:  # the neck says what is wrong
+    channels = neck.get('in_channels')
+    if not (isinstance(start, int) and isinstance(end, int) and end >= -1 and isinstance(channels, (list, tuple))):
         return None
-    changes = {f'{option}.in_channels': [neck['in_channels'][i] for i in used], f'{option}.start_level': 0}
+    used = list(range(count))[start : None if end == -1 else end + 1]
+    if not used or len(channels) != count:  # the neck says what is wrong
+        return None
+    if before and used[-1] != count - 1:  # global attention is built for the last map, which nothing uses
+        return used, {}
+    changes = {f'{option}.in_channels': type(channels)(channels[i] for i in used), f'{option}.start_level': 0}
     return used, {**changes, **({} if end == -1 else {f'{option}.end_level': -1})}
 
 
@@ -110,6 +119,8 @@ def _used_by_heads(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]] 
     if not heads or not all(_reads_in_index(head, cfg.get('default_scope')) for head in heads.values()):
         return None
     read = {option: head.get('in_index', -1) for option, head in heads.items()}
+    if not all(isinstance(i, int) and -count <= i < count for index in read.values() for i in _as_list(index)):
+        return None
     used = sorted({i % count for index in read.values() for i in _as_list(index)})
     changes = {}
     for option, index in read.items():
@@ -127,8 +138,8 @@ def _heads(model: Mapping) -> Iterator[tuple[str, Mapping]]:
         heads = model.get(name) or []
         if isinstance(heads, dict):
             yield f'model.{name}', heads
-        else:
-            yield from ((f'model.{name}.{i}', head) for i, head in enumerate(heads))
+        elif isinstance(heads, (list, tuple)):
+            yield from ((f'model.{name}.{i}', head) for i, head in enumerate(heads) if isinstance(head, dict))
 
 
 def _reads_in_index(head: Mapping, scope: str | None) -> bool:

@@ -105,8 +105,8 @@ def test_a_default_of_the_neck_counts():
     assert 'norm0.weight' in without_gradient(cfg)
     assert complaint(cfg) == (
         'nothing uses output 0 of model.backbone.out_indices=(0, 1, 2, 3), and DistributedDataParallel stops where '
-        'parameters get no gradient: --cfg-options model.backbone.out_indices=[1,2,3] '
-        'model.neck.in_channels=[32,64,128] model.neck.start_level=0, or find_unused_parameters=True'
+        'parameters get no gradient: --cfg-options model.backbone.out_indices="[1,2,3]" '
+        'model.neck.in_channels="[32,64,128]" model.neck.start_level=0, or find_unused_parameters=True'
     )
 
 
@@ -145,9 +145,24 @@ def test_several_necks_one_after_the_other():
     attention = dict(type='swinv2_mm.GlobalAttention', in_channels=CHANNELS[3], num_heads=8)
     cfg = detector({})
     cfg.model.neck = [attention, LEVELS | dict(type='FPN', start_level=2, num_outs=2)]
-    assert 'model.neck.1.in_channels=[64,128] model.neck.1.start_level=0, or' in complaint(cfg)
+    assert 'model.neck.1.in_channels="[64,128]" model.neck.1.start_level=0, or' in complaint(cfg)
     assert advised(cfg).model.neck[1].in_channels == [64, 128]
     assert complaint(advised(cfg)) is None
+
+
+def test_global_attention_on_a_map_that_nothing_uses_cannot_be_cut_off():
+    pytest.importorskip('mmdet')
+    attention = dict(type='swinv2_mm.GlobalAttention', in_channels=CHANNELS[3], num_heads=8)
+    cfg = detector({})
+    cfg.model.neck = [attention, LEVELS | dict(type='FPN', end_level=2, num_outs=3)]
+    assert complaint(cfg).endswith('get no gradient: --cfg-options find_unused_parameters=True')
+    assert complaint(advised(cfg)) is None
+
+
+@pytest.mark.parametrize('wrong', [dict(start_level='1'), dict(in_channels=None), dict(end_level=-2)], ids=str)
+def test_quiet_about_a_neck_that_will_say_itself_what_is_wrong(wrong):
+    pytest.importorskip('mmdet')
+    assert complaint(detector(dict(type='FPN', num_outs=4) | wrong)) is None
 
 
 def test_the_stock_retinanet_trains_every_parameter_after_the_advice():

@@ -168,6 +168,11 @@ def test_wrong_backbone(complain, data, option, text):
             'AtomicCheckpointHook has no argument intervall (did you mean interval',
         ),
         ('optim_wrapper.constructor=swinv2_mm.SwinV2OptimConstructor', 'did you mean swinv2_mm.SwinV2OptimWrapperCons'),
+        ('model=Nope', "model must be a dict, got 'Nope'"),
+        ('model.backbone=swinv2_mm.SwinTransformerV2', "model.backbone must be a dict, got 'swinv2_mm.Swin"),
+        ('train_dataloader=5', 'train_dataloader must be a dict, got 5'),
+        ('model.backbone.arch=swin_t', "model.backbone: arch 'swin_t' is not known"),
+        ('model.neck.in_channels.7.x=3', '--cfg-options do not fit'),
     ],
 )
 @pytest.mark.parametrize('tool', ['train', 'test'])
@@ -193,6 +198,32 @@ def test_wrong_names_of_classes_and_arguments(complain, data, tmp_path, tool, op
 def test_wrong_names_in_the_analysis_tools(tmp_path, tool, arguments, option, text):
     line = refuse(tmp_path, f'analysis_tools/{tool}.py', TINY / 'det.py', *arguments, '--cfg-options', option)
     assert text in line
+
+
+@pytest.mark.parametrize(
+    ('options', 'text'),
+    [
+        (['checkpoint=gone.pth'], 'init_cfg.type: there is no None; to load weights it is Pretrained'),
+        (['type=pretrained', 'checkpoint=gone.pth'], 'there is no pretrained (did you mean Pretrained?)'),
+        (['type=Pretrained'], 'init_cfg.checkpoint must be a file, an address or swinv2://NAME, got None'),
+        (['type=Pretrained', 'checkpoint=gone.pth'], 'init_cfg.checkpoint: checkpoint gone.pth does not exist'),
+    ],
+)
+def test_wrong_initialisation(complain, data, options, text):
+    options = [f'data_root={data}', *(f'model.backbone.init_cfg.{option}' for option in options)]
+    assert text in complain('train', TINY / 'det.py', '--cfg-options', *options)
+
+
+def test_the_tools_for_models_need_no_package_for_data(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, 'swinv2_mm.datasets.video', raising=False)
+    monkeypatch.setitem(sys.modules, 'decord', None)
+    config = tmp_path / 'config.py'
+    dataset = "dict(type='swinv2_mm.datasets.video.VideoDataset', ann_file='a', pipeline=[])"
+    config.write_text(
+        f"_base_ = '{TINY / 'det.py'}'\ntrain_dataloader = dict(dataset=dict(_delete_=True, **{dataset}))"
+    )
+    printed = call(tmp_path, 'analysis_tools/get_flops.py', config, '--shape', '64', '64')
+    assert 'Params' in printed
 
 
 def test_settings_of_the_optimizer_are_checked_before_anything_starts(complain, data):
@@ -487,7 +518,7 @@ def test_preflight_finds_what_gets_no_gradient(data, tmp_path):
     arguments = [TINY / 'det.py', '--launcher', 'pytorch', '--preflight', '2', '--cfg-options', *options]
     line = refuse(tmp_path, 'train.py', *arguments)
     assert 'nothing uses output 1 of model.backbone.out_indices=(1, 2, 3)' in line
-    assert ' model.backbone.out_indices=[2,3] model.neck.in_channels=[64,128] model.neck.start_level=0' in line
+    assert ' model.backbone.out_indices="[2,3]" model.neck.in_channels="[64,128]" model.neck.start_level=0' in line
 
 
 def test_preflight_checks_and_leaves(data, tmp_path, monkeypatch):

@@ -194,7 +194,7 @@ def mmdet_arguments(args: argparse.Namespace) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     args, others = parse_args(argv)
-    with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError, ValueError):
+    with launch.one_line_errors(FileNotFoundError, ImportError, ValueError):
         cfg = launch.load_config(args.config, args.cfg_options)
         shape = check(args, cfg)
         script = toolbox_script('mmdet', MMDET_SCRIPT) if args.task in MMDET_TASKS else None

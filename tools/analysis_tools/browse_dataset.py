@@ -148,7 +148,7 @@ def script_arguments(args: argparse.Namespace, others: list[str], toolbox: str) 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     args, others = parse_args(argv)
-    with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError, ValueError):
+    with launch.one_line_errors(FileNotFoundError, ImportError, ValueError):
         cfg = launch.load_config(args.config, args.cfg_options)
         toolbox = cfg.get('default_scope')
         if toolbox not in SCRIPTS:

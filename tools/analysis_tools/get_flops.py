@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError, ValueError):
         cfg = launch.load_config(args.config, args.cfg_options)
         shape = input_shape(cfg, args.shape)
-        classes.check_classes(cfg)
+        classes.check_classes(cfg, parts=['model'])
     print(report(complexity(cfg, shape), shape))
 
 

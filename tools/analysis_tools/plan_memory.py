@@ -431,7 +431,7 @@ def check(args: argparse.Namespace, cfg: Config) -> tuple[int, ...]:
     backbone = cfg.model.get('backbone', {}).get('type')
     if not str(backbone).startswith('swinv2_mm.'):
         raise ValueError(f'model.backbone.type must be a backbone of swinv2_mm, got {backbone!r}')
-    classes.check_classes(cfg)
+    classes.check_classes(cfg, parts=['model'])
     _numbers_of_state(cfg)
     return shape
 

@@ -15,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from swinv2_mm.ops import fused, kernels
+from swinv2_mm.ops.triton import attention as triton_backend
+from swinv2_mm.ops.triton import kernels
 
 TARGET = GPUTarget('cuda', 90, 32)
 TYPES = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
@@ -40,13 +41,13 @@ MAPS = {'qkv', 'out', 'grad_out', 'grad_qkv'}
 NUMBERS = {'heads', 'windows', 'splits'}
 
 
-def shifted_windows(window: tuple[int, ...], head_dim: int, dtype: torch.dtype) -> fused.Geometry:
+def shifted_windows(window: tuple[int, ...], head_dim: int, dtype: torch.dtype) -> triton_backend.Geometry:
     """Windows of a map that they do not divide."""
     qkv = torch.empty(1, *(2 * w + 1 for w in window), 3, 4, head_dim, dtype=dtype)
-    return fused.Geometry(qkv, window, tuple(w // 2 for w in window))
+    return triton_backend.Geometry(qkv, window, tuple(w // 2 for w in window))
 
 
-def compile_kernel(name: str, geometry: fused.Geometry) -> triton.compiler.CompiledKernel:
+def compile_kernel(name: str, geometry: triton_backend.Geometry) -> triton.compiler.CompiledKernel:
     """A kernel, compiled for such windows."""
     constants = geometry.boxes(name)[2] if name == 'grad_bias' else geometry.runs(name)[1]
     options = {key: constants.pop(key) for key in ('num_warps', 'num_stages', 'enable_fp_fusion')}

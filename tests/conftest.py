@@ -96,7 +96,7 @@ LONGEST = (
     'test_deepspeed.py',
     'test_plan_memory.py',
     'test_train_and_test.py',
-    'test_fused.py',
+    'test_triton.py',
     'test_compile.py',
     'test_benchmarks.py',
 )

@@ -9,7 +9,7 @@ pytest.importorskip('triton')
 import triton.language as tl
 from triton.runtime import interpreter
 
-from swinv2_mm.ops import blocks
+from swinv2_mm.ops.triton import tiles
 
 PATCHED = set()
 CREATE_DOT = interpreter.InterpreterBuilder.create_dot
@@ -33,7 +33,7 @@ def multiply(self, a, b, *args):
 def call(self, *args, **kwargs):
     """As the interpreter does, but it patches the language once for a module, and not for each call."""
     module = self.fn.__globals__['__name__']
-    if module != 'swinv2_mm.ops.kernels' and module not in PATCHED:  # the launch has done it for the kernels' own
+    if module != 'swinv2_mm.ops.triton.kernels' and module not in PATCHED:  # the launch did it there
         interpreter._patch_lang(self.fn)
         PATCHED.add(module)
     return self.rewrite()(*args, **kwargs)
@@ -51,8 +51,8 @@ def numpy_type(dtype):
 def largest_blocks(kernel, tokens, *_):
     """Tiles as large as they can be: the interpreter takes about as long for a small one."""
     largest = 64 if kernel == 'grad_all' else 128 if tokens <= 256 else 256
-    size = min(largest, max(blocks.SMALLEST, blocks.next_power_of_2(tokens)))
-    return blocks.Blocks(size, size, warps=4, stages=1)
+    size = min(largest, max(tiles.SMALLEST, tiles.next_power_of_2(tokens)))
+    return tiles.TileConfig(size, size, warps=4, stages=1)
 
 
 def mend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,8 @@ def backward_flops(grad_shape, qkv_shape, *shapes_and_sizes, **_) -> int:
     return forward_flops(qkv_shape, None, None, *shapes_and_sizes[-2:]) * 5 // 2
 
 
-FORWARD = torch.ops.swinv2_mm.window_attention, torch.ops.swinv2_mm.fused_window_attention
-BACKWARD = torch.ops.swinv2_mm.window_attention_backward, torch.ops.swinv2_mm.fused_window_attention_backward
+FORWARD = torch.ops.swinv2_mm.window_attention, torch.ops.swinv2_mm.triton_window_attention
+BACKWARD = torch.ops.swinv2_mm.window_attention_backward, torch.ops.swinv2_mm.triton_window_attention_backward
 register_flop_formula(FORWARD)(forward_flops)
 register_flop_formula(BACKWARD)(backward_flops)
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import fused, reference, sdpa
+from . import reference, sdpa
 from .recording import at_compilation, flop_counter
+from .triton import attention as triton
 
 
 class Backend(NamedTuple):
@@ -21,7 +22,7 @@ class Backend(NamedTuple):
 
 
 BACKENDS = {
-    'triton': Backend(fused.fused_window_attention, fused.can_run),
+    'triton': Backend(triton.triton_window_attention, triton.can_run),
     'sdpa': Backend(sdpa.sdpa_window_attention, sdpa.can_run),
     'reference': Backend(reference.reference_window_attention, lambda qkv: None),
 }

@@ -3,9 +3,9 @@
 python tools/analysis_tools/tune_kernels.py
 
 It takes up to `--minutes`, and may be stopped at any time: what was found is written after each kernel. Kernels look
-for it in `swinv2_mm/ops/blocks.json`, by the name of the GPU; what is not there goes by rule. Blocks whose results are
-further from the reference in float64 than rounding explains are left out. With TRITON_INTERPRET=1 the tool can be tried
-without a GPU; its times mean nothing then.
+for it in `swinv2_mm/ops/triton/tiles.json`, by the name of the GPU; what is not there goes by rule. Tiles whose results
+are further from the reference in float64 than rounding explains are left out. With TRITON_INTERPRET=1 the tool can be
+tried without a GPU; its times mean nothing then.
 """
 
 import argparse
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from swinv2_mm.engine import launch
-from swinv2_mm.ops import blocks, fused
-from swinv2_mm.ops.blocks import Blocks
 from swinv2_mm.ops.reference import reference_window_attention
 from swinv2_mm.ops.sdpa import sdpa_window_attention
+from swinv2_mm.ops.triton import attention as triton_backend
+from swinv2_mm.ops.triton import tiles
+from swinv2_mm.ops.triton.tiles import TileConfig
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 # windows of the released models and the paper's systems, the most used ones first
@@ -47,11 +48,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--windows', nargs='+', default=WINDOWS, help='tokens along each axis, as in 24x24')
-    parser.add_argument('--kernels', nargs='+', default=blocks.KERNELS, choices=blocks.KERNELS)
+    parser.add_argument('--kernels', nargs='+', default=tiles.KERNELS, choices=tiles.KERNELS)
     parser.add_argument('--dtypes', nargs='+', default=['bfloat16'], choices=DTYPES)
     parser.add_argument('--head-dim', type=int, default=32)
     parser.add_argument('--minutes', type=float, default=9, help='begin no kernel after so long')
-    parser.add_argument('--out', type=Path, default=blocks.TUNED)
+    parser.add_argument('--out', type=Path, default=tiles.TUNED)
     return parser.parse_args(argv)
 
 
@@ -68,12 +69,12 @@ class Problem:
         scale = torch.full((HEADS, 1, 1), math.log(10), device=device)
         table = 16 * torch.rand(HEADS, math.prod(2 * w - 1 for w in window), device=device)
         self.inputs, self.grad_qkv = (qkv, scale, table), torch.zeros_like(qkv)
-        out, log_sums = fused.attend(*self.inputs, *self.sizes)
+        out, log_sums = triton_backend.attend(*self.inputs, *self.sizes)
         self.given = [torch.randn_like(out), *self.inputs, out, log_sums]
-        self.geometry = fused.Geometry(qkv, *self.sizes)
-        scale, self.common = fused.grad_queries(self.geometry, self.given, self.grad_qkv)
-        fused.grad_keys(self.geometry, self.given, self.common, self.grad_qkv)
-        table = fused.grad_bias(self.geometry, self.given, self.common)
+        self.geometry = triton_backend.Geometry(qkv, *self.sizes)
+        scale, self.common = triton_backend.grad_queries(self.geometry, self.given, self.grad_qkv)
+        triton_backend.grad_keys(self.geometry, self.given, self.common, self.grad_qkv)
+        table = triton_backend.grad_bias(self.geometry, self.given, self.common)
         gradients = scale, table, self.grad_qkv
         self.expected = self._expect(_named(out, gradients), dict(log_sums=log_sums, common=self.common))
 
@@ -107,16 +108,16 @@ class Problem:
     def run(self, kernel: str) -> list[Tensor]:
         """Call a kernel, and return what it writes: `RESULTS`."""
         if kernel == 'attend':
-            return list(fused.attend(*self.inputs, *self.sizes))
+            return list(triton_backend.attend(*self.inputs, *self.sizes))
         if kernel == 'grad_bias':
-            return [fused.grad_bias(self.geometry, self.given, self.common)]
+            return [triton_backend.grad_bias(self.geometry, self.given, self.common)]
         queries, keys_and_values = _parts(self.grad_qkv).values()
         if kernel == 'grad_keys':
-            fused.grad_keys(self.geometry, self.given, self.common, self.grad_qkv)
+            triton_backend.grad_keys(self.geometry, self.given, self.common, self.grad_qkv)
             return [keys_and_values]
         if kernel == 'grad_queries':
-            return [*fused.grad_queries(self.geometry, self.given, self.grad_qkv), queries]
-        return [*fused.grad_all(self.geometry, self.given, self.grad_qkv), queries, keys_and_values]
+            return [*triton_backend.grad_queries(self.geometry, self.given, self.grad_qkv), queries]
+        return [*triton_backend.grad_all(self.geometry, self.given, self.grad_qkv), queries, keys_and_values]
 
     def is_right(self, kernel: str) -> bool:
         """Whether all that a kernel writes is as exact as can be expected."""
@@ -158,11 +159,11 @@ def milliseconds(call: Callable[[], object]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def measure(problem: Problem, kernel: str, chosen: Blocks) -> float:
+def measure(problem: Problem, kernel: str, chosen: TileConfig) -> float:
     """Time of a kernel with these blocks, or infinity where they do not work."""
     from triton import TritonError
 
-    with mock.patch.object(fused, 'choose_blocks', return_value=chosen):
+    with mock.patch.object(triton_backend, 'choose_tiles', return_value=chosen):
         try:
             is_right = problem.is_right(kernel)
         except TritonError:  # more shared memory or registers than there are
@@ -173,15 +174,15 @@ def measure(problem: Problem, kernel: str, chosen: Blocks) -> float:
         return milliseconds(functools.partial(problem.run, kernel))
 
 
-def tune(problem: Problem, kernel: str) -> tuple[float, dict[Blocks, float]]:
+def tune(problem: Problem, kernel: str) -> tuple[float, dict[TileConfig, float]]:
     """Time of a kernel with the blocks by rule, and with each of the candidates."""
     geometry = problem.geometry
-    rule = blocks.default_blocks(kernel, geometry.tokens, geometry.head_dim, geometry.dtype)
-    times = {c: measure(problem, kernel, c) for c in {rule, *blocks.candidates(kernel, geometry.tokens)}}
+    rule = tiles.default_tiles(kernel, geometry.tokens, geometry.head_dim, geometry.dtype)
+    times = {c: measure(problem, kernel, c) for c in {rule, *tiles.candidates(kernel, geometry.tokens)}}
     return times[rule], times
 
 
-def keep(path: Path, device: str, found: dict[str, Blocks]) -> None:
+def keep(path: Path, device: str, found: dict[str, TileConfig]) -> None:
     """Add what was found to the file, whole or not at all."""
     known = json.loads(path.read_text()) if path.exists() else {}
     known.setdefault(device, {}).update(found)
@@ -202,15 +203,17 @@ def check(args: argparse.Namespace) -> list[tuple[int, ...]]:
     Raises:
         ValueError: One is no window, or there is nothing to run the kernels on.
     """
-    if not fused.HAS_TRITON:
+    if not triton_backend.HAS_TRITON:
         raise ValueError('the package triton is not installed: pip install triton')
     if not torch.cuda.is_available() and os.environ.get('TRITON_INTERPRET') != '1':
         raise ValueError('there is no GPU to tune kernels for; TRITON_INTERPRET=1 tries the tool out without one')
     windows = []
     for text in args.windows:
         sides = text.split('x')
-        if len(sides) > fused.MAX_AXES or not all(side.isdecimal() and int(side) > 0 for side in sides):
-            raise ValueError(f'--windows: {text!r} is no window of up to {fused.MAX_AXES} axes; write it as in 24x24')
+        if len(sides) > triton_backend.MAX_AXES or not all(side.isdecimal() and int(side) > 0 for side in sides):
+            raise ValueError(
+                f'--windows: {text!r} is no window of up to {triton_backend.MAX_AXES} axes; write it as in 24x24'
+            )
         windows.append(tuple(map(int, sides)))
     return windows
 
@@ -240,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f'| {", ".join(map(str, best))} |',
                     flush=True,
                 )
-                head_dim = blocks.next_power_of_2(args.head_dim)
+                head_dim = tiles.next_power_of_2(args.head_dim)
                 keep(args.out, device, {f'{kernel} {tokens} {head_dim} {DTYPES[dtype]}': best})
 
 

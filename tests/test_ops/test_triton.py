@@ -24,8 +24,11 @@ import triton.language as tl
 import triton_interpreter
 
 from swinv2_mm.models import SwinTransformerV2
-from swinv2_mm.ops import blocks, fused, kernels, sdpa, window_attention
+from swinv2_mm.ops import sdpa, window_attention
 from swinv2_mm.ops.reference import reference_window_attention
+from swinv2_mm.ops.triton import attention as triton_backend
+from swinv2_mm.ops.triton import kernels, tiles
+from swinv2_mm.ops.triton.launch import recorded
 from swinv2_mm.ops.windows import dense_bias_backward
 
 module = sys.modules['swinv2_mm.ops.window_attention']  # the package shows the function under this name
@@ -34,7 +37,7 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 BACKENDS = {
     'reference': reference_window_attention,
     'sdpa': sdpa.sdpa_window_attention,
-    'triton': fused.fused_window_attention,
+    'triton': triton_backend.triton_window_attention,
 }
 
 
@@ -43,16 +46,16 @@ def interpreter(monkeypatch):
     """Without a GPU, the kernels run in Triton's interpreter."""
     if DEVICE == 'cpu':
         triton_interpreter.mend(monkeypatch)
-        monkeypatch.setattr(fused, 'choose_blocks', triton_interpreter.largest_blocks)
+        monkeypatch.setattr(triton_backend, 'choose_tiles', triton_interpreter.largest_blocks)
 
 
 @pytest.fixture
 def take(monkeypatch):
     """A function that sets how many tokens a tile and a step have, and how many programs sum over windows."""
 
-    def set_blocks(block: int, step: int, programs: int = fused.PROGRAMS) -> None:
-        monkeypatch.setattr(fused, 'choose_blocks', lambda *_: blocks.Blocks(block, step, warps=4, stages=1))
-        monkeypatch.setattr(fused, 'PROGRAMS', programs)
+    def set_blocks(block: int, step: int, programs: int = triton_backend.PROGRAMS) -> None:
+        monkeypatch.setattr(triton_backend, 'choose_tiles', lambda *_: tiles.TileConfig(block, step, warps=4, stages=1))
+        monkeypatch.setattr(triton_backend, 'PROGRAMS', programs)
 
     return set_blocks
 
@@ -134,9 +137,9 @@ def draw_scaled(size, heads, window, head_dim, dtype):
 def test_one_tile_is_as_exact_as_sdpa(take, size, window, dtype, heads, head_dim, programs):
     """Windows within the map, at each edge and in the corners, shifted and padded."""
     tokens = math.prod(min(pair) for pair in zip(size, window, strict=True))
-    take(max(16, blocks.next_power_of_2(tokens)), 16, programs)
+    take(max(16, tiles.next_power_of_2(tokens)), 16, programs)
     inputs, shift = draw_scaled(size, heads, window, head_dim, dtype), tuple(w // 2 for w in window)
-    geometry = fused.Geometry(inputs[0], window, shift)
+    geometry = triton_backend.Geometry(inputs[0], window, shift)
     assert geometry.fits_one_tile()
     assert (-(-programs // heads) < geometry.windows) == (programs < 1024)
     assert_as_exact_as_sdpa(inputs, window, shift, dtype)
@@ -159,7 +162,7 @@ def test_one_tile_is_as_exact_as_sdpa(take, size, window, dtype, heads, head_dim
 def test_several_tiles_are_as_exact_as_sdpa(take, size, window, dtype, heads, head_dim, block, step, programs):
     take(block, step, programs)
     inputs, shift = draw_scaled(size, heads, window, head_dim, dtype), tuple(w // 2 for w in window)
-    geometry = fused.Geometry(inputs[0], window, shift)
+    geometry = triton_backend.Geometry(inputs[0], window, shift)
     assert not geometry.fits_one_tile()
     displacements = math.prod(2 * n - 1 for n in geometry.boxes('grad_bias')[1])
     assert (-(-programs // (heads * displacements)) < geometry.windows) == (programs < 1024)
@@ -225,7 +228,7 @@ def test_more_windows_than_a_grid_of_cuda_has_blocks_along_its_other_axes(monkey
     if DEVICE == 'cpu':
         some = lambda *bounds: programs if bounds == (257**2,) else range(*bounds)  # noqa: E731
         monkeypatch.setattr(triton_interpreter.interpreter, 'range', some, raising=False)
-    monkeypatch.setattr(fused, 'PROGRAMS', 257**2)
+    monkeypatch.setattr(triton_backend, 'PROGRAMS', 257**2)
     qkv, scale, table = draw(size, heads=1, window=window, head_dim=4)
     ours = run((qkv, scale, table), window, (0, 0), 'triton', torch.float32)
     torch.testing.assert_close(ours['out'].flatten(1, 2)[:, programs], qkv[..., 2, 0, :].flatten(1, 2)[:, programs])
@@ -273,7 +276,7 @@ def test_inputs_that_are_not_contiguous():
 @pytest.mark.parametrize('tokens', [16, 32, 64, 128])
 def test_boxes_hold_each_token_of_a_window_once(window, tokens):
     window = (1,) * (3 - len(window)) + window
-    box, counts = blocks.cut_into_boxes(window, tokens)
+    box, counts = tiles.tile_window(window, tokens)
     assert math.prod(box) == tokens
     assert all((n - 1) * side < w <= n * side for n, side, w in zip(counts, box, window, strict=True))
 
@@ -293,7 +296,7 @@ def test_gradients_of_boxes_add_up_to_that_of_the_bias(window, box, boxes):
             at = [a // s - b // s + n - 1 for a, b, s, n in zip(query, key, box, boxes, strict=True)]
             rows = [((p[0] % box[0]) * box[1] + p[1] % box[1]) * box[2] + p[2] % box[2] for p in (query, key)]
             tiles[:, at[0], at[1], at[2], rows[0], rows[1]] += whole[:, i, j]
-    folded = fused._fold(tiles.flatten(1, 3), box, boxes, window)
+    folded = triton_backend._fold(tiles.flatten(1, 3), box, boxes, window)
     torch.testing.assert_close(folded, dense_bias_backward(whole.flip(1), window))
 
 
@@ -302,7 +305,7 @@ def test_the_operators_keep_their_contract_with_torch(take, block):
     take(block, block)
     inputs = [t.to(DEVICE).requires_grad_() for t in draw((3, 6), heads=1, window=(4, 6), head_dim=16)]
     # its numbers are compared elsewhere; here, that what it says of shapes and strides is so, and needs no new graph
-    torch.library.opcheck(torch.ops.swinv2_mm.fused_window_attention.default, (*inputs, [4, 6], [2, 2]))
+    torch.library.opcheck(torch.ops.swinv2_mm.triton_window_attention.default, (*inputs, [4, 6], [2, 2]))
 
 
 def test_compiled_it_is_one_graph_and_gives_the_same():
@@ -313,10 +316,10 @@ def test_compiled_it_is_one_graph_and_gives_the_same():
         graphs.append(graph)
         return graph
 
-    compiled = torch.compile(fused.fused_window_attention, fullgraph=True, dynamic=True, backend=watched)
+    compiled = torch.compile(triton_backend.triton_window_attention, fullgraph=True, dynamic=True, backend=watched)
     for size in [(5, 7), (4, 5)]:
         inputs = [t.to(DEVICE) for t in draw(size, heads=2, window=(2, 2), head_dim=16)]
-        expected = fused.fused_window_attention(*inputs, (2, 2), (1, 1))
+        expected = triton_backend.triton_window_attention(*inputs, (2, 2), (1, 1))
         assert torch.equal(compiled(*inputs, (2, 2), (1, 1)), expected)
     assert len(graphs) == 1
     torch._dynamo.reset()
@@ -328,9 +331,6 @@ def test_no_tensor_is_as_large_as_the_attention_weights(monkeypatch, take):
     The kernels, which allocate nothing, do not run.
     """
     take(128, 128)
-    launched = []
-    for name in blocks.KERNELS:
-        monkeypatch.setattr(kernels, name, Unlaunched(name, launched))
     sizes = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -341,27 +341,19 @@ def test_no_tensor_is_as_large_as_the_attention_weights(monkeypatch, take):
             return result
 
     inputs = [t.to(DEVICE) for t in draw((32, 32), heads=1, window=(32, 32), head_dim=16)]
-    with Watch():
-        out, log_sums = fused.attend(*inputs, (32, 32), (0, 0))
-        fused.attend_backward(torch.ones_like(out), *inputs, out, log_sums, (32, 32), (0, 0))
-    assert launched == ['attend', 'grad_queries', 'grad_keys', 'grad_bias']
+    with Watch(), recorded() as launches:
+        out, log_sums = triton_backend.attend(*inputs, (32, 32), (0, 0))
+        triton_backend.attend_backward(torch.ones_like(out), *inputs, out, log_sums, (32, 32), (0, 0))
+    assert [launch.kernel.__name__ for launch in launches] == ['attend', 'grad_queries', 'grad_keys', 'grad_bias']
     # the gradient of the bias has a tile for each displacement of boxes: it grows with N, not with its square
     assert max(sizes) < 1024**2 / 3
 
 
-class Unlaunched:
-    """In place of a kernel: notes that it was to run."""
-
-    def __init__(self, name: str, launched: list[str]) -> None:
-        self.name, self.launched = name, launched
-
-    def __getitem__(self, grid):
-        return lambda *args, **constants: self.launched.append(self.name)
-
-
 def test_a_training_run_follows_that_of_the_reference(monkeypatch):
     """Losses of a few steps of a backbone, whose map is padded in one stage and fits into a window in the other."""
-    monkeypatch.setitem(module.BACKENDS, 'triton', module.Backend(fused.fused_window_attention, lambda qkv: None))
+    monkeypatch.setitem(
+        module.BACKENDS, 'triton', module.Backend(triton_backend.triton_window_attention, lambda qkv: None)
+    )
     images = torch.randn(1, 3, 20, 24, generator=torch.Generator().manual_seed(0), device='cpu').to(DEVICE)
 
     def losses(backend):
@@ -403,26 +395,28 @@ def test_on_a_cpu_it_says_why_it_cannot_run():
 def test_cases_that_it_cannot_run_are_named(monkeypatch, change, reason):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
     qkv = torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu)
-    assert reason in fused.can_run(change(qkv))
-    assert fused.can_run(qkv) is None
+    assert reason in triton_backend.can_run(change(qkv))
+    assert triton_backend.can_run(qkv) is None
 
 
 def test_old_gpus_and_old_triton_are_refused_when_models_are_compiled_too(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
     qkv = torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu)
-    assert fused.can_run(qkv) == 'its kernels are for GPUs of compute capability 8 or more, and this one has 7.5'
+    assert (
+        triton_backend.can_run(qkv) == 'its kernels are for GPUs of compute capability 8 or more, and this one has 7.5'
+    )
     monkeypatch.setattr(triton, '__version__', '3.3.1')
-    assert fused.can_run(qkv) == 'its kernels need triton 3.4 or newer, this is 3.3.1'
+    assert triton_backend.can_run(qkv) == 'its kernels need triton 3.4 or newer, this is 3.3.1'
 
     def recorded(x):
-        return x + fused._capability(x.device)[0] + len(fused._triton_version())
+        return x + triton_backend._capability(x.device)[0] + len(triton_backend._triton_version())
 
     assert torch.compile(recorded, fullgraph=True, backend='eager')(torch.zeros(1)) == 7 + len('3.3.1')
 
 
 def test_without_triton_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(fused, 'HAS_TRITON', False)
-    assert 'triton is not installed' in fused.can_run(torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu))
+    monkeypatch.setattr(triton_backend, 'HAS_TRITON', False)
+    assert 'triton is not installed' in triton_backend.can_run(torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu))
 
 
 @pytest.fixture
@@ -437,7 +431,7 @@ def matmul():
 
 
 def precision(dtype):
-    return fused.Geometry(torch.empty(1, 4, 4, 3, 1, 16, dtype=dtype), (4, 4), (2, 2)).constants()['PRECISION']
+    return triton_backend.Geometry(torch.empty(1, 4, 4, 3, 1, 16, dtype=dtype), (4, 4), (2, 2)).constants()['PRECISION']
 
 
 @pytest.mark.parametrize('setting', ['high', 'medium', 'allow_tf32', 'fp32_precision'])
@@ -476,7 +470,7 @@ def test_kernels_are_interpreted_only_without_a_gpu():
     [(32, torch.float32, True), (33, torch.float32, False), (64, torch.bfloat16, True), (96, torch.float16, False)],
 )
 def test_a_window_is_one_tile_only_if_its_heads_are_small(head_dim, dtype, fits):
-    geometry = fused.Geometry(torch.empty(1, 8, 8, 3, 1, head_dim, dtype=dtype), (8, 8), (4, 4))
+    geometry = triton_backend.Geometry(torch.empty(1, 8, 8, 3, 1, head_dim, dtype=dtype), (8, 8), (4, 4))
     assert geometry.fits_one_tile() == fits
 
 
@@ -487,6 +481,6 @@ def test_all_kernels_compile_for_a_gpu_and_fit_its_shared_memory():
     result = subprocess.run([sys.executable, COMPILE, '--few'], env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [line.strip('| ').split(' | ') for line in result.stdout.splitlines()[2:]]
-    assert {row[3] for row in rows} == set(blocks.KERNELS)
+    assert {row[3] for row in rows} == set(tiles.KERNELS)
     # of a program on the smallest GPUs that they are for; an H100 has 227 KiB
     assert max(int(row[7]) for row in rows) <= 99 * 1024

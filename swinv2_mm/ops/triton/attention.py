@@ -11,10 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from .blocks import SMALLEST, choose_blocks, cut_into_boxes, is_wide, next_power_of_2
-from .recording import at_compilation, is_tracing
-from .reference import MAX_LOGIT_SCALE
-from .windows import (
+from ..recording import at_compilation, is_tracing
+from ..reference import MAX_LOGIT_SCALE
+from ..windows import (
     Size,
     add_overlapping,
     crop_bias_table,
@@ -22,6 +21,8 @@ from .windows import (
     dense_bias_backward,
     fit_window,
 )
+from .launch import launch
+from .tiles import SMALLEST, choose_tiles, is_wide, next_power_of_2, tile_window
 
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 TRITON = 3, 4  # older ones do not compile the kernels
@@ -67,7 +68,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def fused_window_attention(
+def triton_window_attention(
     qkv: Tensor,
     logit_scale: Tensor,
     bias_table: Tensor,
@@ -76,7 +77,7 @@ def fused_window_attention(
     sequential: bool = False,
 ) -> Tensor:
     """See `swinv2_mm.ops.window_attention`; attention weights are never in memory, sequential or not."""
-    return torch.ops.swinv2_mm.fused_window_attention(qkv, logit_scale, bias_table, window_size, shift_size)[0]
+    return torch.ops.swinv2_mm.triton_window_attention(qkv, logit_scale, bias_table, window_size, shift_size)[0]
 
 
 class Geometry:
@@ -106,15 +107,15 @@ class Geometry:
         }
 
     def runs(self, kernel: str) -> tuple[int, dict]:
-        """Blocks of a window for one of the kernels that go over runs of tokens, and its constants."""
-        blocks = choose_blocks(kernel, self.tokens, self.head_dim, self.dtype, self.device)
+        """TileConfig of a window for one of the kernels that go over runs of tokens, and its constants."""
+        blocks = choose_tiles(kernel, self.tokens, self.head_dim, self.dtype, self.device)
         constants = {'BLOCK': blocks.block, 'STEP': blocks.step, 'num_warps': blocks.warps, 'num_stages': blocks.stages}
         return -(-self.tokens // blocks.block), {**self.constants(), **constants}
 
     def boxes(self, kernel: str) -> tuple[Size, Size, dict]:
         """Box and boxes of a window for one of the kernels that go over boxes of tokens, and its constants."""
-        blocks = choose_blocks(kernel, self.tokens, self.head_dim, self.dtype, self.device)
-        box, counts = cut_into_boxes(self.window, blocks.block)
+        blocks = choose_tiles(kernel, self.tokens, self.head_dim, self.dtype, self.device)
+        box, counts = tile_window(self.window, blocks.block)
         constants = {'BOX': box, 'BOXES': counts, 'num_warps': blocks.warps, 'num_stages': blocks.stages}
         return box, counts, {**self.constants(), **constants}
 
@@ -157,8 +158,8 @@ def attend(
     log_sums = qkv.new_empty(math.prod(qkv.shape[:-3]), heads, dtype=torch.float32)
     inputs = [t.contiguous() for t in (qkv, logit_scale, bias_table)]
     blocks, constants = geometry.runs('attend')
-    with torch.cuda.device_of(qkv):
-        kernels.attend[(geometry.windows * blocks * heads,)](*inputs, out, log_sums, geometry.size, heads, **constants)
+    programs = geometry.windows * blocks * heads
+    launch(kernels.attend, programs, *inputs, out, log_sums, geometry.size, heads, **constants)
     return out, log_sums
 
 
@@ -176,13 +177,12 @@ def attend_backward(
     geometry = Geometry(qkv, window_size, shift_size)
     given = [t.contiguous() for t in (grad, qkv, logit_scale, bias_table, out, log_sums)]
     grad_qkv = torch.empty_like(given[1])
-    with torch.cuda.device_of(qkv):
-        if geometry.fits_one_tile():
-            grad_scale, grad_table = grad_all(geometry, given, grad_qkv)
-        else:
-            grad_scale, common = grad_queries(geometry, given, grad_qkv)
-            grad_keys(geometry, given, common, grad_qkv)
-            grad_table = grad_bias(geometry, given, common)
+    if geometry.fits_one_tile():
+        grad_scale, grad_table = grad_all(geometry, given, grad_qkv)
+    else:
+        grad_scale, common = grad_queries(geometry, given, grad_qkv)
+        grad_keys(geometry, given, common, grad_qkv)
+        grad_table = grad_bias(geometry, given, common)
     grad_scale = torch.where(logit_scale <= MAX_LOGIT_SCALE, grad_scale.view_as(logit_scale), 0.0)
     return grad_qkv, grad_scale.to(logit_scale.dtype), grad_table.to(bias_table.dtype)
 
@@ -203,8 +203,8 @@ def grad_queries(geometry: Geometry, given: list[Tensor], grad_qkv: Tensor) -> t
     blocks, constants = geometry.runs('grad_queries')
     grad_scale = grad_qkv.new_empty(windows * blocks, heads, dtype=torch.float32)
     common = torch.empty_like(given[-1])
-    grid = (windows * blocks * heads,)
-    kernels.grad_queries[grid](*given, common, grad_qkv, grad_scale, geometry.size, heads, **constants)
+    programs = windows * blocks * heads
+    launch(kernels.grad_queries, programs, *given, common, grad_qkv, grad_scale, geometry.size, heads, **constants)
     return grad_scale.sum(0), common
 
 
@@ -214,8 +214,8 @@ def grad_keys(geometry: Geometry, given: list[Tensor], common: Tensor, grad_qkv:
 
     blocks, constants = geometry.runs('grad_keys')
     *inputs, _, log_sums = given
-    grid = (geometry.windows * blocks * geometry.heads,)
-    kernels.grad_keys[grid](*inputs, log_sums, common, grad_qkv, geometry.size, geometry.heads, **constants)
+    programs = geometry.windows * blocks * geometry.heads
+    launch(kernels.grad_keys, programs, *inputs, log_sums, common, grad_qkv, geometry.size, geometry.heads, **constants)
 
 
 def grad_bias(geometry: Geometry, given: list[Tensor], common: Tensor) -> Tensor:
@@ -229,8 +229,8 @@ def grad_bias(geometry: Geometry, given: list[Tensor], common: Tensor) -> Tensor
     tiles = given[0].new_empty(splits, heads, displacements, tokens, tokens, dtype=torch.float32)
     *inputs, _, log_sums = given
     sizes = geometry.size, heads, windows, splits
-    grid = (splits * heads * displacements,)
-    kernels.grad_bias[grid](*inputs, log_sums, common, tiles, *sizes, **constants)
+    programs = splits * heads * displacements
+    launch(kernels.grad_bias, programs, *inputs, log_sums, common, tiles, *sizes, **constants)
     return geometry.widen(_fold(tiles.sum(0), box, boxes, geometry.window))
 
 
@@ -245,7 +245,7 @@ def grad_all(geometry: Geometry, given: list[Tensor], grad_qkv: Tensor) -> tuple
     grad_scale = grad_qkv.new_empty(splits, heads, dtype=torch.float32)
     tiles = grad_qkv.new_empty(splits, heads, block, block, dtype=torch.float32)
     sizes = geometry.size, heads, windows, splits
-    kernels.grad_all[(splits * heads,)](*given, grad_qkv, grad_scale, tiles, *sizes, **constants)
+    launch(kernels.grad_all, splits * heads, *given, grad_qkv, grad_scale, tiles, *sizes, **constants)
     grad_bias = tiles.sum(0)[:, :tokens, :tokens].flip(1)
     return grad_scale.sum(0), geometry.widen(dense_bias_backward(grad_bias, geometry.window))
 
@@ -264,7 +264,7 @@ def _register() -> None:
     inputs, sizes = 'Tensor qkv, Tensor logit_scale, Tensor bias_table', 'int[] window_size, int[] shift_size'
 
     @torch.library.custom_op(
-        'swinv2_mm::fused_window_attention', mutates_args=(), schema=f'({inputs}, {sizes}) -> (Tensor, Tensor)'
+        'swinv2_mm::triton_window_attention', mutates_args=(), schema=f'({inputs}, {sizes}) -> (Tensor, Tensor)'
     )
     def forward(qkv, logit_scale, bias_table, window_size, shift_size):
         return attend(qkv, logit_scale, bias_table, tuple(window_size), tuple(shift_size))
@@ -275,7 +275,7 @@ def _register() -> None:
         return qkv.new_empty(*maps, heads * head_dim), qkv.new_empty(math.prod(maps), heads, dtype=torch.float32)
 
     @torch.library.custom_op(
-        'swinv2_mm::fused_window_attention_backward',
+        'swinv2_mm::triton_window_attention_backward',
         mutates_args=(),
         schema=f'(Tensor grad, {inputs}, Tensor out, Tensor log_sums, {sizes}) -> (Tensor, Tensor, Tensor)',
     )

@@ -9,7 +9,7 @@ pytest.importorskip('triton')
 import triton.language as tl
 from triton.runtime import interpreter
 
-from swinv2_mm.ops.triton import tiles
+from swinv2_mm.ops.triton import attention, tiles
 
 PATCHED = set()
 CREATE_DOT = interpreter.InterpreterBuilder.create_dot
@@ -48,11 +48,10 @@ def numpy_type(dtype):
     return NUMPY_TYPES[key]
 
 
-def largest_blocks(kernel, tokens, *_):
-    """Tiles as large as they can be: the interpreter takes about as long for a small one."""
-    largest = 64 if kernel == 'grad_all' else 128 if tokens <= 256 else 256
-    size = min(largest, max(tiles.SMALLEST, tiles.next_power_of_2(tokens)))
-    return tiles.TileConfig(size, size, warps=4, stages=1)
+def take_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one test, make tiles as large as they can be: the interpreter takes about as long for a small one."""
+    monkeypatch.setattr(attention, 'box_tokens', lambda *_: 128)
+    monkeypatch.setattr(attention, 'choose_tiles', lambda *_: tiles.TileConfig(128, 128, warps=4, stages=1))
 
 
 def mend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,15 +189,17 @@ class Geometry:
             **self._dims(),
             'LARGE': self.tokens * 3 * self.heads * self.head_dim >= 2**31,
             'WHOLE': self.keys == self.window_tokens,
-            'BLOCK_M': tiles.block_m,
             'PRECISION': 'tf32' if self.dtype == torch.float32 and _is_tf32_allowed() else 'ieee',
             'num_warps': tiles.warps,
             'num_stages': tiles.stages,
         }
         if self.is_one_tile:
-            return constants
+            return constants | {'BLOCK_M': self.slots}
         constants |= {'SLOTS': self.slots, 'PLACES': len(self.bias_tables().entries), 'RUN': self.box.run}
-        return constants if kernel == 'bwd_dbias' else constants | {'KEYS': self.keys, 'BLOCK_N': tiles.block_n}
+        if kernel == 'bwd_dbias':
+            return constants | {'BLOCK_M': math.prod(self.box.size)}
+        block_n = math.gcd(tiles.block_n, self.keys)
+        return constants | {'KEYS': self.keys, 'BLOCK_M': tiles.block_m, 'BLOCK_N': block_n}
 
 
 def _is_tf32_allowed() -> bool:

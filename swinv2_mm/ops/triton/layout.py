@@ -5,7 +5,7 @@ The places of all boxes, one after another, are its slots; those outside of the 
 
 The bias is kept once per head such that a query's logits with a run of keys along the last axis are a run of memory:
 
-    bias[c, x, *offsets, r]: query at x along the last axis, keys at c * RUN + r, offsets of key - query along the others
+    bias[c, x, *offsets, r]: query at x and key at c * RUN + r along the last axis, offsets of key - query along others
 
 So the place of a query and a key is the sum of a number of the query and one of the key, and tiles are read by vectors.
 """
@@ -71,7 +71,7 @@ def slot_positions(window_size: Size, box: Box, slots: int) -> Tensor:
 def token_tables(
     map_size: Size, window_size: Size, shift_size: Size, box: Box | None, slots: int, device: torch.device
 ) -> TokenTables:
-    """Tables of a map of three axes and its windows, 8 bytes for each slot; without a box, tokens are in their order."""
+    """Tables of a map of three axes, 8 bytes for each slot of a window; without a box, tokens are in their order."""
     axes = (1, 2, 3)
     tokens = 1 + torch.arange(math.prod(map_size)).view(1, *map_size)  # 0 is padding
     tokens = pad_to_windows(tokens, window_size)

@@ -19,8 +19,8 @@ TUNED = Path(__file__).with_name('tiles.json')
 class TileConfig(NamedTuple):
     """Tokens and threads of a program."""
 
-    block_m: int  # tokens that it works for
-    block_n: int  # tokens that it takes at a time; the last three kernels take `block_m`
+    block_m: int  # tokens that it works for; the last three kernels take a box or a window, whatever is said here
+    block_n: int  # tokens that it takes at a time, or fewer if that does not divide a window
     warps: int
     stages: int  # of the pipeline of its loop
 
@@ -54,14 +54,11 @@ def choose_tiles(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype, de
 def default_tiles(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype) -> TileConfig:
     """Tiles that fit the registers of a program, as the compiler reports them."""
     box = box_tokens(head_dim, dtype)
-    if kernel in ('window_forward', 'window_backward'):
-        block = max(SMALLEST, next_power_of_2(tokens))
-        return TileConfig(block, block, warps=4, stages=2 if kernel == 'window_forward' else 1)
-    if box == 32:
-        return TileConfig(32, 32, warps=4, stages=2)
-    if kernel == 'bwd_dbias':
-        return TileConfig(64, 64, warps=4, stages=2)
-    return TileConfig(64, 64, warps=4, stages=2)
+    if kernel == 'window_backward':  # whose registers hold no second stage
+        return TileConfig(LARGEST_WINDOW, LARGEST_WINDOW, warps=4, stages=1)
+    if kernel == 'forward' and box == 64 and tokens % 128 == 0:
+        return TileConfig(128, 64, warps=4, stages=2)
+    return TileConfig(box, box, warps=4, stages=2)
 
 
 def candidates(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype) -> Iterator[TileConfig]:

@@ -199,6 +199,8 @@ def specialize(value: Any) -> tuple[Any, dict, dict]:
     divisible = {(): (('tt.divisibility', 16),)}
     if isinstance(value, Tensor):
         return f'*{TYPES[value.dtype]}', {}, divisible if value.data_ptr() % 16 == 0 else {}
+    if isinstance(value, (bool, float)):
+        return 'u1' if isinstance(value, bool) else 'fp32', {}, {}
     if value == 1:
         return 'constexpr', {(): 1}, {}
     return 'i32' if -(2**31) <= value < 2**31 else 'i64', {}, divisible if value % 16 == 0 else {}

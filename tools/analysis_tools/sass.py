@@ -28,14 +28,14 @@ RULES = [
         (r'(LDTM|STTM|UTMA|UBLK)', 'load/store', None, 0),  # tensor memory, and copies without threads
         (r'(LD|ST|ATOM|RED)(G|S|L|SM|GSTS|GMC)?\b', 'load/store', 'lsu', 4),
         (r'SHFL', 'other', 'lsu', 4),
-        (r'IMAD\.MOV', 'other', 'imad', 2),
+        (r'IMAD\.(MOV|U32)', 'other', 'imad', 2),
         (r'IMAD\.(WIDE|HI)', 'integer', 'imad', 4),
         (r'IMAD', 'integer', 'imad', 2),
         (r'(FFMA|FMUL|FADD|HFMA|HADD|HMUL)', 'fp32', 'fma', 1),
         (r'(FMNMX|FSETP|FSEL|FSET|F2FP|I2FP|FCHK|HMNMX|HSET)', 'fp32', 'alu', 2),
         (r'(MOV|VOTE|P2R|R2P)\b', 'other', 'alu', 2),
         (r'(IADD|LOP|SHF|LEA|ISETP|SEL|V?IMNMX|VIADD|PRMT|PLOP|IABS|SGXT|BMSK)', 'integer', 'alu', 2),
-        (r'(UMOV|UP|US2UR|ULDC|USETMAXREG)', 'other', None, 0),
+        (r'(UMOV|ULDC|UTC|USETMAXREG|UVIRT)', 'other', None, 0),
         (r'U', 'integer', None, 0),  # of a warp as a whole, on a pipe of its own
         (r'', 'other', None, 0),
     )

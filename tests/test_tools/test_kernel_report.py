@@ -292,6 +292,6 @@ def test_the_tool_compiles_a_model(tmp_path):
     [model] = found['models']
     for key, is_backward in (('forward', False), ('backward', True)):
         products = sum(r['microseconds']['tensor'] for r in with_products if r['is_backward'] == is_backward)
-        # windows of 64 tokens fill their tiles: no product is missed, none is counted twice, but backward some run again
+        # windows of 64 tokens fill their tiles: no product is missed or counted twice, but backward some run again
         assert products >= 0.99 * model[key]['floors']['tensor']
         assert is_backward or products <= 1.01 * model[key]['floors']['tensor']

@@ -198,6 +198,14 @@ def test_they_pass_the_self_check(dtype):
     assert selfcheck.check(torch.device(DEVICE), dtype, 32) == ''
 
 
+@pytest.mark.skipif(DEVICE == 'cuda', reason='a GPU has TF32')
+def test_they_pass_the_self_check_in_tf32(monkeypatch):
+    triton_interpreter.truncate(monkeypatch)
+    assert 'grad of qkv is off by' in selfcheck.check(torch.device(DEVICE), torch.float32, 32)
+    monkeypatch.setattr(triton_backend, '_is_tf32_allowed', lambda: True)
+    assert selfcheck.check(torch.device(DEVICE), torch.float32, 32) == ''
+
+
 @pytest.mark.slow
 def test_a_window_of_4096_tokens():
     assert_as_exact_as_sdpa(draw((64, 64), heads=1, window=(64, 64), head_dim=16), (64, 64), (0, 0))

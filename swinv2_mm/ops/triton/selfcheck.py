@@ -171,8 +171,9 @@ def _compare(
     """
     peer_dtype = torch.float16 if _is_tf32(dtype) else dtype  # TF32 has as many bits
     is_exact = peer_dtype == torch.float32
-    size = tuple(w + max(1, w // 4) for w in window) if is_shifted else (*window[:-1], 2 * window[-1])
     shift = tuple(w // 2 if is_shifted else 0 for w in window)
+    # shifted: a window within the map, windows at its edges, and some whose first tokens are all padding
+    size = tuple(w + d for w, d in zip(window, shift, strict=True)) if is_shifted else (*window[:-1], 2 * window[-1])
     generator = torch.Generator().manual_seed(0)
     qkv, grad = (torch.randn(s, generator=generator) for s in ((1, *size, 3, 2, head_dim), (1, *size, 2 * head_dim)))
     table = 16 * torch.rand(2, math.prod(2 * w - 1 for w in window), generator=generator)

@@ -27,7 +27,7 @@ from swinv2_mm.models import SwinTransformerV2
 from swinv2_mm.ops import sdpa, window_attention
 from swinv2_mm.ops.reference import reference_window_attention
 from swinv2_mm.ops.triton import attention as triton_backend
-from swinv2_mm.ops.triton import kernels, tiles
+from swinv2_mm.ops.triton import kernels, selfcheck, tiles
 from swinv2_mm.ops.triton.launch import recorded
 from swinv2_mm.ops.windows import dense_bias_backward
 
@@ -204,6 +204,19 @@ def test_multiply_add_with_one_rounding_gives_no_nan(monkeypatch, take, side, bl
 def test_is_as_exact_as_sdpa_in_large_windows(window, dtype):
     size, shift = tuple(w + w // 3 for w in window), tuple(w // 2 for w in window)
     assert_as_exact_as_sdpa(draw(size, heads=1, window=window), window, shift, dtype)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_they_pass_the_self_check(dtype):
+    assert selfcheck.check(torch.device(DEVICE), dtype, 32) == ''
+
+
+@pytest.mark.skipif(DEVICE == 'cuda', reason='a GPU has TF32')
+def test_they_pass_the_self_check_in_tf32(monkeypatch):
+    triton_interpreter.truncate(monkeypatch)
+    assert 'grad of qkv is off by' in selfcheck.check(torch.device(DEVICE), torch.float32, 32)
+    monkeypatch.setattr(triton_backend, '_is_tf32_allowed', lambda: True)
+    assert selfcheck.check(torch.device(DEVICE), torch.float32, 32) == ''
 
 
 @pytest.mark.slow
@@ -424,6 +437,15 @@ def test_old_gpus_and_old_triton_are_refused_when_models_are_compiled_too(monkey
         return x + triton_backend._capability(x.device)[0] + len(triton_backend._triton_version())
 
     assert torch.compile(recorded, fullgraph=True, backend='eager')(torch.zeros(1)) == 7 + len('3.3.1')
+
+
+def test_torch_func_and_forward_mode_cannot_transform_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
+    qkv, reasons = torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu), []
+    torch.func.vmap(lambda x: reasons.append(triton_backend.can_run(qkv)) or x)(torch.zeros(1))
+    with torch.autograd.forward_ad.dual_level():
+        reasons.append(triton_backend.can_run(qkv))
+    assert reasons == ['torch.func and forward-mode AD transform operators of PyTorch alone'] * 2
 
 
 def test_without_triton_it_cannot_run(monkeypatch):

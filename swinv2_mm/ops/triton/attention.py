@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..recording import at_compilation, is_tracing
+from ..recording import at_compilation, is_tracing, is_transformed
 from ..reference import MAX_LOGIT_SCALE
 from ..windows import (
     Size,
@@ -68,6 +68,8 @@ def can_run(qkv: Tensor) -> str | None:
         return f'it needs torch 2.4 or newer, this is {torch.__version__}'
     if is_tracing():
         return 'its operator is not one of those that models are exported with'
+    if is_transformed():
+        return 'torch.func and forward-mode AD transform operators of PyTorch alone'
     if qkv.dtype not in DTYPES:
         return f'its kernels compute in float32, and the map is of type {qkv.dtype}'
     if qkv.dim() - 4 > MAX_AXES:

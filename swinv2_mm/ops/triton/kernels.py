@@ -274,7 +274,9 @@ def bwd_dq(
 ):
     """Gradient of BLOCK_M queries, what they add to that of `logit_scale`, and `delta` for the kernels that follow.
 
-    delta is the row sum of grad_out * out. Programs and loop as in `forward`.
+    delta is the row sum of grad_out * out. `out` is rounded, and the error of delta would add up in the gradient of the
+    scale. The loop corrects it: the gradients of a query's logits must have the sum zero.
+    Programs and loop as in `forward`.
     """
     MASKED: tl.constexpr = EDGE or not WHOLE
     BLOCKS: tl.constexpr = (KEYS + BLOCK_M - 1) // BLOCK_M
@@ -297,13 +299,14 @@ def bwd_dq(
     o = _load_rows(out + (sample * heads + head) * DIM, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, True)
     lse_i = _load_numbers(lse + sample * heads + head, q_rows, heads, float('inf'), LARGE, True)
     delta_i = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + sample * heads + head + _offsets(q_rows, heads, LARGE), delta_i, mask=q_rows >= 0)
     # Powers of 2 with which float16 holds the gradients of a query's logits, however small they are
     exponent = tl.max(tl.abs(do.to(tl.float32)), 1).to(tl.int32, bitcast=True) & 0x7F800000
     power, inverse_power = (0x7F000000 - exponent).to(tl.float32, bitcast=True), exponent.to(tl.float32, bitcast=True)
     do = (do.to(tl.float32) * power[:, None]).to(do.dtype)
     q_place = tl.load(q_places + q_slots)
     q_region = tl.load(regions + q_slots) if EDGE else q_rows
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    mean_k = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
     grad_q = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
     for start in range(0, KEYS, BLOCK_N):
         k_slots = start + tl.arange(0, BLOCK_N)
@@ -315,10 +318,14 @@ def bwd_dq(
         if EDGE:
             logits = _mask(logits, q_region[:, None], tl.load(regions + k_slots)[None, :])
         p = tl.exp2(logits - lse_i[:, None])
+        mean_k = tl.dot(p.to(k.dtype), k, mean_k, input_precision=PRECISION)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - (delta_i * power)[:, None])
+        row_sum += tl.sum(ds, 1)
         grad_q = tl.dot(ds.to(k.dtype), k, grad_q, input_precision=PRECISION)
-    grad_q *= (inverse_power * scale)[:, None]
+    delta += sample * heads + head
+    tl.store(delta + _offsets(q_rows, heads, LARGE), delta_i + row_sum * inverse_power, mask=q_rows >= 0)
+    grad_q = (grad_q - row_sum[:, None] * mean_k) * (inverse_power * scale)[:, None]
     raw = _load_rows(q_ptr, q_rows, stride, DIM, BLOCK_DIM, LARGE, True).to(tl.float32)
     inverse_norm = _inverse_norm(raw)
     tl.store(grad_scale + program, tl.sum(tl.sum(grad_q * raw, 1) * inverse_norm, 0))

@@ -56,7 +56,9 @@ def default_tiles(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype) -
     box = box_tokens(head_dim, dtype)
     if kernel == 'window_backward':  # whose registers hold no second stage
         return TileConfig(LARGEST_WINDOW, LARGEST_WINDOW, warps=4, stages=1)
-    if kernel in ('forward', 'bwd_dq') and box == 64 and tokens % 128 == 0:
+    if kernel == 'bwd_dbias':  # whose loop loads by tables, so that a second stage costs more instructions
+        return TileConfig(box, box, warps=4, stages=1)
+    if kernel == 'forward' and box == 64 and tokens % 128 == 0:
         return TileConfig(128, 64, warps=4, stages=2)
     return TileConfig(box, box, warps=4, stages=2)
 

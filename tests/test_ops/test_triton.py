@@ -60,7 +60,7 @@ def take(monkeypatch):
         config = tiles.TileConfig(block_m, block_n, warps=4, stages=1)
         monkeypatch.setattr(triton_backend, 'choose_tiles', lambda *_: config)
         monkeypatch.setattr(triton_backend, 'box_tokens', lambda *_: box)
-        monkeypatch.setattr(triton_backend, 'LARGEST_WINDOW', box)
+        monkeypatch.setattr(tiles, 'LARGEST_WINDOW', box)
         monkeypatch.setattr(triton_backend, 'PROGRAMS', programs)
 
     return set_tiles
@@ -137,7 +137,7 @@ def draw_scaled(size, heads, window, head_dim, dtype):
         ((10,), (4,), torch.float32, 2, 4, 1024),
         ((7, 8), (4, 4), torch.bfloat16, 2, 24, 4),
         ((15, 16), (8, 8), torch.float16, 1, 32, 1024),
-        ((4, 3, 5), (2, 3, 3), torch.float32, 2, 32, 4),
+        ((4, 3, 5), (2, 3, 3), torch.float32, 2, 16, 4),
         ((2, 4, 5), (2, 3, 3), torch.bfloat16, 1, 16, 2),
         ((1, 7), (5, 5), torch.float32, 1, 16, 1024),
     ],
@@ -502,7 +502,7 @@ def test_kernels_are_interpreted_only_without_a_gpu():
 
 @pytest.mark.parametrize(
     ('head_dim', 'dtype', 'fits'),
-    [(32, torch.float32, True), (33, torch.float32, False), (64, torch.bfloat16, True), (96, torch.float16, False)],
+    [(16, torch.float32, True), (17, torch.float32, False), (32, torch.bfloat16, True), (33, torch.float16, False)],
 )
 def test_a_window_is_one_tile_only_if_its_heads_are_small(head_dim, dtype, fits):
     geometry = triton_backend.Geometry(torch.empty(1, 8, 8, 3, 1, head_dim, dtype=dtype), (8, 8), (4, 4))

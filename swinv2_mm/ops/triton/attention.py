@@ -35,11 +35,10 @@ from .layout import (
 )
 from .tiles import (
     KERNELS,
-    LARGEST_WINDOW,
     SMALLEST,
     box_tokens,
     choose_tiles,
-    is_wide,
+    is_one_tile,
     next_power_of_2,
 )
 
@@ -118,8 +117,7 @@ class Geometry:
         self.dtype, self.device = qkv.dtype, qkv.device
         # of unit vectors and the bias: bfloat16 would be too coarse for them
         self.unit_dtype = torch.float32 if qkv.dtype == torch.float32 else torch.float16
-        # whether one program can hold a window, in its registers and in shared memory
-        self.is_one_tile = self.window_tokens <= LARGEST_WINDOW and not is_wide(self.head_dim, self.dtype)
+        self.is_one_tile = is_one_tile(self.window_tokens, self.head_dim, self.dtype)
         if self.is_one_tile:
             self.box, self.keys = None, max(SMALLEST, next_power_of_2(self.window_tokens))
         else:
@@ -214,7 +212,7 @@ def _is_tf32_allowed() -> bool:
 
 def lse_shape(qkv: Tensor, window_size: Size) -> tuple[int, int]:
     """(tokens, heads), or (0, heads) where windows are one tile whatever the map: their backward pass needs none."""
-    keeps_none = math.prod(window_size) <= LARGEST_WINDOW and not is_wide(qkv.shape[-1], qkv.dtype)
+    keeps_none = is_one_tile(math.prod(window_size), qkv.shape[-1], qkv.dtype)
     return 0 if keeps_none else math.prod(qkv.shape[:-3]), qkv.shape[-2]
 
 

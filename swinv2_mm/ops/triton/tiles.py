@@ -30,14 +30,14 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def is_wide(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether tokens take so much memory that few of them fit into a program."""
-    return head_dim * dtype.itemsize > 128
+def is_one_tile(tokens: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the registers of one program hold a window, forward and backward."""
+    return tokens <= LARGEST_WINDOW and head_dim * dtype.itemsize <= 64
 
 
 def box_tokens(head_dim: int, dtype: torch.dtype) -> int:
     """Places of the boxes that windows are cut into."""
-    return 32 if is_wide(head_dim, dtype) or dtype.itemsize > 2 else 64
+    return 32 if dtype.itemsize > 2 or head_dim * dtype.itemsize > 128 else 64
 
 
 def choose_tiles(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> TileConfig:

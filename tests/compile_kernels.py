@@ -1,97 +1,49 @@
-"""Compile the Triton kernels for a GPU of Nvidia, without one: what the interpreter accepts need not compile.
+"""Compile all Triton kernels for heads of all sizes, and write what they take of an SM to a JSON file.
 
-python tests/compile_kernels.py    # prints registers, spills and shared memory of each kernel as a table
+Tests interpret kernels, so that this has a process of its own: python tests/compile_kernels.py OUT
 """
 
-import argparse
+import itertools
+import json
+import math
 import os
-import re
-import subprocess
-import tempfile
+import sys
+from pathlib import Path
 
-os.environ.pop('TRITON_INTERPRET', None)
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from swinv2_mm.ops.triton import attention as triton_backend
-from swinv2_mm.ops.triton import kernels
+sys.path.insert(0, str(Path(__file__).parents[1] / 'tools/analysis_tools'))
+import kernel_report
+from kernel_report import Job
 
-TARGET = GPUTarget('cuda', 90, 32)
-TYPES = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
-CASES = [
-    ((8, 8), 32, torch.bfloat16),
-    ((7, 7), 32, torch.float16),
-    ((24, 24), 32, torch.bfloat16),
-    ((24, 24), 32, torch.float32),
-    ((64, 64), 32, torch.bfloat16),
-    ((8, 7, 7), 32, torch.bfloat16),
-    ((16, 16), 128, torch.bfloat16),
-    ((16, 16), 16, torch.float16),
-]
-# All kernels, types, and numbers of axes; heads of each size of tiles, and large ones in windows that else are one tile
-FEW = [
-    ((7, 7), 16, torch.float16),
-    ((24, 24), 32, torch.float32),
-    ((8, 7, 7), 128, torch.bfloat16),
-    *(((8, 8), head_dim, dtype) for head_dim in (96, 128) for dtype in (torch.float32, torch.bfloat16)),
-]
-MAPS = {'qkv', 'out', 'grad_out', 'grad_qkv'}
-NUMBERS = {'heads', 'windows', 'splits'}
+ARCHS = 'sm_80', 'sm_89', 'sm_90', 'sm_100'
+DTYPES = torch.float32, torch.float16, torch.bfloat16
+HEAD_DIMS = 16, 32, 64, 96, 128
+WINDOWS = (8, 7, 7), (8, 8)  # of several tiles, and of one
 
 
-def shifted_windows(window: tuple[int, ...], head_dim: int, dtype: torch.dtype) -> triton_backend.Geometry:
-    """Windows of a map that they do not divide."""
-    qkv = torch.empty(1, *(2 * w + 1 for w in window), 3, 4, head_dim, dtype=dtype)
-    return triton_backend.Geometry(qkv, window, tuple(w // 2 for w in window))
-
-
-def compile_kernel(name: str, geometry: triton_backend.Geometry) -> triton.compiler.CompiledKernel:
-    """A kernel, compiled for such windows."""
-    constants = geometry.boxes(name)[2] if name == 'grad_bias' else geometry.runs(name)[1]
-    options = {key: constants.pop(key) for key in ('num_warps', 'num_stages', 'enable_fp_fusion')}
-    function = getattr(kernels, name)
-    signature, attributes, known = {}, {}, {}
-    for place, argument in enumerate(function.arg_names):
-        if argument in constants:
-            signature[argument] = 'constexpr'
-            known[(place,)] = constants[argument]
-        elif argument == 'size':  # a number that is 1 becomes a constant when the kernel is called
-            signature[argument] = tuple('constexpr' if n == 1 else 'i32' for n in geometry.size)
-            known |= {(place, axis): 1 for axis, n in enumerate(geometry.size) if n == 1}
-        elif argument in NUMBERS:
-            signature[argument] = 'i32'
-        else:
-            signature[argument] = '*' + (TYPES[geometry.dtype] if argument in MAPS else 'fp32')
-            attributes[(place,)] = [['tt.divisibility', 16]]
-    return triton.compile(ASTSource(function, signature, known, attributes), target=TARGET, options=options)
-
-
-def resources(cubin: bytes) -> str:
-    """Registers and spilled bytes of a thread, as the disassembler of the wheel tells them."""
-    tool = triton.knobs.nvidia.cuobjdump.path
-    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, '-res-usage', file.name], check=True, capture_output=True, text=True).stdout
-    registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', text).groups()
-    return f'{registers} | {stack}'
+def jobs_of(window: tuple[int, ...], head_dim: int, dtype: torch.dtype, arch: str) -> dict[str, Job]:
+    """The kernels of shifted windows on a map that they do not divide, by name."""
+    qkv = torch.empty(1, *(2 * w + 1 for w in window), 3, 4, head_dim, dtype=dtype, device='meta')
+    table_size, shift = math.prod(2 * w - 1 for w in window), [w // 2 for w in window]
+    launches = itertools.chain(*kernel_report.launches_of(qkv, table_size, window, shift))
+    return {launch.kernel.__name__: kernel_report.job_of(launch, arch) for launch in launches}
 
 
 def main() -> None:
-    """Run the script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--few', action='store_true', help='a few cases, which have all kernels and types')
-    cases = FEW if parser.parse_args().few else CASES
-    print('| window | head size | type | kernel | warps | registers | bytes on the stack | shared memory |')
-    print('|---|---|---|---|---|---|---|---|')
-    for window, head_dim, dtype in cases:
-        geometry = shifted_windows(window, head_dim, dtype)
-        for name in geometry.kernels():
-            compiled = compile_kernel(name, geometry)
-            used = f'{compiled.metadata.num_warps} | {resources(compiled.asm["cubin"])} | {compiled.metadata.shared}'
-            print(f'| {"x".join(map(str, window))} | {head_dim} | {TYPES[dtype]} | {name} | {used} |', flush=True)
+    """Compile each kernel for each type and size of heads, in turns for one of the GPUs: for all takes minutes more."""
+    jobs = {}
+    for (i, dtype), (j, head_dim) in itertools.product(enumerate(DTYPES), enumerate(HEAD_DIMS)):
+        arch = ARCHS[(i + j) % len(ARCHS)]
+        several, one = (jobs_of(window, head_dim, dtype, arch) for window in WINDOWS)
+        jobs |= {(name, str(dtype), head_dim, arch): job for name, job in {**one, **several}.items()}
+    compiled = kernel_report.compile_all(jobs.values(), os.cpu_count())
+    found = []
+    for case, job in jobs.items():
+        kernel = compiled[job]
+        fitting = kernel_report.programs_per_sm(job.arch, kernel.registers, kernel.shared, kernel.warps)
+        found.append([*case, dict(stack=kernel.stack, shared=kernel.shared, programs_per_sm=fitting)])
+    Path(sys.argv[1]).write_text(json.dumps(found))
 
 
 if __name__ == '__main__':

@@ -10,8 +10,9 @@ the first table is one compiled kernel with all its launches in a model:
 - registers, bytes of the stack (spilled registers), shared memory, and the programs that an SM runs at once;
 - instructions of a thread per logit of attention, by kind, each as often as it runs: those of the main loop (see
   `sass.split`) once per tile of logits, those of a loop around it once per window, all others once per program.
-  Branches inside the main loop count as taken. `loop` is the main loop by itself, per logit of its tile: tiles that
-  reach beyond a window, and what runs once per program, are in `total` only;
+  Branches inside the main loop count as taken. Where warps compute the same tile twice, or the compiler has unrolled
+  the loop, `exp` is near 2. `loop` is the main loop by itself, per logit of its tile: tiles that reach beyond a window,
+  and what runs once per program, are in `total` only;
 - microseconds per image that each pipe of an H100 (SXM) is busy, whatever GPU the code is for, and the busiest.
   Memory is assumed never to wait. Kernels without matrix products only move bytes: those of their tensors count.
 
@@ -296,22 +297,13 @@ def tiles_of(launch: Launch) -> int:
 
 def executed(use: Use, kernel: Kernel) -> Counter:
     """Instructions by kind and clocks by pipe of all warps, per image, as `sass.count` has them for one."""
-    tiles = tiles_of(use.launch)
-    runs = (
-        (kernel.once, use.launch.programs),
-        (kernel.around, use.launch.programs),
-        (kernel.loop, tiles / tiles_per_trip(use, kernel)),
-    )
+    programs = use.launch.programs
+    runs = (kernel.once, programs), (kernel.around, programs), (kernel.loop, tiles_of(use.launch))
     total = Counter()
     for found, times in runs:
         for key, number in found.items():
             total[key] += number * times * kernel.warps * use.per_image
     return total
-
-
-def tiles_per_trip(use: Use, kernel: Kernel) -> int:
-    """Into how many trips of its source the compiler has unrolled the main loop: each logit takes an exponential."""
-    return max(1, kernel.loop['ex2'] * 32 * kernel.warps // logits_per_trip(use.launch))
 
 
 # ---------------------------------------------------------------- figures
@@ -355,12 +347,11 @@ def row(kernel: Kernel, arch: str, members: Sequence[Use]) -> dict[str, Any]:
     executions = sum((executed(use, kernel) for use in members), Counter())
     logits = sum(windows_of(use.launch) * use.tokens**2 * use.per_image for use in members)
     kinds = {kind: 32 * executions[kind] / logits for kind in sass.KINDS}
-    of_a_trip = logits_per_trip(first.launch) * tiles_per_trip(first, kernel)
     pipes = pipes_of(executions)
     return dict(
         found,
         instructions=dict(kinds, total=sum(kinds.values())),
-        loop=32 * kernel.warps * kernel.loop['issue'] / of_a_trip,
+        loop=32 * kernel.warps * kernel.loop['issue'] / logits_per_trip(first.launch) or None,
         microseconds=pipes,
         binds=max(pipes, key=pipes.get),
     )

@@ -247,7 +247,7 @@ def test_report_prints_and_writes_what_was_counted(monkeypatch, tmp_path):
     printed = call(tmp_path, TOOL, '--shapes', 'nano', '--dtypes', 'float16', '--archs', 'sm_80', '--json', file)
     found = json.loads(file.read_text())
     first = found['kernels'][0]
-    assert (first['stages'], first['arch'], first['dtype'], first['programs_per_sm']) == ('1', 'sm_80', 'float16', 5)
+    assert (first['stages'], first['arch'], first['dtype'], first['programs_per_sm']) == ('1 1s', 'sm_80', 'float16', 5)
     kinds = first['instructions']
     assert kinds['total'] == pytest.approx(sum(kinds[kind] for kind in sass.KINDS), rel=1e-3)
     assert first['binds'] == max(first['microseconds'], key=first['microseconds'].get)

@@ -44,10 +44,10 @@ from .tiles import (
 
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 TRITON = 3, 4  # older ones do not compile the kernels
-MAX_HEAD_DIM = 128  # larger ones do not fit the registers of a program
+# larger heads do not fit the registers of a program
+MAX_HEAD_DIM = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 MAX_AXES = 3
 CAPABILITY = 8  # of the oldest GPUs, Ampere, that multiply bfloat16
-DTYPES = torch.float32, torch.float16, torch.bfloat16
 PROGRAMS = 1024  # of the kernels that sum over windows; a GPU has about 100 processors
 MOST_QUERIES = 128  # of a tile; tables have rows of a multiple of it
 BIAS_CENTER = 8.0  # of the position bias, which lies between 0 and 16
@@ -69,12 +69,13 @@ def can_run(qkv: Tensor) -> str | None:
         return 'its operator is not one of those that models are exported with'
     if is_transformed():
         return 'torch.func and forward-mode AD transform operators of PyTorch alone'
-    if qkv.dtype not in DTYPES:
+    if qkv.dtype not in MAX_HEAD_DIM:
         return f'its kernels compute in float32, and the map is of type {qkv.dtype}'
     if qkv.dim() - 4 > MAX_AXES:
         return f'its kernels know maps of up to {MAX_AXES} axes, and this one has {qkv.dim() - 4}'
-    if qkv.shape[-1] > MAX_HEAD_DIM:
-        return f'its kernels take heads of up to {MAX_HEAD_DIM} channels, and these have {qkv.shape[-1]}'
+    most = MAX_HEAD_DIM[qkv.dtype]
+    if qkv.shape[-1] > most:
+        return f'its kernels take heads of up to {most} channels in {qkv.dtype}, and these have {qkv.shape[-1]}'
     major, minor = _capability(qkv.device)
     if major < CAPABILITY:
         return f'its kernels are for GPUs of compute capability {CAPABILITY} or more, and this one has {major}.{minor}'

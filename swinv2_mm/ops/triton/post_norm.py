@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -111,8 +112,8 @@ def _tiles(x: Tensor) -> tuple[int, int, dict]:
     batch, *spatial_shape, channels = x.shape
     tokens, block = math.prod(spatial_shape), next_power_of_2(channels)
     rows = max(1, ELEMENTS // block)
-    constants = {'C': channels, 'BLOCK_C': block, 'ROWS': rows, 'num_warps': 4 if block <= ELEMENTS else 8}
-    return tokens, batch * -(-tokens // rows), constants
+    options = {'num_warps': 4 if block <= ELEMENTS else 8, 'enable_fp_fusion': True}
+    return tokens, batch * -(-tokens // rows), {'C': channels, 'BLOCK_C': block, 'ROWS': rows, **options}
 
 
 LIBRARY = torch.library.Library('swinv2_mm', 'FRAGMENT')  # what it defines lasts as long as it does
@@ -136,3 +137,44 @@ _register(
     _backward,
     _backward_results,
 )
+
+
+def check(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """Compare the kernels with PyTorch's operators on a small map, with gradients enabled and autocast disabled.
+
+    Args:
+        device: Of the map.
+        dtype: Of the branch; all else is float32, as under autocast, and then of this type too.
+
+    Returns:
+        Largest errors of the result and the gradients, and those that are allowed: three times the error of PyTorch's
+        operators, and some rounding. They are parts of the largest value in float64.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, 5, 7, 96), (3, 5, 7, 96), (96,), (96,), (3, 5, 7, 96)
+    inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    keep = torch.tensor([0.0, 1.0, 1.25], device=device)
+    errors = {}
+    for other in dict.fromkeys((torch.float32, dtype)):
+        exact = _results(_add_by_operators, inputs, keep.double(), torch.float64, torch.float64)
+        peer = _results(_add_by_operators, inputs, keep.to(other), other, other)
+        ours = _results(add_post_norm, inputs, keep, other, dtype)
+        for name, expected, *found in zip(('out', 'x', 'branch', 'weight', 'bias'), exact, peer, ours, strict=True):
+            allowed, error = (float((t.double() - expected).abs().max() / expected.abs().max()) for t in found)
+            rounding = 4 * torch.finfo(dtype if name == 'branch' else other).eps
+            errors[f'{name} with {other}'] = error, 3 * allowed + rounding
+    return errors
+
+
+def _add_by_operators(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, keep: Tensor) -> Tensor:
+    return x + F.layer_norm(branch, weight.shape, weight, bias, eps) * keep.view(-1, *(1,) * (x.dim() - 1))
+
+
+def _results(
+    add: Callable, inputs: list[Tensor], keep: Tensor, dtype: torch.dtype, branch_dtype: torch.dtype
+) -> list[Tensor]:
+    """The sum and all gradients."""
+    *leaves, grad_out = (t.detach().to(branch_dtype if i == 1 else dtype) for i, t in enumerate(inputs))
+    leaves = [t.requires_grad_() for t in leaves]
+    out = add(*leaves, 1e-5, keep)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]

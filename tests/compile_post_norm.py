@@ -26,15 +26,15 @@ OPTIONS = 'num_warps', 'enable_fp_fusion'
 
 
 def launches(
-    tokens: int, channels: int, dtype: torch.dtype, branch_dtype: torch.dtype, keep: torch.Tensor | None
+    tokens: int, channels: int, dtype: torch.dtype, branch_dtype: torch.dtype, kept: torch.Tensor | None
 ) -> list[Launch]:
     """What runs for maps of two samples, forward and backward."""
     x = torch.empty(2, tokens, channels, dtype=dtype, device='meta')
     weight = torch.empty(channels, dtype=dtype, device='meta')
     branch = torch.empty_like(x, dtype=branch_dtype)
     with recorded() as found:
-        out, mean, rstd = post_norm._forward(x, branch, weight, weight, keep, 1e-5)
-        post_norm._backward(out, branch, weight, keep, mean, rstd)
+        out, statistics = post_norm.forward(x, branch, weight, weight, kept, 0.9, 1e-5)
+        post_norm.backward(out, branch, weight, kept, statistics, 0.9)
     return found
 
 
@@ -60,9 +60,9 @@ def main() -> None:
     """Run the script."""
     print('| compute capability | channels | types | kernel | registers | bytes on the stack | shared memory |')
     print('|---|---|---|---|---|---|---|')
-    keep = torch.empty(2, device='meta')
-    cases = [(56 * 56, c, *dtypes, keep) for c in CHANNELS for dtypes in DTYPES] + [(1, 128, *DTYPES[0], None)]
-    for tokens, channels, *dtypes, kept in cases:
+    cases = [(56 * 56, c, *dtypes, True) for c in CHANNELS for dtypes in DTYPES] + [(1, 128, *DTYPES[0], False)]
+    for tokens, channels, *dtypes, is_dropped in cases:
+        kept = torch.empty(2, dtype=dtypes[0], device='meta') if is_dropped else None
         for launch in launches(tokens, channels, *dtypes, kept):
             for capability in CAPABILITIES:
                 compiled = compile_launch(launch, capability)

@@ -84,9 +84,13 @@ class SwinBlock(nn.Module):
 
     def _add(self, x: Tensor, branch: Tensor, norm: nn.Module) -> Tensor:
         """Add a residual branch: both (B, *S, C)."""
-        if self._is_fused(x, branch, norm):
-            return post_norm.add_post_norm(x, branch, norm.weight, norm.bias, norm.eps, self._draw_keep(branch))
-        return x + self.drop_path(norm(branch))
+        if not self._is_fused(x, branch, norm):
+            return x + self.drop_path(norm(branch))
+        kept, keep_prob = None, 1 - getattr(self.drop_path, 'drop_prob', 0.0)
+        if keep_prob < 1 and self.drop_path.training:  # as mmcv's DropPath draws it
+            shape = (len(branch),) + (1,) * (branch.dim() - 1)
+            kept = (keep_prob + torch.rand(shape, dtype=post_norm.normed_dtype(branch), device=branch.device)).floor()
+        return post_norm.add_post_norm(x, branch, norm.weight, norm.bias, norm.eps, kept, keep_prob)
 
     def _is_fused(self, x: Tensor, branch: Tensor, norm: nn.Module) -> bool:
         """Whether a Triton kernel adds the branch.
@@ -101,15 +105,6 @@ class SwinBlock(nn.Module):
             return False
         as_built = norm.normalized_shape == branch.shape[-1:] and norm.bias is not None
         return as_built and post_norm.can_run(x, branch) is None
-
-    def _draw_keep(self, branch: Tensor) -> Tensor | None:
-        """Factor of each sample's branch (B,), or None for 1, with the random numbers that mmcv's DropPath draws."""
-        drop_prob = getattr(self.drop_path, 'drop_prob', 0.0)
-        if not drop_prob or not self.drop_path.training:
-            return None
-        shape = (len(branch),) + (1,) * (branch.dim() - 1)
-        random = torch.rand(shape, dtype=post_norm.normed_dtype(branch), device=branch.device)
-        return (random + (1 - drop_prob)).floor().flatten().float() / (1 - drop_prob)
 
 
 class SwinStage(nn.Module):

@@ -13,6 +13,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,11 +26,13 @@ from test_triton import OnGpu, poisoned_memory
 from swinv2_mm.models import block as block_module
 from swinv2_mm.models.block import SwinBlock, recomputed
 from swinv2_mm.ops.triton import post_norm, post_norm_kernels
+from swinv2_mm.ops.triton.launch import recorded
 
 COMPILE = Path(__file__).parents[1] / 'compile_post_norm.py'
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 EPS = 1e-5
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+can_run = post_norm.can_run
 
 
 @pytest.fixture(autouse=True)
@@ -48,49 +51,49 @@ def draw(*shape, dtype=FP32, seed=0):
     return [t.to(DEVICE, dtype) for t in drawn]
 
 
-def formula(x, branch, weight, bias, eps, keep=None):
+def formula(x, branch, weight, bias, eps, kept=None, keep_prob=1.0):
     normed = F.layer_norm(branch.to(weight.dtype), weight.shape, weight, bias, eps)
-    return x + (normed if keep is None else normed * keep.to(x.dtype).view(-1, *(1,) * (x.dim() - 1)))
+    return x + (normed if kept is None else normed.div(keep_prob) * kept.view(-1, *(1,) * (x.dim() - 1)))
 
 
-def results(add, inputs, keep=None):
+def results(add, inputs, kept=None, keep_prob=1.0):
     """The sum, and gradients of both branches, weight and bias."""
     *leaves, grad_out = (t.detach() for t in inputs)
     leaves = [t.requires_grad_() for t in leaves]
-    out = add(*leaves, EPS, keep)
+    out = add(*leaves, EPS, kept, keep_prob)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
 
 
 @pytest.mark.parametrize('types', [(FP32, FP32), (BF16, BF16), (FP16, FP16), (FP32, BF16), (FP32, FP16)], ids=str)
 @pytest.mark.parametrize(
-    ('shape', 'keep'),
+    ('shape', 'kept', 'keep_prob'),
     [
-        ((2, 19, 96), None),
-        ((3, 5, 7, 128), (0.0, 1.25, 1.0)),
-        ((2, 2, 3, 1, 352), (0.0, 0.0)),
-        ((2, 1, 3, 1000), (2.0, 0.0)),
+        ((2, 19, 96), None, 1.0),
+        ((3, 5, 7, 128), (0.0, 1.0, 1.0), 0.8),
+        ((2, 2, 3, 1, 352), (0.0, 0.0), 0.6),
+        ((2, 1, 3, 1000), (1.0, 0.0), 0.5),
     ],
     ids=str,
 )
-def test_is_as_exact_as_the_operators_of_pytorch(monkeypatch, types, shape, keep):
+def test_is_as_exact_as_the_operators_of_pytorch(monkeypatch, types, shape, kept, keep_prob):
     """One to three axes, channels that are a power of 2 and that are not, tiles that are full and that are not."""
     monkeypatch.setattr(post_norm, 'PROGRAMS', 2)  # which go over several tiles each
     dtype, branch_dtype = types
     inputs = [t.to(branch_dtype if i == 1 else dtype) for i, t in enumerate(draw(*shape))]
-    keep = keep and torch.tensor(keep, device=DEVICE)
-    exact = results(formula, [t.double() for t in inputs], keep)
-    peer, ours = results(formula, inputs, keep), results(post_norm.add_post_norm, inputs, keep)
+    kept = kept and torch.tensor(kept, device=DEVICE, dtype=dtype)
+    exact = results(formula, [t.double() for t in inputs], kept, keep_prob)
+    peer, ours = (results(add, inputs, kept, keep_prob) for add in (formula, post_norm.add_post_norm))
     for expected, theirs, found in zip(exact, peer, ours, strict=True):
         assert found.dtype == theirs.dtype
         allowed, error = (float((t.double() - expected).abs().max()) for t in (theirs, found))
         assert error <= allowed + torch.finfo(found.dtype).eps * float(expected.abs().max())
-    for sample in [] if keep is None else (keep == 0).nonzero().flatten().tolist():
+    for sample in [] if kept is None else (kept == 0).nonzero().flatten().tolist():
         assert torch.equal(ours[0][sample], inputs[0][sample])
         assert not ours[2][sample].any()
 
 
 def test_an_empty_batch():
-    found = results(post_norm.add_post_norm, draw(0, 4, 5, 96), torch.ones(0, device=DEVICE))
+    found = results(post_norm.add_post_norm, draw(0, 4, 5, 96), torch.ones(0, device=DEVICE), 0.5)
     assert [tuple(t.shape) for t in found] == [(0, 4, 5, 96), (0, 4, 5, 96), (0, 4, 5, 96), (96,), (96,)]
     assert not any(t.any() for t in found)
 
@@ -99,9 +102,10 @@ def test_inputs_that_are_not_contiguous():
     inputs = draw(2, 3, 5, 96)
     turned = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in inputs]
     turned[2] = torch.stack([inputs[2], inputs[2]], -1)[:, 0]
-    keep = torch.tensor([1.5, 1.0], device=DEVICE)
-    apart = torch.stack([keep, keep], -1)[:, 0]
-    ours, expected = results(post_norm.add_post_norm, turned, apart), results(post_norm.add_post_norm, inputs, keep)
+    kept = torch.tensor([0.0, 1.0], device=DEVICE)
+    apart = torch.stack([kept, kept], -1)[:, 0]
+    ours = results(post_norm.add_post_norm, turned, apart, 0.5)
+    expected = results(post_norm.add_post_norm, inputs, kept, 0.5)
     assert all(map(torch.equal, ours, expected))
 
 
@@ -125,22 +129,12 @@ def test_offsets_that_32_bits_do_not_count(tokens, sample):
 def test_results_are_the_same_on_every_run_and_each_of_their_numbers_is_written(monkeypatch):
     """Where memory is what was left there, and where it is NaN."""
     monkeypatch.setattr(post_norm, 'PROGRAMS', 3)
-    inputs, keep = draw(3, 5, 9, 96), torch.tensor([0.0, 1.25, 1.25], device=DEVICE)
+    inputs, kept = draw(3, 5, 9, 96), torch.tensor([0.0, 1.0, 1.0], device=DEVICE)
     with poisoned_memory():
-        first = results(post_norm.add_post_norm, inputs, keep)
-    assert all(map(torch.equal, first, results(post_norm.add_post_norm, inputs, keep)))
+        first = results(post_norm.add_post_norm, inputs, kept, 0.8)
+    assert all(map(torch.equal, first, results(post_norm.add_post_norm, inputs, kept, 0.8)))
     with torch.no_grad():
-        assert torch.equal(post_norm.add_post_norm(*inputs[:4], EPS, keep), first[0])
-
-
-@pytest.mark.parametrize('keep', [None, (0.0, 1.25)])
-def test_the_operators_keep_their_contract_with_torch(keep):
-    x, branch, weight, bias, grad_out = draw(2, 3, 4, 24)
-    keep = keep and torch.tensor(keep, device=DEVICE)
-    inputs = x, branch.bfloat16(), weight, bias, keep, EPS
-    torch.library.opcheck(torch.ops.swinv2_mm.post_norm.default, inputs)
-    _, mean, rstd = torch.ops.swinv2_mm.post_norm(*inputs)
-    torch.library.opcheck(torch.ops.swinv2_mm.post_norm_backward.default, (grad_out, *inputs[1:3], keep, mean, rstd))
+        assert torch.equal(post_norm.add_post_norm(*inputs[:4], EPS, kept, 0.8), first[0])
 
 
 @pytest.mark.parametrize('types', [(FP32, FP32), (BF16, BF16), (FP32, BF16), (BF16, FP32), (FP32, FP16)], ids=str)
@@ -148,7 +142,7 @@ def test_the_operators_keep_their_contract_with_torch(keep):
 def test_the_type_of_the_result_is_that_of_the_operators_of_pytorch(types, autocast):
     """On a GPU, whose autocast PyTorch knows without one."""
     former = torch.is_autocast_enabled('cuda')
-    with FakeTensorMode():
+    with recorded(), FakeTensorMode():
         x, branch = (torch.empty(2, 3, 4, 16, dtype=dtype, device='cuda') for dtype in types)
         weight = torch.empty(16, dtype=FP32 if autocast else branch.dtype, device='cuda')
         torch.set_autocast_enabled('cuda', autocast)
@@ -172,7 +166,7 @@ def test_the_check_of_a_device_finds_a_wrong_kernel(monkeypatch, dtype):
     def launch_wrongly(kernel, programs, *args, **constants):
         post_norm_launch(kernel, programs, *args, **constants)
         if kernel is post_norm_kernels.post_norm_backward:
-            args[6][1, 2] *= 1.2
+            args[5][1, 2] *= 1.2
 
     post_norm_launch = post_norm.launch
     monkeypatch.setattr(post_norm, 'launch', launch_wrongly)
@@ -182,15 +176,21 @@ def test_the_check_of_a_device_finds_a_wrong_kernel(monkeypatch, dtype):
 
 
 def test_where_it_can_run(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
-    x = torch.empty(1, 4, 4, 96).as_subclass(OnGpu)
+    x = torch.empty(1).expand(2, 128, 128, 64)
+    assert "on 'cpu'" in post_norm._why_not.__wrapped__(torch.device('cpu'), FP32)
+    monkeypatch.setattr(post_norm.attention, 'can_run', lambda qkv: 'float64' if qkv.dtype == torch.float64 else None)
+    monkeypatch.setattr(post_norm, '_why_not', post_norm._why_not.__wrapped__)
     assert post_norm.can_run(x, x) is None
     assert post_norm.can_run(x, x.bfloat16()) is None
-    assert 'got (1, 4, 4, 96) and (1, 4, 4, 1)' in post_norm.can_run(x, x[..., :1])
-    wide = x[..., :1].expand(1, 4, 4, 5000)
+    assert post_norm.can_run(x, x.double()) == 'float64'
+    assert "got (2, 128, 128, 64) on 'cpu' and (2, 128, 128, 1) on 'cpu'" in post_norm.can_run(x, x[..., :1])
+    assert "(2, 128, 128, 64) on 'meta'" in post_norm.can_run(x, x.to('meta'))
+    wide = x[..., :1].expand(-1, -1, -1, 5000)
     assert 'up to 4096 channels, and the map has 5000' in post_norm.can_run(wide, wide)
-    assert 'float64' in post_norm.can_run(x, x.double())
-    assert "'cpu'" in post_norm.can_run(torch.empty(1, 4, 4, 96), torch.empty(1, 4, 4, 96))
+    assert 'below 2097152 elements, got 1048576' in post_norm.can_run(x[:1], x[:1])
+    assert 'no operators' in post_norm.can_run(x, x.as_subclass(OnGpu))
+    with FlopCounterMode(display=False):
+        assert 'no operators' in post_norm.can_run(x, x)
 
 
 # ---------------------------------------------------------------- blocks
@@ -227,7 +227,7 @@ def run(block, x, call=lambda block, x: block(x)):
     x = x.detach().requires_grad_()
     out = call(block, x)
     grads = torch.autograd.grad(out, (x, *block.parameters()), torch.ones_like(out) + out.detach().sin())
-    return [out.detach(), *grads], torch.get_rng_state()
+    return [out.detach(), *grads], (torch.cuda if DEVICE == 'cuda' else torch).get_rng_state()
 
 
 @pytest.mark.parametrize('call', [lambda block, x: block(x), recomputed], ids=['', 'recomputed'])
@@ -237,14 +237,12 @@ def test_a_block_is_the_same_with_it_and_drops_the_same_samples(fused, monkeypat
     block, x = build(drop_path).to(dtype), draw(8, 3, 5, 16, dtype=dtype)[0]
     ours, state = run(block, x, call)
     assert len(fused) == (4 if call is recomputed else 2)
-    kept = [keep for *_, keep in fused]
+    drawn = [args[5] for args in fused]
     monkeypatch.setattr(block_module, 'may_be_triton', lambda name: False)
     expected, expected_state = run(block, x, call)
-    assert len(fused) == len(kept)
+    assert len(fused) == len(drawn)
     assert torch.equal(state, expected_state)
-    if drop_path:
-        assert all(0 < int((keep == 0).sum()) < 8 for keep in kept)
-        assert {float(v) for keep in kept for v in keep} == {0.0, float(torch.tensor(1.0) / (1 - drop_path))}
+    assert all(0 < int(kept.sum()) < 8 for kept in drawn if drop_path)
     for found, wanted in zip(ours, expected, strict=True):
         assert found.dtype == wanted.dtype
         torch.testing.assert_close(found, wanted, rtol=0.0, atol=tolerance * float(wanted.abs().max()) + 1e-6)
@@ -256,7 +254,7 @@ def test_a_block_is_the_same_with_it_and_drops_the_same_samples(fused, monkeypat
 def test_it_draws_nothing_in_eval_mode(fused):
     block, x = build().eval(), draw(2, 3, 5, 16)[0]
     block(x)
-    assert [keep for *_, keep in fused] == [None, None]
+    assert [args[5] for args in fused] == [None, None]
 
 
 class Doubled(nn.Module):
@@ -340,18 +338,18 @@ def test_what_is_compiled_traced_or_transformed_does_without_it(fused, record):
     assert fused
 
 
-def test_the_flop_counter_counts_the_same(fused, monkeypatch):
-    block, x = build(), draw(2, 3, 5, 16)[0]
-
-    def count():
-        with FlopCounterMode(display=False) as counter:
-            post_norm.add_post_norm(x, x, block.norm1.weight, block.norm1.bias, EPS)
-            block(x).sum().backward()
-        return counter.get_total_flops()
-
-    found = count()
-    monkeypatch.setattr(post_norm, 'add_post_norm', formula)
-    assert found == count() > 0
+def test_modes_see_the_operators_of_pytorch(fused, monkeypatch):
+    """The counter of FLOPs, and a trace by make_fx."""
+    monkeypatch.setattr(post_norm, '_why_not', lambda *_: None)
+    monkeypatch.setattr(post_norm, 'MIN_ELEMENTS', 0)
+    monkeypatch.setattr(post_norm, 'can_run', can_run)
+    block, x = build(drop_path=0.0), draw(2, 3, 5, 16)[0]
+    with torch.no_grad():
+        traced = make_fx(block)(x)
+        torch.testing.assert_close(traced(x + 1), block(x + 1))
+    with FlopCounterMode(display=False) as counter:
+        block(x).sum().backward()
+    assert counter.get_total_flops() > 0
 
 
 # ---------------------------------------------------------------- the compiler

@@ -1,4 +1,4 @@
-"""Triton kernels of the post-norm residual: x + keep * LayerNorm(branch), and its gradients.
+"""Triton kernels of the post-norm residual: x + drop_path(LayerNorm(branch)), and its gradients.
 
 A program takes ROWS tokens of one sample at a time, with all their channels. Statistics and sums are float32.
 """
@@ -20,22 +20,30 @@ def _tile_of_tokens(tile, tokens, C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: 
 
 
 @triton.jit
+def _drop_path(values, kept, sample, keep_prob):
+    """Drop the branch of a sample, or its gradient, or divide it by `keep_prob`."""
+    if kept is not None:
+        values *= tl.load(kept + sample).to(tl.float32) / keep_prob
+    return values
+
+
+@triton.jit
 def post_norm_forward(
     x,
     branch,
     weight,
     bias,
-    keep,
+    kept,
     out,
-    mean,
-    rstd,
+    statistics,
     tokens,
+    keep_prob,
     eps,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Result, and mean and reciprocal standard deviation of each token of the branch. Programs: tiles."""
+    """Sum, and mean and reciprocal standard deviation of each token of the branch. Programs: tiles."""
     sample, rows, valid, offs, mask = _tile_of_tokens(tl.program_id(0), tokens, C, BLOCK_C, ROWS)
     cols = tl.arange(0, BLOCK_C)
     values = tl.load(branch + offs, mask=mask, other=0.0).to(tl.float32)
@@ -45,12 +53,10 @@ def post_norm_forward(
     w = tl.load(weight + cols, mask=cols < C, other=0.0).to(tl.float32)
     b = tl.load(bias + cols, mask=cols < C, other=0.0).to(tl.float32)
     normed = centred * r[:, None] * w[None, :] + b[None, :]
-    if keep is not None:
-        normed *= tl.load(keep + sample)
-    result = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32) + normed
+    result = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32) + _drop_path(normed, kept, sample, keep_prob)
     tl.store(out + offs, result.to(out.dtype.element_ty), mask=mask)
-    tl.store(mean + rows, mu, mask=valid)
-    tl.store(rstd + rows, r, mask=valid)
+    tl.store(statistics + 2 * rows, mu, mask=valid)
+    tl.store(statistics + 2 * rows + 1, r, mask=valid)
 
 
 @triton.jit
@@ -58,14 +64,14 @@ def post_norm_backward(
     grad_out,
     branch,
     weight,
-    keep,
-    mean,
-    rstd,
+    kept,
+    statistics,
     grad_branch,
     grad_weight,
     grad_bias,
     tokens,
     tiles,
+    keep_prob,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
@@ -78,11 +84,10 @@ def post_norm_backward(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         sample, rows, valid, offs, mask = _tile_of_tokens(tile, tokens, C, BLOCK_C, ROWS)
         grad = tl.load(grad_out + offs, mask=mask, other=0.0).to(tl.float32)
-        if keep is not None:
-            grad *= tl.load(keep + sample)
+        grad = _drop_path(grad, kept, sample, keep_prob)
         values = tl.load(branch + offs, mask=mask, other=0.0).to(tl.float32)
-        mu = tl.load(mean + rows, mask=valid, other=0.0)
-        r = tl.load(rstd + rows, mask=valid, other=0.0)
+        mu = tl.load(statistics + 2 * rows, mask=valid, other=0.0)
+        r = tl.load(statistics + 2 * rows + 1, mask=valid, other=0.0)
         unit = (values - mu[:, None]) * r[:, None]  # not zero beyond the channels, where `grad` is
         sum_w += grad * unit
         sum_b += grad

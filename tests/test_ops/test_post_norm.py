@@ -98,6 +98,13 @@ def test_an_empty_batch():
     assert not any(t.any() for t in found)
 
 
+def test_a_second_derivative_is_refused():
+    leaves = [t.requires_grad_() for t in draw(1, 3, 96)[:4]]
+    grad = torch.autograd.grad(post_norm.add_post_norm(*leaves, EPS).square().sum(), leaves[1], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        grad.sum().backward()
+
+
 def test_inputs_that_are_not_contiguous():
     inputs = draw(2, 3, 5, 96)
     turned = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in inputs]

@@ -53,7 +53,7 @@ def test_folders_import_only_what_lies_below_them():
 def test_ops_need_torch_alone():
     files = {path.relative_to(PACKAGE / 'ops').as_posix(): path for path in (PACKAGE / 'ops').rglob('*.py')}
     found = {name: imports(path) - {'.ops'} - sys.stdlib_module_names for name, path in files.items()}
-    assert found.pop('triton/kernels.py') == {'triton'}
+    assert found.pop('triton/kernels.py') == found.pop('triton/post_norm_kernels.py') == {'triton'}
     assert set.union(*found.values()) == {'torch'}
 
 
@@ -70,7 +70,8 @@ def test_importing_its_folders_imports_no_toolbox_no_compiled_op_and_no_kernel()
     result = run_python(f'import sys, {folders}; print(*sys.modules)')
     loaded = set(result.stdout.split())
     assert {f'swinv2_mm.{folder}' for folder in ALLOWED} <= loaded, result.stderr
-    assert not (TOOLBOXES | {'torchvision', 'mmcv._ext', 'instaboostfast', 'swinv2_mm.ops.triton.kernels'}) & loaded
+    kernels = {'swinv2_mm.ops.triton.kernels', 'swinv2_mm.ops.triton.post_norm_kernels'}
+    assert not (TOOLBOXES | kernels | {'torchvision', 'mmcv._ext', 'instaboostfast'}) & loaded
 
 
 def test_toolboxes_are_imported_only_by_the_files_that_extend_them():

@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).parents[1] / 'swinv2_mm'
 # what each folder may import from this package
 ALLOWED = {
     'ops': {'ops'},
-    'checkpoints': {'checkpoints', 'ops', 'compat'},
-    'models': {'arguments', 'checkpoints', 'models', 'ops', 'registry'},
-    'engine': {'arguments', 'checkpoints', 'compat', 'engine', 'models', 'ops', 'registry'},
+    'checkpoints': {'checkpoints', 'compat', 'openmmlab', 'ops', 'version'},
+    'models': {'arguments', 'checkpoints', 'models', 'openmmlab', 'ops', 'registry'},
+    'engine': {'arguments', 'checkpoints', 'command_line', 'compat', 'engine', 'models', 'ops', 'registry', 'version'},
     'datasets': {'arguments', 'datasets', 'registry'},
 }
 TOOLBOXES = {'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}

@@ -5,10 +5,10 @@ import math
 from collections.abc import Iterator
 
 import torch
-from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..openmmlab import DropPath
 from ..ops.recording import are_plain, is_recorded, is_transformed
 from .attention import WindowAttention
 from .patch import PatchMerging

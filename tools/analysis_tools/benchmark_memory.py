@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swinv2_mm.engine import launch
+from swinv2_mm.command_line import one_line_errors
 from swinv2_mm.engine.memory import (
     MemoryTracker,
     ZeroLoss,
@@ -303,7 +303,7 @@ def check(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    with launch.one_line_errors(FileNotFoundError, ValueError):
+    with one_line_errors(FileNotFoundError, ValueError):
         check(args)
     torch.manual_seed(0)
     if args.task == 'sizes':

@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 import torch._dynamo
 import torch._inductor.config
-from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from swinv2_mm.engine.memory import resident
@@ -763,7 +762,6 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, cases: Iterable[Callable[[], Case]]) -> None:
     """Measure all cases and write what was asked for."""
-    MMLogger.get_current_instance().setLevel('WARNING')  # the reference is loaded for each family: not worth a line
     if args.threads:
         torch.set_num_threads(args.threads)
     # a kernel from an earlier run would make compiling look fast, and a limit that is hit would turn it off unseen

@@ -28,11 +28,11 @@ def interpreter(monkeypatch):
 def made_up_times(monkeypatch):
     """The more threads the better, and the fewer stages."""
 
-    def milliseconds(problem, kernel):
+    def time_kernel(problem, kernel):
         tile = triton_backend.choose_tiles(kernel)
         return 10.0 / tile.warps + tile.stages
 
-    monkeypatch.setattr(tune_kernels, 'milliseconds', milliseconds)
+    monkeypatch.setattr(tune_kernels, 'time_kernel', time_kernel)
 
 
 OPTIONS = ['--windows', '4x4', '--dtypes', 'float32', '--head-dim', '16', '--candidates', '3', '--out', 'tiles.json']
@@ -76,7 +76,7 @@ def test_the_fastest_right_tiles_are_kept(monkeypatch, tmp_path):
     best = tuple(kept['interpreter'][f'{kernel} 16 16 torch.float32'])
     assert times[best] == min(times.values())
     measured = json.loads((tmp_path / 'times.json').read_text())['interpreter'][f'{kernel} 16 16 torch.float32']
-    assert measured == {', '.join(map(str, tile)): time for tile, time in times.items()}
+    assert measured['ms'] == {', '.join(map(str, tile)): time for tile, time in times.items()}
     assert '| 4x4 |' not in call(tmp_path, TOOL, *OPTIONS)
     assert f'| 4x4 | float32 | {kernel} |' in call(tmp_path, TOOL, *OPTIONS, '--again', '--kernels', kernel)
 
@@ -150,7 +150,7 @@ def test_only_the_launches_of_the_kernel_are_timed(monkeypatch):
     kernel, _ = problem.kernels()
     timed = []
     monkeypatch.setattr(tune_kernels, 'launch', lambda kernel, *args, **constants: timed.append(kernel.__name__))
-    assert tune_kernels.milliseconds(problem, kernel) >= 0
+    assert tune_kernels.time_kernel(problem, kernel) >= 0
     assert timed == [kernel]
 
 

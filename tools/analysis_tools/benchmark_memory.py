@@ -208,15 +208,16 @@ def savers(parts: dict, names: Sequence[str], repeats: int, rows: list[dict], ke
             for row, seconds in zip(added, times([lambda m=m: step(*m) for m in models], repeats), strict=True):
                 row['seconds'] = seconds
             keep(rows)
-        _print_savers([row for row in rows if row['part'] == name])
+        print_savers([row for row in rows if row['part'] == name])
 
 
-def _print_savers(group: list[dict]) -> None:
+def print_savers(group: list[dict]) -> None:
+    """Print the rows of a part."""
     first = group[0]
     kinds = list(dict.fromkeys(key for row in group for key in row if key not in ('part', 'saver', 'size', 'seconds')))
     name = f'{first["part"]} of SwinV2-G' if first['part'] in PARTS else first['part']
     print(f'\n{name}, window {G_WINDOW}, measured at {first["size"]}x{first["size"]} on the {DEVICE}')
-    print(f'{"GiB":<22}' + ''.join(f'{kind:>15}' for kind in kinds) + f'{"seconds":>10}{"x " + first["saver"]:>8}')
+    print(f'{"GiB":<22}' + ''.join(f'{kind:>15}' for kind in kinds) + f'{"seconds":>10}{"x first":>8}')
     for row in group:
         cells = ''.join(f'{row.get(kind, math.nan) / GIB:>15.3f}' for kind in kinds)
         seconds, base = row.get('seconds', math.nan), first.get('seconds', math.nan)

@@ -196,14 +196,8 @@ def first_line(error: Exception) -> str:
     return f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0]}'
 
 
-def milliseconds(problem: Problem, kernel: str) -> float:
-    """Median time of what a forward and a backward pass launch of a kernel."""
-    launches = problem.launches(kernel, run=True)
-
-    def call() -> None:
-        for kernel, programs, args, constants in launches:
-            launch(kernel, programs, *args, **constants)
-
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median time of a call on the GPU; without one, of a single call."""
     if torch.cuda.is_available():
         from triton.testing import do_bench
 
@@ -211,6 +205,17 @@ def milliseconds(problem: Problem, kernel: str) -> float:
     start = time.perf_counter()
     call()
     return 1000 * (time.perf_counter() - start)
+
+
+def time_kernel(problem: Problem, kernel: str) -> float:
+    """Milliseconds of what a forward and a backward pass launch of a kernel."""
+    launches = problem.launches(kernel, run=True)
+
+    def call() -> None:
+        for kernel, programs, args, constants in launches:
+            launch(kernel, programs, *args, **constants)
+
+    return milliseconds(call)
 
 
 def tune(problem: Problem, kernel: str, chosen: Sequence[TileConfig]) -> dict[TileConfig, float]:
@@ -222,7 +227,7 @@ def tune(problem: Problem, kernel: str, chosen: Sequence[TileConfig]) -> dict[Ti
                 if reason is None and (wrong := problem.wrong()):
                     reason = f'gives another {", ".join(wrong)}'
                 if reason is None:
-                    times[tile] = milliseconds(problem, kernel)
+                    times[tile] = time_kernel(problem, kernel)
             except Exception as error:  # of the driver
                 reason = first_line(error)
         if reason is not None:
@@ -233,7 +238,7 @@ def tune(problem: Problem, kernel: str, chosen: Sequence[TileConfig]) -> dict[Ti
 # ---------------------------------------------------------------- results
 
 
-def keep(path: Path, device: str, found: dict[str, TileConfig | dict[str, float]]) -> None:
+def keep(path: Path, device: str, found: dict[str, TileConfig | dict]) -> None:
     """Add what was found to a file, whole or not at all."""
     known = json.loads(path.read_text()) if path.exists() else {}
     known.setdefault(device, {}).update(found)
@@ -306,7 +311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             keep(args.out, device, {key: best})
             if args.times:
-                keep(args.times, device, {key: {', '.join(map(str, tile)): ms for tile, ms in times.items()}})
+                ms = {', '.join(map(str, tile)): time for tile, time in times.items()}
+                keep(args.times, device, {key: dict(rule=', '.join(map(str, rule)), ms=ms)})
     return status
 
 

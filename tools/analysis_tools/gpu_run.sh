@@ -26,7 +26,7 @@ if [[ $TINY ]]; then
     contenders=('ours triton eager' 'ours sdpa eager' 'timm eager' 'timm sdpa eager')
     backbones=(nano) attention=(nano) profiled=(nano) windows=(8)
     tune=(--windows 4 --dtypes float32 --head-dim 16 --candidates 1)
-    parts=(nano --savers sdpa) whole=(nano --savers 'sdpa + checkpointing')
+    parts=(nano --savers sdpa) whole=(nano --savers sdpa)
 fi
 
 run() { # NAME COMMAND...: keeps what it prints, and its exit code
@@ -51,8 +51,8 @@ benchmark() {
     compare attention benchmark_attention "${attention[@]}"
 }
 memory() {
-    tool parts benchmark_memory --task "${parts[@]}" --json "$DIR/parts.json" --resume --repeats 1
-    tool whole benchmark_memory --task "${whole[@]}" --json "$DIR/whole.json" --resume --repeats 1
+    tool parts benchmark_memory --task "${parts[@]}" --json "$DIR/memory.json" --resume --repeats 1
+    tool whole benchmark_memory --task "${whole[@]}" --json "$DIR/memory.json" --resume --repeats 1
 }
 profile() {
     compare profile benchmark_backbone "${profiled[@]}" --profile --repeats 3

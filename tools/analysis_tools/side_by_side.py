@@ -133,6 +133,7 @@ SHAPES = {
     'l_w24_384': _square('large', 24, 384),
     'b_w32_1024': _square('base', 32, 1024),
     'b_w32_800x1333': Shape(ARCHS['base'], (800, 1333), (32, 32)),
+    'video_t_224x224x8': Shape(ARCHS['tiny'], (8, 224, 224), (8, 7, 7), (1, 4, 4)),
     'video_t_320x320x8': Shape(ARCHS['tiny'], (8, 320, 320), (8, 20, 20), (1, 4, 4)),
     # one block of the first stage of SwinV2-G; its eager attention takes 29 GB in float32
     'g_block_1536_w32': Shape(dict(embed_dims=512, depths=(1,), num_heads=(16,)), (1536, 1536), (32, 32)),
@@ -140,10 +141,10 @@ SHAPES = {
 BY_DEFAULT = [name for name in SHAPES if name != 'nano' and (DEVICE == 'cuda' or name != 'g_block_1536_w32')]
 
 
-def default_batch(shape: Shape) -> int:
+def default_batch(shape: Shape, device: str = DEVICE) -> int:
     """Images of a step."""
     side = max(shape.size)
-    if DEVICE == 'cuda':
+    if device == 'cuda':
         return 32 if side <= 256 else 16 if side <= 384 and len(shape.size) == 2 else 1
     return 4 if side <= 256 else 2 if side <= 384 and len(shape.size) == 2 else 1
 

@@ -1,0 +1,144 @@
+"""SASS, the machine code of Nvidia GPUs: its instructions, its loops, and what they take of an SM.
+
+Each of the four partitions of an SM issues one instruction of a warp per clock. Rates are those of Hopper: 16 lanes of
+a partition for integers and comparisons (`alu`) and for integer products (`imad`, one half of the pipe for products of
+floats), 32 for products and sums of floats (`fma`), 4 for exponentials and their like (`mufu`), 8 for loads, stores and
+shuffles (`lsu`), and 1024 FLOP per clock in half precision (`tensor`).
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+KINDS = ('integer', 'fp32', 'exp', 'load/store', 'mma', 'other')
+PIPES = ('issue', 'alu', 'fma', 'mufu', 'lsu', 'tensor')
+FLOP_PER_CLOCK = 1024  # of the tensor cores of a partition, in half precision
+
+# The first pattern that an instruction begins with: its kind, its pipe, and the clocks that a warp keeps it busy.
+# Those of matrix products, and of what reads more than 32 bits of a thread, depend on their size.
+RULES = [
+    (re.compile(pattern), kind, pipe, clocks)
+    for pattern, kind, pipe, clocks in (
+        (r'MUFU', 'exp', 'mufu', 8),
+        (r'(I2F|F2I|F2F|FRND)\b', 'fp32', 'mufu', 8),
+        (r'(POPC|FLO|BREV)\b', 'integer', 'mufu', 8),
+        (r'HFMA2\S* \w+, -RZ, RZ,', 'other', 'fma', 1),  # a constant is moved
+        (r'(UTC)?[HQID]G?MMA', 'mma', 'tensor', 1),
+        (r'(LDTM|STTM|UTMA|UBLK)', 'load/store', None, 0),  # tensor memory, and copies without threads
+        (r'(LD|ST|ATOM|RED)(G|S|L|SM|GSTS|GMC)?\b', 'load/store', 'lsu', 4),
+        (r'SHFL', 'other', 'lsu', 4),
+        (r'IMAD\.(MOV|U32)', 'other', 'imad', 2),
+        (r'IMAD\.(WIDE|HI)', 'integer', 'imad', 4),
+        (r'IMAD', 'integer', 'imad', 2),
+        (r'(FFMA|FMUL|FADD|HFMA|HADD|HMUL)', 'fp32', 'fma', 1),
+        (r'(FMNMX|FSETP|FSEL|FSET|F2FP|I2FP|FCHK|HMNMX|HSET)', 'fp32', 'alu', 2),
+        (r'(MOV|VOTE|P2R|R2P)\b', 'other', 'alu', 2),
+        (r'(IADD|LOP|SHF|LEA|ISETP|SEL|V?IMNMX|VIADD|PRMT|PLOP|IABS|SGXT|BMSK)', 'integer', 'alu', 2),
+        (r'(UMOV|ULDC|UTC|USETMAXREG|UVIRT)', 'other', None, 0),
+        (r'U', 'integer', None, 0),  # of a warp as a whole, on a pipe of its own
+        (r'', 'other', None, 0),
+    )
+]
+LINE = re.compile(r'/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*?)\s*;')
+TARGET = re.compile(r'BRA.*\b0x([0-9a-f]+)')
+
+
+class Instruction(NamedTuple):
+    """An instruction, without its predicate, as in `BRA 0x1230`."""
+
+    address: int
+    text: str
+
+    @property
+    def opcode(self) -> str:
+        """Its name and modifiers."""
+        return self.text.split()[0]
+
+
+def parse(text: str) -> list[Instruction]:
+    """Read what `cuobjdump -sass` prints, up to the end of the kernel: subroutines for rare cases follow it."""
+    code = [Instruction(int(address, 16), text) for address, text in LINE.findall(text)]
+    end = max((i for i, instruction in enumerate(code) if instruction.opcode == 'EXIT'), default=len(code))
+    return code[: end + 1]
+
+
+def count(code: Iterable[Instruction]) -> Counter:
+    """Instructions by kind, clocks of a partition by pipe, for one warp; and `ex2`, exponentials proper."""
+    found = Counter()
+    for instruction in code:
+        kind, pipe, clocks = _cost(instruction)
+        found += Counter({kind: 1, 'issue': 1, 'ex2': instruction.opcode == 'MUFU.EX2'})
+        if pipe:
+            found[pipe] += clocks
+    return found
+
+
+def _cost(instruction: Instruction) -> tuple[str, str | None, float]:
+    _, kind, pipe, clocks = next(rule for rule in RULES if rule[0].match(instruction.text))
+    if pipe == 'tensor':
+        clocks = _mma_clocks(instruction.opcode)
+    elif pipe == 'lsu':
+        clocks *= _words(instruction.opcode)
+    return kind, pipe, clocks
+
+
+def _mma_clocks(opcode: str) -> float:
+    """Clocks of HMMA.16816 (a warp) and HGMMA.64x32x16 (a quarter of its four warps); 0 where the name has no size."""
+    size = re.search(r'\.(64)x(\d+)x(\d+)|\.(16)(8)(8|16)\b', opcode)
+    if not size:
+        return 0
+    m, n, k = (int(n) for n in size.groups() if n)
+    flop = 2 * m * n * k / (4 if m == 64 else 1)
+    return flop / FLOP_PER_CLOCK * (2 if 'TF32' in opcode else 1)
+
+
+def _words(opcode: str) -> int:
+    """Times 32 bits of each thread; loads for matrix products take one to four tiles of them."""
+    width = re.search(r'\.(128|64)\b|M88\.(\d)|MT88\.(\d)', opcode)
+    return {'128': 4, '64': 2}.get(width[1]) or int(width[2] or width[3]) if width else 1
+
+
+def fma_clocks(found: Counter) -> float:
+    """Clocks of the pipe for products of floats, of which one half takes those of integers too."""
+    return max(found['imad'], found['imad'] / 2 + found['fma'])
+
+
+def loops(code: Sequence[Instruction]) -> list[range]:
+    """Places of the instructions of each loop: those from the target of a branch back up to it."""
+    places = {instruction.address: i for i, instruction in enumerate(code)}
+    found = []
+    for i, instruction in enumerate(code):
+        target = TARGET.match(instruction.text)
+        start = places.get(int(target[1], 16), i) if target else i
+        if start < i:
+            found.append(range(start, i + 1))
+    return found
+
+
+def split(code: Sequence[Instruction]) -> tuple[list[Instruction], list[Instruction], list[Instruction]]:
+    """Code outside of the main loop and of those around it, code of those around it, and the main loop.
+
+    The main loop is the innermost one with matrix products; products in float32 are sums like all others, and there
+    exponentials take their place. Of several loops it is that with the most of them, and without one it is empty.
+    """
+    weights = {places: _products(code[places.start : places.stop]) for places in loops(code)}
+    products = [places for places, weight in weights.items() if weight]
+    inner = [a for a in products if not any(a != b and _within(b, a) for b in products)]
+    main = max(inner, key=weights.get, default=range(0))
+    around = [places for places in weights if main and _within(main, places)]
+    first, end = min((p.start for p in around), default=0), max((p.stop for p in around), default=0)
+    return (
+        [*code[:first], *code[end:]],
+        [*code[first : main.start], *code[main.stop : end]],
+        list(code[main.start : main.stop]),
+    )
+
+
+def _products(code: Iterable[Instruction]) -> int:
+    found = count(code)
+    return found['mma'] or found['ex2']
+
+
+def _within(inner: range, outer: range) -> bool:
+    return outer.start <= inner.start and inner.stop <= outer.stop

@@ -156,7 +156,7 @@ def candidates(kernel: str, problem: Problem, count: int) -> list[TileConfig]:
     def steps(other: TileConfig) -> float:
         return sum(abs(math.log2(a / b)) for a, b in zip(rule, other, strict=True))
 
-    others = {c for c in tiles.candidates(kernel, problem.tokens) if c != rule}
+    others = set(tiles.candidates(kernel, problem.tokens, problem.head_dim, problem.dtype)) - {rule}
     return [rule, *sorted(others, key=lambda c: (steps(c), c))[:count]]
 
 
@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stored = json.loads(args.out.read_text()).get(device, {}) if args.out.exists() and not args.again else {}
     end = time.monotonic() + 60 * args.minutes
     status = 0
-    print('| window | type | kernel | tiles tried | by rule, ms | best, ms | block, step, warps, stages |')
+    print('| window | type | kernel | tiles tried | by rule, ms | best, ms | block_m, block_n, warps, stages |')
     print('|---|---|---|---|---|---|---|')
     for dtype, window in itertools.product(args.dtypes, windows):
         problem, name = Problem(window, args.head_dim, DTYPES[dtype]), 'x'.join(map(str, window))

@@ -18,14 +18,14 @@ export TORCHINDUCTOR_CACHE_DIR=$OUT/cache/inductor TRITON_CACHE_DIR=$OUT/cache/t
 
 contenders=('ours triton eager' 'ours triton compiled' 'ours sdpa compiled' 'timm compiled' 'timm sdpa compiled')
 backbones=(b_w24_384 b_w16_256 b_w8_256 l_w24_384 b_w32_1024 b_w32_800x1333 video_t_320x320x8)
-attention=(g_block_1536_w32) profiled=(b_w24_384 b_w8_256) windows=(8 16 24) tune=()
+attention=(g_block_1536_w32) profiled=(b_w24_384 b_w8_256) windows=(8 16 24) tune=(--minutes 8)
 parts=(savers --savers none both sdpa 'sdpa + checkpointing' triton 'triton + checkpointing')
 whole=(full --savers 'triton + checkpointing' 'sdpa + checkpointing' triton sdpa)
 if [[ $TINY ]]; then
     export TRITON_INTERPRET=1
-    contenders=('ours triton eager' 'ours sdpa eager' 'timm eager' 'timm sdpa eager')
+    contenders=('ours triton eager' 'ours sdpa eager' 'timm sdpa eager')
     backbones=(nano) attention=(nano) profiled=(nano) windows=(8)
-    tune=(--windows 4 --dtypes float32 --head-dim 16 --candidates 1)
+    tune=(--windows 4 --dtypes float32 --head-dim 16 --candidates 0)
     parts=(nano --savers sdpa) whole=(nano --savers sdpa)
 fi
 
@@ -56,8 +56,9 @@ memory() {
 }
 profile() {
     compare profile benchmark_backbone "${profiled[@]}" --profile --repeats 3
+    command -v ncu || return
     kernels=$("$PYTHON" -c 'from swinv2_mm.ops.triton import tiles; print("|".join(tiles.KERNELS))')
-    ! command -v ncu || run ncu ncu --clock-control none --set full --kernel-id "::regex:^($kernels)\$:1" \
+    run ncu ncu --clock-control none --set full --kernel-id "::regex:^($kernels)\$:1" \
         "$PYTHON" "$ROOT/tools/analysis_tools/benchmark_operator.py" --windows 24
 }
 [[ ! ${IN_STAGE:-} ]] || { "$IN_STAGE"; exit "$(cat "$DIR"/*.code | sort -n | tail -1)"; }

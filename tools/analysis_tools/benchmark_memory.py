@@ -339,7 +339,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def keep(rows: list[dict]) -> None:
         if args.json:
-            Path(args.json).write_text(json.dumps(rows, indent=1) + '\n')
+            part = Path(f'{args.json}.part')  # whole or not at all
+            part.write_text(json.dumps(rows, indent=1) + '\n')
+            part.replace(args.json)
 
     if args.task == 'sizes':
         rows = sizes(args.arch, args.window, args.sizes, args.repeats)

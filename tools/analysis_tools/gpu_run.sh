@@ -18,7 +18,7 @@ export TORCHINDUCTOR_CACHE_DIR=$OUT/cache/inductor TRITON_CACHE_DIR=$OUT/cache/t
 
 contenders=('ours triton eager' 'ours triton compiled' 'ours sdpa compiled' 'timm compiled' 'timm sdpa compiled')
 backbones=(b_w24_384 b_w16_256 b_w8_256 l_w24_384 b_w32_1024 b_w32_800x1333 video_t_320x320x8)
-attention=(g_block_1536_w32) profiled=(b_w24_384 b_w8_256) windows=(8 16 24) tune=(--minutes 8)
+attention=(g_block_1536_w32) profiled=(b_w24_384 b_w8_256) windows=(8 16 24) tune=(--minutes 60)
 parts=(savers --savers none both sdpa 'sdpa + checkpointing' triton 'triton + checkpointing')
 whole=(full --savers 'triton + checkpointing' 'sdpa + checkpointing' triton sdpa)
 if [[ $TINY ]]; then
@@ -37,9 +37,11 @@ tool() { run "$1" "$PYTHON" "$ROOT/tools/analysis_tools/$2.py" "${@:3}"; } # NAM
 compare() { tool "$1" "$2" --modes inference step --contenders "${contenders[@]}" --resume "$DIR" --shapes "${@:3}"; }
 
 check() {
-    run selfcheck "$PYTHON" -m swinv2_mm.ops.selfcheck
-    [[ $TINY ]] || ! "$PYTHON" -c 'import pytest' || run tests env PYTHONPATH="$PYTHONPATH:$ROOT/tests" \
+    run selfcheck "$PYTHON" -m swinv2_mm.ops.selfcheck --quick
+    [[ ! $TINY ]] || return
+    ! "$PYTHON" -c 'import pytest' || run tests env PYTHONPATH="$PYTHONPATH:$ROOT/tests" \
         "$PYTHON" -m pytest --noconftest -p no:cacheprovider -m 'not slow' "$ROOT/tests/test_ops/test_triton.py"
+    run selfcheck_in_full "$PYTHON" -m swinv2_mm.ops.selfcheck
 }
 tune() {
     [[ $TINY || -e $DIR/tiles.json || ! -e $TILES ]] || cp "$TILES" "$DIR"

@@ -26,6 +26,9 @@ class Without:
     def find_spec(self, name, *args):
         return None if name.split('.')[0] in PACKAGES else self.finder.find_spec(name, *args)
 
+    def __getattr__(self, name):  # what importlib.metadata asks for
+        return getattr(self.finder, name)
+
 
 sys.meta_path[:] = map(Without, sys.meta_path)
 for name in [name for name in sys.modules if name.split('.')[0] in PACKAGES]:

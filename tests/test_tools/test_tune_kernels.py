@@ -9,7 +9,7 @@ from tool_runs import TOOLS, call, load_tool, run
 
 from swinv2_mm.ops.triton import attention as triton_backend
 from swinv2_mm.ops.triton import tiles
-from swinv2_mm.ops.triton.launch import Launch
+from swinv2_mm.ops.triton.launch import Launch, recorded
 from swinv2_mm.ops.triton.tiles import TileConfig
 
 TOOL = 'analysis_tools/tune_kernels.py'
@@ -153,6 +153,14 @@ def test_only_the_launches_of_the_kernel_are_timed(monkeypatch):
     monkeypatch.setattr(tune_kernels, 'launch', lambda kernel, *args, **constants: timed.append(kernel.__name__))
     assert tune_kernels.time_kernel(problem, kernel) >= 0
     assert set(timed) == {kernel}
+
+
+def test_launches_that_are_recorded_run_if_that_is_asked():
+    problem = tune_kernels.Problem((4, 4), 16, torch.float32)
+    with recorded(run=True) as launches:
+        found = problem.run()
+    assert launches
+    assert torch.equal(found['out'], problem.run()['out'])
 
 
 def test_what_was_measured_is_chosen_for_its_gpu_alone(monkeypatch, tmp_path):

@@ -5,10 +5,10 @@ import math
 from collections.abc import Iterator
 
 import torch
-from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..openmmlab import DropPath
 from ..ops.recording import are_plain, has_hooks_of_all, is_graphed, is_recorded, is_transformed
 from ..ops.triton import post_norm
 from ..ops.window_attention import may_be_triton

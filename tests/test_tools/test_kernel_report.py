@@ -16,7 +16,7 @@ from swinv2_mm.ops.triton.launch import Launch
 
 TOOL = 'analysis_tools/kernel_report.py'
 kernel_report = load_tool(TOOLS / TOOL)
-sass = sys.modules['sass']
+sass, aot_compile = sys.modules['sass'], sys.modules['aot_compile']
 
 # A pair of loops, the inner one waiting for a barrier before it multiplies, and a subroutine after the end.
 LISTING = """
@@ -137,7 +137,7 @@ def test_products_of_integers_take_one_half_of_the_pipe():
     ],
 )
 def test_programs_per_sm(arch, registers, shared, warps, programs):
-    assert kernel_report.programs_per_sm(arch, registers, shared, warps) == programs
+    assert aot_compile.programs_per_sm(arch, registers, shared, warps) == programs
 
 
 # ---------------------------------------------------------------- launches
@@ -155,7 +155,7 @@ def test_specialize_as_triton_does():
         types, known = impl.native_specialize_impl(BaseBackend, value, False, True, True)
         keys = dict(enumerate(known)) if isinstance(value, tuple) else {(): known}
         keys = {(place,) if isinstance(place, int) else place: key for place, key in keys.items()}
-        found, constants, attributes = kernel_report.specialize(value)
+        found, constants, attributes = aot_compile.specialize(value)
         assert found == types
         assert constants == {place: key for place, key in keys.items() if isinstance(key, int)}
         assert attributes == {place: (('tt.divisibility', 16),) for place, key in keys.items() if key == 'D'}
@@ -200,7 +200,7 @@ def test_executed_weighs_code_by_how_often_it_runs():
     """12 programs of two warps, and 48 tiles."""
     use = use_of(launch_of(12, BLOCK_M=32, BLOCK_N=16))
     once, loop = Counter(integer=3, issue=7), Counter(integer=5, issue=20)
-    found = kernel_report.executed(use, kernel_report.Kernel(32, 0, 0, 2, True, once, Counter(), loop))
+    found = kernel_report.executed(use, aot_compile.Kernel(32, 0, 0, 2, True, once, Counter(), loop))
     assert found == Counter(integer=0.5 * 2 * (12 * 3 + 48 * 5), issue=0.5 * 2 * (12 * 7 + 48 * 20))
 
 
@@ -225,9 +225,7 @@ def compiled_by_name(jobs, processes):
     """Kernels of four warps that the compiler might have made: all with products, but one."""
     loop = Counter(integer=40, exp=18, ex2=16, issue=58, mufu=144)
     return {
-        job: kernel_report.Kernel(
-            96, 8, 1024, 4, job.kernel != 'prepass', Counter(issue=100, other=100), Counter(), loop
-        )
+        job: aot_compile.Kernel(96, 8, 1024, 4, job.kernel != 'prepass', Counter(issue=100, other=100), Counter(), loop)
         for job in jobs
     }
 
@@ -256,7 +254,7 @@ def test_report_prints_and_writes_what_was_counted(monkeypatch, tmp_path):
 
 def test_kernels_without_products_move_bytes():
     launch = Launch(lambda: None, 5, (torch.empty(3350, dtype=torch.float16, device='meta'), 7), {})
-    kernel = compiled_by_name([kernel_report.Job('', 'prepass', (), (), (), (), 'sm_90')], 1).popitem()[1]
+    kernel = compiled_by_name([aot_compile.Job('', 'prepass', (), (), (), (), 'sm_90')], 1).popitem()[1]
     found = kernel_report.row(kernel, 'sm_90', [use_of(launch)] * 2)
     assert found['microseconds'] == {'bytes': pytest.approx(2e-3)}  # 6700 bytes at 3.35 TB/s
     assert found['binds'] == 'bytes'

@@ -9,7 +9,7 @@ pytest.importorskip('triton')
 import triton.language as tl
 from triton.runtime import interpreter
 
-from swinv2_mm.ops.triton import tiles
+from swinv2_mm.ops.triton import attention, tiles
 
 PATCHED = set()
 CREATE_DOT = interpreter.InterpreterBuilder.create_dot
@@ -48,11 +48,10 @@ def numpy_type(dtype):
     return NUMPY_TYPES[key]
 
 
-def largest_blocks(kernel, tokens, *_):
-    """Tiles as large as they can be: the interpreter takes about as long for a small one."""
-    largest = 64 if kernel == 'grad_all' else 128 if tokens <= 256 else 256
-    size = min(largest, max(tiles.SMALLEST, tiles.next_power_of_2(tokens)))
-    return tiles.TileConfig(size, size, warps=4, stages=1)
+def take_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one test, make tiles as large as they can be: the interpreter takes about as long for a small one."""
+    monkeypatch.setattr(attention, 'box_tokens', lambda *_: 128)
+    monkeypatch.setattr(attention, 'choose_tiles', lambda *_: tiles.TileConfig(128, 128, warps=4, stages=1))
 
 
 def mend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +99,19 @@ def contract(monkeypatch: pytest.MonkeyPatch, side: int) -> None:
     for change, names in ((move, ('create_expand_dims', 'create_broadcast')), (add, ('create_fadd', 'create_fsub'))):
         for name in names:
             monkeypatch.setattr(builder, name, change(getattr(builder, name)))
+
+
+def truncate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one test, leave out the bits of float32 that the tensor cores of GPUs do not read in TF32."""
+
+    def read(tile):
+        if tile.dtype.scalar != tl.float32:
+            return tile
+        return interpreter.TensorHandle((tile.data.view(np.uint32) & 0xFFFFE000).view(np.float32), tl.float32)
+
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder, 'create_dot', lambda self, a, b, *args: multiply(self, read(a), read(b), *args)
+    )
 
 
 def _double(tile: interpreter.TensorHandle) -> interpreter.TensorHandle:

@@ -49,7 +49,8 @@ class SwinV2(BaseModule):
             in which they are.
         mask_padding: Whether tokens that pad the map to whole windows are excluded from attention. False gives the
             convention of Swin's dense code, where they take part.
-        attention_backend: Backend of `swinv2_mm.ops.window_attention`.
+        attention_backend: Backend of `swinv2_mm.ops.window_attention`: 'auto', 'triton', 'sdpa' or 'reference'. 'auto'
+            takes the first of these that can run, and 'triton' only if its kernels have been checked on this GPU.
         sequential_stages: Stages that attend in a few windows at a time, to save memory (Sec. 3.4).
         init_cfg: See `mmengine.model.BaseModule`.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import reference, sdpa
 from .recording import at_compilation, flop_counter
 from .triton import attention as triton
+from .triton import selfcheck
 
 
 class Backend(NamedTuple):
@@ -26,7 +27,7 @@ BACKENDS = {
     'sdpa': Backend(sdpa.sdpa_window_attention, sdpa.can_run),
     'reference': Backend(reference.reference_window_attention, lambda qkv: None),
 }
-AUTO = 'sdpa', 'reference'  # what 'auto' asks, in this order; 'triton' has to be named, as it has never run on a GPU
+AUTO = 'triton', 'sdpa', 'reference'  # what 'auto' asks, in this order
 
 
 def check_backend(name: str) -> None:
@@ -45,6 +46,8 @@ def _choose(name: str, qkv: Tensor) -> Backend:
         return BACKENDS[name]
     for other in AUTO:
         reason = BACKENDS[other].can_run(qkv)
+        if reason is None and other == 'triton':
+            reason = selfcheck.why_not(qkv)
         if reason is None:
             return BACKENDS[other]
         _tell(other, reason)
@@ -81,7 +84,8 @@ def window_attention(
         bias_table: (heads, prod(2 * window - 1)), added to the logits by relative position (see `LogCPB`).
         window_size: Tokens of a window along each axis of `*S`.
         shift_size: How far the windows are shifted along each axis, from 0 to the window size less 1.
-        backend: 'triton', 'sdpa' or 'reference', or 'auto' for 'sdpa' and, where that cannot run, 'reference'.
+        backend: 'triton', 'sdpa' or 'reference', or 'auto' for the first of these that can run. It takes 'triton' only
+            if its kernels agree with 'reference' on this GPU, which is checked once.
         sequential: Whether to attend in a few windows at a time, and to compute them again in the backward pass, so
             that the attention weights of those alone are in memory (sequential self-attention, Sec. 3.4). The backends
             'triton' and 'sdpa' do so in any case.

@@ -168,14 +168,17 @@ def raise_error(*_):
     raise AssertionError('was asked')
 
 
-def test_auto_asks_sdpa_and_then_the_reference_and_tells_why_once(monkeypatch, caplog):
-    """Kernels that have never run on a GPU have to be named."""
-    monkeypatch.setitem(module.BACKENDS, 'triton', module.Backend(raise_error, raise_error))
+def test_auto_asks_in_order_and_tells_why_once(monkeypatch, caplog):
     inputs = draw((6, 6), (3, 3))
-    assert torch.equal(window_attention(*inputs, (3, 3), (1, 1)), window_attention(*inputs, (3, 3), (1, 1), 'sdpa'))
-    monkeypatch.setitem(module.BACKENDS, 'sdpa', module.Backend(raise_error, lambda qkv: 'it is too old'))
+    monkeypatch.setitem(module.BACKENDS, 'triton', module.Backend(raise_error, lambda qkv: 'it is for GPUs'))
     module._tell_once.cache_clear()
     with caplog.at_level(logging.INFO, logger='swinv2_mm'):
         outs = [window_attention(*inputs, (3, 3), (1, 1)) for _ in range(2)]
+        assert torch.equal(outs[1], window_attention(*inputs, (3, 3), (1, 1), 'sdpa'))
+        monkeypatch.setitem(module.BACKENDS, 'sdpa', module.Backend(raise_error, lambda qkv: 'it is too old'))
+        outs = [window_attention(*inputs, (3, 3), (1, 1)) for _ in range(2)]
     assert torch.equal(outs[1], window_attention(*inputs, (3, 3), (1, 1), 'reference'))
-    assert [r.getMessage() for r in caplog.records] == ["attention backend 'sdpa' is not used: it is too old"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "attention backend 'triton' is not used: it is for GPUs",
+        "attention backend 'sdpa' is not used: it is too old",
+    ]

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+import types
 from collections import Counter
 
 import pytest
@@ -164,41 +165,41 @@ def test_specialize_as_triton_does():
 def test_uses_are_the_launches_of_all_blocks():
     shape = kernel_report.SHAPES['nano']  # 16x16 and 8x8 tokens, windows of 8x8, two blocks and one
     found = kernel_report.uses('nano', shape, torch.float16)
-    for is_backward in (False, True):
-        # any of the launches of a pass: all of them have the logits of their block
-        passes = {(use.stage, use.shifted): use for use in found if use.is_backward == is_backward}
-        assert list(passes) == [(0, False), (0, True), (1, False)]
-        logits = sum(use.per_image * use.windows * use.tokens**2 for use in passes.values())
+    assert {(use.stage, use.shifted) for use in found} == {(0, False), (0, True), (1, False)}
+    for kernel in ('window_forward', 'window_backward'):
+        of_kernel = [use for use in found if use.launch.kernel.__name__ == kernel]
+        assert {use.is_backward for use in of_kernel} == {kernel == 'window_backward'}
+        logits = sum(use.per_image * kernel_report.windows_of(use.launch) * use.tokens**2 for use in of_kernel)
         assert logits == sum(depth * shape.logits(i) for i, depth in enumerate(shape.depths))
 
 
-def launch_of(programs=1, **constants):
-    return Launch(lambda: None, programs, (), constants)
+def launch_of(programs=1, names=(), args=(), **constants):
+    return Launch(types.SimpleNamespace(arg_names=(*names, *constants)), programs, args, constants)
 
 
-def use_of(launch, windows=6, tokens=50, per_image=0.5):
-    return kernel_report.Use('nano', torch.float16, 0, False, False, launch, per_image, windows, tokens)
+def use_of(launch, tokens=50, per_image=0.5):
+    return kernel_report.Use('nano', torch.float16, 0, False, False, launch, per_image, tokens)
 
 
 @pytest.mark.parametrize(
-    ('constants', 'logits', 'around', 'tiles'),
+    ('programs', 'numbers', 'constants', 'logits', 'windows', 'tiles'),
     [
-        (dict(BLOCK_M=32, BLOCK_N=16), 512, 7, 6 * 2 * 4),
-        (dict(BLOCK_M=64, BLOCK_N=64), 4096, 7, 6),
-        (dict(BLOCK=32, STEP=64), 2048, 7, 6 * 2),
-        (dict(BLOCK=64), 4096, 7, 6),
-        (dict(BOX=(1, 4, 4), BOXES=(1, 2, 2)), 256, 6 * 3 * 3, 6 * 16),  # displacements, and pairs of boxes
+        (18, {}, dict(KEYS=96, BLOCK_M=32, BLOCK_N=16), 512, 6, 18 * 6),
+        (12, {}, dict(KEYS=96, BLOCK_M=64, BLOCK_N=32), 2048, 6, 12 * 3),  # the last tile of a window is half empty
+        (5, dict(windows=6, heads=3), dict(BLOCK_M=64), 4096, 18, 18),
+        (5, dict(windows=6, heads=3, pairs=range(16)), dict(BLOCK_M=16), 256, 18, 18 * 16),
     ],
 )
-def test_trips_follow_from_the_tiles(constants, logits, around, tiles):
-    launch = launch_of(7, **constants)
+def test_tiles_follow_from_the_launch(programs, numbers, constants, logits, windows, tiles):
+    launch = launch_of(programs, tuple(numbers), tuple(numbers.values()), **constants)
     assert kernel_report.logits_per_trip(launch) == logits
-    assert kernel_report.trips(use_of(launch)) == (around, tiles)
+    assert kernel_report.windows_of(launch) == windows
+    assert kernel_report.tiles_of(launch) == tiles
 
 
 def test_executed_weighs_code_by_how_often_it_runs():
     """12 programs of two warps, and 48 tiles."""
-    use = use_of(launch_of(12, BLOCK_M=32, BLOCK_N=16))
+    use = use_of(launch_of(12, KEYS=64, BLOCK_M=32, BLOCK_N=16))
     once, loop = Counter(integer=3, issue=7), Counter(integer=5, issue=20)
     found = kernel_report.executed(use, aot_compile.Kernel(32, 0, 0, 2, True, once, Counter(), loop))
     assert found == Counter(integer=0.5 * 2 * (12 * 3 + 48 * 5), issue=0.5 * 2 * (12 * 7 + 48 * 20))
@@ -225,7 +226,16 @@ def compiled_by_name(jobs, processes):
     """Kernels of four warps that the compiler might have made: all with products, but one."""
     loop = Counter(integer=40, exp=18, ex2=16, issue=58, mufu=144)
     return {
-        job: aot_compile.Kernel(96, 8, 1024, 4, job.kernel != 'prepass', Counter(issue=100, other=100), Counter(), loop)
+        job: aot_compile.Kernel(
+            96,
+            8,
+            1024,
+            4,
+            job.kernel not in ('prepass', 'normalize', 'expand_bias'),
+            Counter(issue=100, other=100),
+            Counter(),
+            loop,
+        )
         for job in jobs
     }
 
@@ -237,7 +247,8 @@ def test_report_prints_and_writes_what_was_counted(monkeypatch, tmp_path):
     printed = call(tmp_path, TOOL, '--shapes', 'nano', '--dtypes', 'float16', '--archs', 'sm_80', '--json', file)
     found = json.loads(file.read_text())
     first = found['kernels'][0]
-    assert (first['stages'], first['arch'], first['dtype'], first['programs_per_sm']) == ('1', 'sm_80', 'float16', 5)
+    assert (first['arch'], first['dtype'], first['programs_per_sm']) == ('sm_80', 'float16', 5)
+    assert first['stages'].split()[0] == '1'
     kinds = first['instructions']
     assert kinds['total'] == pytest.approx(sum(kinds[kind] for kind in sass.KINDS), rel=1e-3)
     assert first['binds'] == max(first['microseconds'], key=first['microseconds'].get)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from swinv2_mm.ops.triton.launch import Launch
 
-TYPES = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}  # Triton's names
+# Triton's names
+TYPES = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16', torch.int32: 'i32', torch.int64: 'i64'}
 PARTITIONS = 4  # of an SM
 
 

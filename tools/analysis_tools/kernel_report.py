@@ -73,7 +73,6 @@ class Use(NamedTuple):
     is_backward: bool
     launch: Launch
     per_image: float  # how often it runs
-    windows: int  # of the launch, counted once for each head
     tokens: int  # of a window
 
 
@@ -109,13 +108,12 @@ def uses(name: str, shape: Shape, dtype: torch.dtype) -> list[Use]:
         qkv = torch.empty(
             batch, *shape.map_size(stage), 3, heads, shape.dim(stage) // heads, dtype=dtype, device='meta'
         )
-        windows = batch * shape.logits(stage) // tokens**2
         shifted_blocks = depth // 2 if shape.map_size(stage) != shape.window_of(stage) else 0
         for shifted, blocks in ((False, depth - shifted_blocks), (True, shifted_blocks)):
             shift = [w // 2 if shifted else 0 for w in shape.window]
             passes = launches_of(qkv.detach(), table_size, shape.window, shift) if blocks else ([], [])
             found += [
-                Use(name, dtype, stage, shifted, bool(i), launch, blocks / batch, windows, tokens)
+                Use(name, dtype, stage, shifted, bool(i), launch, blocks / batch, tokens)
                 for i, launches in enumerate(passes)
                 for launch in launches
             ]
@@ -125,14 +123,16 @@ def uses(name: str, shape: Shape, dtype: torch.dtype) -> list[Use]:
 # ---------------------------------------------------------------- how often code runs
 
 
+def numbers_of(launch: Launch) -> dict[str, Any]:
+    """Arguments of a launch by name, without constants."""
+    names = [name for name in launch.kernel.arg_names if name not in launch.constants]
+    return dict(zip(names, launch.args, strict=True))
+
+
 def tile_of(launch: Launch) -> tuple[int, int]:
     """Queries and keys of a trip of the main loop."""
-    constants = launch.constants
-    if 'BOX' in constants:
-        return (math.prod(constants['BOX']),) * 2
-    if 'BLOCK_M' in constants:
-        return constants['BLOCK_M'], constants['BLOCK_N']
-    return constants['BLOCK'], constants.get('STEP', constants['BLOCK'])
+    block_m = launch.constants['BLOCK_M']
+    return block_m, launch.constants.get('BLOCK_N', block_m)
 
 
 def logits_per_trip(launch: Launch) -> int:
@@ -140,18 +140,27 @@ def logits_per_trip(launch: Launch) -> int:
     return math.prod(tile_of(launch))
 
 
-def trips(use: Use) -> tuple[int, int]:
-    """How often a launch runs the loop around the main one, and how many tiles of logits it has."""
-    boxes = use.launch.constants.get('BOXES')
-    if boxes:
-        return use.windows * math.prod(2 * n - 1 for n in boxes), use.windows * math.prod(boxes) ** 2
-    return use.launch.programs, use.windows * math.prod(-(-use.tokens // side) for side in tile_of(use.launch))
+def windows_of(launch: Launch) -> int:
+    """Pairs of a window and a head that a launch is for."""
+    numbers = numbers_of(launch)
+    if 'windows' in numbers:  # its programs go over them
+        return numbers['windows'] * numbers['heads']
+    return launch.programs // -(-launch.constants['KEYS'] // launch.constants['BLOCK_M'])
+
+
+def tiles_of(launch: Launch) -> int:
+    """Tiles of logits that a launch computes."""
+    if 'pairs' in launch.kernel.arg_names:  # of boxes of a window
+        return windows_of(launch) * len(numbers_of(launch)['pairs'])
+    if 'KEYS' not in launch.constants:
+        return windows_of(launch)
+    return launch.programs * (launch.constants['KEYS'] // launch.constants['BLOCK_N'])
 
 
 def executed(use: Use, kernel: Kernel) -> Counter:
     """Instructions by kind and clocks by pipe of all warps, per image, as `sass.count` has them for one."""
-    around, tiles = trips(use)
-    runs = (kernel.once, use.launch.programs), (kernel.around, around), (kernel.loop, tiles)
+    programs = use.launch.programs
+    runs = (kernel.once, programs), (kernel.around, programs), (kernel.loop, tiles_of(use.launch))
     total = Counter()
     for found, times in runs:
         for key, number in found.items():
@@ -198,7 +207,7 @@ def row(kernel: Kernel, arch: str, members: Sequence[Use]) -> dict[str, Any]:
         time = 1e6 * sum(bytes_of(use.launch) * use.per_image for use in members) / BANDWIDTH
         return dict(found, instructions={}, loop=None, microseconds={'bytes': time}, binds='bytes')
     executions = sum((executed(use, kernel) for use in members), Counter())
-    logits = sum(use.windows * use.tokens**2 * use.per_image for use in members)
+    logits = sum(windows_of(use.launch) * use.tokens**2 * use.per_image for use in members)
     kinds = {kind: 32 * executions[kind] / logits for kind in sass.KINDS}
     pipes = pipes_of(executions)
     return dict(

@@ -1,17 +1,19 @@
 """Window attention by the Triton kernels of `kernels.py`, forward and backward, as operators of torch's library.
 
-Nothing is copied into windows, and nothing is kept for the backward pass but the inputs, the result, and one number for
-each token and head: the logarithm, to the base 2, of the sum of its exponentials.
+Nothing is copied into windows, and nothing is kept for the backward pass but the inputs, the result, and `lse`: one
+number for each token and head.
 """
 
 import importlib
 import importlib.util
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..recording import at_compilation, is_tracing
+from ..recording import at_compilation, is_tracing, is_transformed
 from ..reference import MAX_LOGIT_SCALE
 from ..windows import (
     Size,
@@ -22,7 +24,23 @@ from ..windows import (
     fit_window,
 )
 from .launch import launch
-from .tiles import SMALLEST, choose_tiles, is_wide, next_power_of_2, tile_window
+from .layout import (
+    BiasTables,
+    TokenTables,
+    bias_tables,
+    box_pairs,
+    dense_entries,
+    tile_window,
+    token_tables,
+)
+from .tiles import (
+    KERNELS,
+    SMALLEST,
+    box_tokens,
+    choose_tiles,
+    is_one_tile,
+    next_power_of_2,
+)
 
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 TRITON = 3, 4  # older ones do not compile the kernels
@@ -30,7 +48,10 @@ MAX_HEAD_DIM = 128  # larger ones do not fit the registers of a program
 MAX_AXES = 3
 CAPABILITY = 8  # of the oldest GPUs, Ampere, that multiply bfloat16
 DTYPES = torch.float32, torch.float16, torch.bfloat16
-PROGRAMS = 1024  # of the kernels that sum over windows; a GPU has some 100 processors
+PROGRAMS = 1024  # of the kernels that sum over windows; a GPU has about 100 processors
+MOST_QUERIES = 128  # of a tile; tables have rows of a multiple of it
+BIAS_CENTER = 8.0  # of the position bias, which lies between 0 and 16
+BLOCK_OF_PLACES, BLOCK_OF_VECTORS = 1024, 128
 
 
 def can_run(qkv: Tensor) -> str | None:
@@ -46,6 +67,8 @@ def can_run(qkv: Tensor) -> str | None:
         return f'it needs torch 2.4 or newer, this is {torch.__version__}'
     if is_tracing():
         return 'its operator is not one of those that models are exported with'
+    if is_transformed():
+        return 'torch.func and forward-mode AD transform operators of PyTorch alone'
     if qkv.dtype not in DTYPES:
         return f'its kernels compute in float32, and the map is of type {qkv.dtype}'
     if qkv.dim() - 4 > MAX_AXES:
@@ -81,57 +104,102 @@ def triton_window_attention(
 
 
 class Geometry:
-    """Sizes of a map and its windows, with three axes, and what the kernels are compiled for."""
+    """Sizes of a feature map and its windows, with three axes, and what the kernels are given for them."""
 
     def __init__(self, qkv: Tensor, window_size: Size, shift_size: Size) -> None:
-        map_size = tuple(qkv.shape[1:-3])
-        window, shift = fit_window(map_size, window_size, shift_size)
-        ones = (1,) * (MAX_AXES - len(map_size))
-        self.size, self.window, self.table = ones + map_size, ones + window, ones + tuple(window_size)
+        spatial_shape = tuple(qkv.shape[1:-3])
+        window, shift = fit_window(spatial_shape, window_size, shift_size)
+        ones = (1,) * (MAX_AXES - len(spatial_shape))
+        self.size, self.window, self.table = ones + spatial_shape, ones + window, ones + tuple(window_size)
         self.shift = (0,) * len(ones) + shift
-        self.heads, self.head_dim = qkv.shape[-2:]
-        self.windows = len(qkv) * math.prod(-(-s // w) for s, w in zip(self.size, self.window, strict=True))
-        self.tokens = math.prod(window)
+        self.batch, (self.heads, self.head_dim) = len(qkv), qkv.shape[-2:]
+        self.tokens, self.window_tokens = math.prod(self.size), math.prod(window)
         self.dtype, self.device = qkv.dtype, qkv.device
-
-    def constants(self) -> dict:
-        """What all kernels are compiled for."""
-        return {
-            'WINDOW': self.window,
-            'SHIFT': self.shift,
-            'TABLE': self.table,
-            'DIM': self.head_dim,
-            'BLOCK_DIM': max(SMALLEST, next_power_of_2(self.head_dim)),
-            'PRECISION': 'tf32' if self.dtype == torch.float32 and _is_tf32_allowed() else 'ieee',
-            'enable_fp_fusion': True,
-        }
-
-    def runs(self, kernel: str) -> tuple[int, dict]:
-        """TileConfig of a window for one of the kernels that go over runs of tokens, and its constants."""
-        blocks = choose_tiles(kernel, self.tokens, self.head_dim, self.dtype, self.device)
-        constants = {'BLOCK': blocks.block, 'STEP': blocks.step, 'num_warps': blocks.warps, 'num_stages': blocks.stages}
-        return -(-self.tokens // blocks.block), {**self.constants(), **constants}
-
-    def boxes(self, kernel: str) -> tuple[Size, Size, dict]:
-        """Box and boxes of a window for one of the kernels that go over boxes of tokens, and its constants."""
-        blocks = choose_tiles(kernel, self.tokens, self.head_dim, self.dtype, self.device)
-        box, counts = tile_window(self.window, blocks.block)
-        constants = {'BOX': box, 'BOXES': counts, 'num_warps': blocks.warps, 'num_stages': blocks.stages}
-        return box, counts, {**self.constants(), **constants}
-
-    def fits_one_tile(self) -> bool:
-        """Whether one program can hold a window, in its registers and in shared memory."""
-        return not is_wide(self.head_dim, self.dtype) and self.runs('grad_all')[0] == 1
+        # of unit vectors and the bias: bfloat16 would be too coarse for them
+        self.unit_dtype = torch.float32 if qkv.dtype == torch.float32 else torch.float16
+        self.is_one_tile = is_one_tile(self.window_tokens, self.head_dim, self.dtype)
+        if self.is_one_tile:
+            self.box, self.keys = None, max(SMALLEST, next_power_of_2(self.window_tokens))
+        else:
+            self.box = tile_window(self.window, box_tokens(self.head_dim, self.dtype))
+            self.keys = math.prod(self.box.counts) * math.prod(self.box.size)
+        self.slots = self.keys if self.is_one_tile else -(-self.keys // MOST_QUERIES) * MOST_QUERIES
 
     def kernels(self) -> tuple[str, ...]:
-        """Kernels that run for such windows, forward and backward."""
-        if self.fits_one_tile():
-            return 'attend', 'grad_all'
-        return 'attend', 'grad_queries', 'grad_keys', 'grad_bias'
+        """Kernels with tiles that run for such windows."""
+        return KERNELS[4:] if self.is_one_tile else KERNELS[:4]
 
-    def widen(self, grad_table: Tensor) -> Tensor:
-        """Gradient of the whole bias table, from that of the window in effect."""
-        return crop_bias_table_backward(grad_table, self.table, self.window)
+    def tables(self) -> TokenTables:
+        """Where the tokens of all windows lie."""
+        return token_tables(self.size, self.window, self.shift, self.box, self.slots, self.device)
+
+    def window_groups(self) -> Iterator[tuple[Tensor, bool]]:
+        """Numbers of the windows that need no mask, and of those that do, which is the second item."""
+        _, _, inner, edge = self.tables()
+        yield from ((ids, needs_mask) for ids, needs_mask in ((inner, False), (edge, True)) if len(ids))
+
+    def bias_tables(self) -> BiasTables:
+        """Where the bias of queries and keys lies."""
+        return bias_tables(self.window, self.table, self.box, self.slots, self.device)
+
+    def expand_bias(self, bias_table: Tensor) -> Tensor:
+        """Bias as the kernels read it: (heads, places)."""
+        from . import kernels
+
+        if self.is_one_tile:
+            entries = dense_entries(self.window, self.table, self.slots, self.device)
+        else:
+            entries = self.bias_tables().entries
+        # windows of one tile are read once for many windows
+        dtype = torch.float32 if self.is_one_tile else self.unit_dtype
+        bias = bias_table.new_empty(self.heads, len(entries), dtype=dtype)
+        programs = -(-len(entries) // BLOCK_OF_PLACES) * self.heads
+        sizes = self.heads, len(entries), *bias_table.stride()
+        launch(
+            kernels.expand_bias, programs, bias_table, entries, bias, *sizes, CENTER=BIAS_CENTER,
+            BLOCK_M=BLOCK_OF_PLACES, num_warps=4,
+        )  # fmt: skip
+        return bias
+
+    def normalize(self, qkv: Tensor, logit_scale: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+        """Unit vectors of scaled queries and keys, or of keys (parts = 1): (tokens, parts, heads, head_dim).
+
+        The second result repeats those of the queries in bfloat16, if that is the type of the map.
+        """
+        from . import kernels
+
+        tokens = self.batch * self.tokens
+        is_rounded = parts == 2 and self.dtype == torch.bfloat16
+        units = qkv.new_empty(tokens, parts, self.heads, self.head_dim, dtype=self.unit_dtype)
+        q_units = qkv.new_empty(tokens, self.heads, self.head_dim) if is_rounded else units
+        vectors = tokens * parts * self.heads
+        launch(
+            kernels.normalize, -(-vectors // BLOCK_OF_VECTORS), qkv, logit_scale, units, q_units, vectors, self.heads,
+            PARTS=parts, ROUNDED=is_rounded, **self._dims(), BLOCK_M=BLOCK_OF_VECTORS, num_warps=4,
+        )  # fmt: skip
+        return units, q_units
+
+    def _dims(self) -> dict[str, int]:
+        return {'DIM': self.head_dim, 'BLOCK_DIM': max(SMALLEST, next_power_of_2(self.head_dim))}
+
+    def constants(self, kernel: str) -> dict[str, Any]:
+        """What a kernel is compiled for, but whether its windows need a mask."""
+        tiles = choose_tiles(kernel, self.window_tokens, self.head_dim, self.dtype, self.device)
+        constants = {
+            **self._dims(),
+            'LARGE': self.tokens * 3 * self.heads * self.head_dim >= 2**31,
+            'WHOLE': self.keys == self.window_tokens,
+            'PRECISION': 'tf32' if self.dtype == torch.float32 and _is_tf32_allowed() else 'ieee',
+            'num_warps': tiles.warps,
+            'num_stages': tiles.stages,
+        }
+        if self.is_one_tile:
+            return constants | {'BLOCK_M': self.slots}
+        constants |= {'SLOTS': self.slots, 'PLACES': len(self.bias_tables().entries), 'RUN': self.box.run}
+        if kernel == 'bwd_dbias':
+            return constants | {'BLOCK_M': math.prod(self.box.size)}
+        block_n = math.gcd(tiles.block_n, self.keys)
+        return constants | {'KEYS': self.keys, 'BLOCK_M': tiles.block_m, 'BLOCK_N': block_n}
 
 
 def _is_tf32_allowed() -> bool:
@@ -142,146 +210,193 @@ def _is_tf32_allowed() -> bool:
     return setting.allow_tf32
 
 
-def attend(
+def lse_shape(qkv: Tensor, window_size: Size) -> tuple[int, int]:
+    """(tokens, heads), or (0, heads) where windows are one tile whatever the map: their backward pass needs none."""
+    keeps_none = is_one_tile(math.prod(window_size), qkv.shape[-1], qkv.dtype)
+    return 0 if keeps_none else math.prod(qkv.shape[:-3]), qkv.shape[-2]
+
+
+def triton_forward(
     qkv: Tensor, logit_scale: Tensor, bias_table: Tensor, window_size: Size, shift_size: Size
 ) -> tuple[Tensor, Tensor]:
     """Attention within windows, without autograd; arguments as of `swinv2_mm.ops.window_attention`.
 
     Returns:
-        Its result, and the logarithms to the base 2 of the sums of exponentials (B * prod(S), heads) in float32.
+        Its result, and what `lse_shape` says: for each token and head the logarithm to the base 2 of the sum of the
+        exponentials of its logits, in float32.
     """
+    geometry = Geometry(qkv, window_size, shift_size)
+    qkv, logit_scale = qkv.contiguous(), logit_scale.contiguous()
+    out = qkv.new_empty(*qkv.shape[:-3], geometry.heads * geometry.head_dim)
+    lse = qkv.new_empty(lse_shape(qkv, window_size), dtype=torch.float32)
+    bias = geometry.expand_bias(bias_table)
+    if geometry.is_one_tile:
+        _forward_one_tile(geometry, qkv, logit_scale, bias, out)
+    else:
+        _forward_tiles(geometry, qkv, logit_scale, bias, out, lse)
+    return out, lse
+
+
+def _forward_tiles(
+    geometry: Geometry, qkv: Tensor, logit_scale: Tensor, bias: Tensor, out: Tensor, lse: Tensor
+) -> None:
     from . import kernels
 
-    geometry = Geometry(qkv, window_size, shift_size)
-    heads = geometry.heads
-    out = qkv.new_empty(*qkv.shape[:-3], heads * geometry.head_dim)
-    log_sums = qkv.new_empty(math.prod(qkv.shape[:-3]), heads, dtype=torch.float32)
-    inputs = [t.contiguous() for t in (qkv, logit_scale, bias_table)]
-    blocks, constants = geometry.runs('attend')
-    programs = geometry.windows * blocks * heads
-    launch(kernels.attend, programs, *inputs, out, log_sums, geometry.size, heads, **constants)
-    return out, log_sums
+    units, _ = geometry.normalize(qkv, logit_scale, parts=1)
+    constants, blocks = _blocks(geometry, 'forward')
+    rows, regions, *_ = geometry.tables()
+    _, *places = geometry.bias_tables()
+    for ids, needs_mask in geometry.window_groups():
+        programs = geometry.batch * len(ids) * blocks * geometry.heads
+        inputs = qkv, units, logit_scale, bias, rows, regions, *places, ids
+        sizes = len(ids), geometry.tokens, geometry.heads
+        launch(kernels.forward, programs, *inputs, out, lse, *sizes, EDGE=needs_mask, **constants)
 
 
-def attend_backward(
-    grad: Tensor,
+def _blocks(geometry: Geometry, kernel: str) -> tuple[dict[str, Any], int]:
+    """Constants of a kernel, and how many blocks of tokens it takes a window in."""
+    constants = geometry.constants(kernel)
+    return constants, -(-geometry.keys // constants['BLOCK_M'])
+
+
+def _forward_one_tile(geometry: Geometry, qkv: Tensor, logit_scale: Tensor, bias: Tensor, out: Tensor) -> None:
+    from . import kernels
+
+    constants = geometry.constants('window_forward')
+    rows, regions, *_ = geometry.tables()
+    for ids, needs_mask in geometry.window_groups():
+        sizes, programs = _parts(geometry, len(ids))
+        inputs = qkv, logit_scale, bias, rows, regions, ids
+        launch(kernels.window_forward, programs, *inputs, out, *sizes, EDGE=needs_mask, **constants)
+
+
+def _parts(geometry: Geometry, ids: int, tiles: int = 1) -> tuple[tuple[int, ...], int]:
+    """Sizes for a kernel that goes over windows, so many of each sample, and its programs for so many tiles a head."""
+    windows = geometry.batch * ids
+    splits = min(windows, -(-PROGRAMS // (geometry.heads * tiles)))
+    return (ids, geometry.tokens, geometry.heads, windows, splits), splits * geometry.heads * tiles
+
+
+def triton_backward(
+    grad_out: Tensor,
     qkv: Tensor,
     logit_scale: Tensor,
     bias_table: Tensor,
     out: Tensor,
-    log_sums: Tensor,
+    lse: Tensor,
     window_size: Size,
     shift_size: Size,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend` for its first three arguments, given the one for its first result."""
+    """Gradients of `triton_forward` for its first three arguments, given the one for its first result."""
     geometry = Geometry(qkv, window_size, shift_size)
-    given = [t.contiguous() for t in (grad, qkv, logit_scale, bias_table, out, log_sums)]
-    grad_qkv = torch.empty_like(given[1])
-    if geometry.fits_one_tile():
-        grad_scale, grad_table = grad_all(geometry, given, grad_qkv)
+    saved = [t.contiguous() for t in (grad_out, qkv, logit_scale, out, lse)]
+    bias = geometry.expand_bias(bias_table)
+    if geometry.is_one_tile:
+        grad_qkv, grad_scale, grad_table = _backward_one_tile(geometry, *saved[:3], bias)
     else:
-        grad_scale, common = grad_queries(geometry, given, grad_qkv)
-        grad_keys(geometry, given, common, grad_qkv)
-        grad_table = grad_bias(geometry, given, common)
+        grad_qkv, grad_scale, grad_table = _backward_tiles(geometry, *saved, bias)
     grad_scale = torch.where(logit_scale <= MAX_LOGIT_SCALE, grad_scale.view_as(logit_scale), 0.0)
+    grad_table = crop_bias_table_backward(grad_table, geometry.table, geometry.window)
     return grad_qkv, grad_scale.to(logit_scale.dtype), grad_table.to(bias_table.dtype)
 
 
-# Each of the following takes the tensors that are given to the backward pass.
-
-
-def grad_queries(geometry: Geometry, given: list[Tensor], grad_qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Write the gradient of the queries to that of the map.
-
-    Returns:
-        The gradient of the scale (heads,), and what the gradients of each query's weights have in common, which the
-        other kernels need.
-    """
+def _backward_one_tile(
+    geometry: Geometry, grad_out: Tensor, qkv: Tensor, logit_scale: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     from . import kernels
 
-    windows, heads = geometry.windows, geometry.heads
-    blocks, constants = geometry.runs('grad_queries')
-    grad_scale = grad_qkv.new_empty(windows * blocks, heads, dtype=torch.float32)
-    common = torch.empty_like(given[-1])
-    programs = windows * blocks * heads
-    launch(kernels.grad_queries, programs, *given, common, grad_qkv, grad_scale, geometry.size, heads, **constants)
-    return grad_scale.sum(0), common
+    constants = geometry.constants('window_backward')
+    rows, regions, *_ = geometry.tables()
+    heads, slots, tokens = geometry.heads, geometry.slots, geometry.window_tokens
+    grad_qkv, scales, tiles = torch.empty_like(qkv), [], []
+    for ids, needs_mask in geometry.window_groups():
+        sizes, programs = _parts(geometry, len(ids))
+        scales.append(qkv.new_empty(programs // heads, heads, dtype=torch.float32))
+        tiles.append(qkv.new_empty(programs // heads, heads, slots, slots, dtype=torch.float32))
+        inputs = grad_out, qkv, logit_scale, bias, rows, regions, ids
+        outputs = grad_qkv, scales[-1], tiles[-1]
+        launch(kernels.window_backward, programs, *inputs, *outputs, *sizes, EDGE=needs_mask, **constants)
+    grad_bias = sum(tile.sum(0) for tile in tiles)[:, :tokens, :tokens]
+    return grad_qkv, sum(scale.sum(0) for scale in scales), dense_bias_backward(grad_bias.flip(1), geometry.window)
 
 
-def grad_keys(geometry: Geometry, given: list[Tensor], common: Tensor, grad_qkv: Tensor) -> None:
-    """Write the gradients of keys and values to that of the map."""
+def _backward_tiles(
+    geometry: Geometry, grad_out: Tensor, qkv: Tensor, logit_scale: Tensor, out: Tensor, lse: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     from . import kernels
 
-    blocks, constants = geometry.runs('grad_keys')
-    *inputs, _, log_sums = given
-    programs = geometry.windows * blocks * geometry.heads
-    launch(kernels.grad_keys, programs, *inputs, log_sums, common, grad_qkv, geometry.size, geometry.heads, **constants)
+    units, q_units = geometry.normalize(qkv, logit_scale, parts=2)
+    delta, grad_qkv, scales = torch.empty_like(lse), torch.empty_like(qkv), []
+    rows, regions, *_ = geometry.tables()
+    _, *places = geometry.bias_tables()
+    heads = geometry.heads
+    for ids, needs_mask in geometry.window_groups():
+        sizes, tables = (len(ids), geometry.tokens, heads), (bias, rows, regions, *places, ids)
+        constants, blocks = _blocks(geometry, 'bwd_dq')
+        scales.append(lse.new_empty(geometry.batch * len(ids) * blocks, heads))
+        inputs = grad_out, qkv, units, logit_scale, *tables, out, lse
+        outputs = delta, grad_qkv, scales[-1]
+        launch(kernels.bwd_dq, scales[-1].numel(), *inputs, *outputs, *sizes, EDGE=needs_mask, **constants)
+        constants, blocks = _blocks(geometry, 'bwd_dk_dv')
+        programs = geometry.batch * len(ids) * blocks * heads
+        inputs = grad_out, qkv, units, q_units, *tables, lse, delta
+        constants |= {'EDGE': needs_mask, 'ROUNDED': q_units is not units}
+        launch(kernels.bwd_dk_dv, programs, *inputs, grad_qkv, *sizes, **constants)
+    grad_table = _grad_table(geometry, (grad_out, qkv, units, bias), lse, delta)
+    return grad_qkv, sum(scale.sum(0) for scale in scales), grad_table
 
 
-def grad_bias(geometry: Geometry, given: list[Tensor], common: Tensor) -> Tensor:
-    """Gradient of the bias table."""
+def _grad_table(geometry: Geometry, inputs: tuple[Tensor, ...], lse: Tensor, delta: Tensor) -> Tensor:
+    """Gradient of the bias table of the window in effect."""
     from . import kernels
 
-    windows, heads = geometry.windows, geometry.heads
-    box, boxes, constants = geometry.boxes('grad_bias')
-    displacements, tokens = math.prod(2 * n - 1 for n in boxes), math.prod(box)
-    splits = min(windows, -(-PROGRAMS // (heads * displacements)))
-    tiles = given[0].new_empty(splits, heads, displacements, tokens, tokens, dtype=torch.float32)
-    *inputs, _, log_sums = given
-    sizes = geometry.size, heads, windows, splits
-    programs = splits * heads * displacements
-    launch(kernels.grad_bias, programs, *inputs, log_sums, common, tiles, *sizes, **constants)
-    return geometry.widen(_fold(tiles.sum(0), box, boxes, geometry.window))
+    constants, box = geometry.constants('bwd_dbias'), geometry.box
+    rows, regions, *_ = geometry.tables()
+    _, *places = geometry.bias_tables()
+    slots, first, order = box_pairs(box, geometry.device)
+    tokens, total = math.prod(box.size), 0
+    for ids, needs_mask in geometry.window_groups():
+        sizes, programs = _parts(geometry, len(ids), len(order))
+        tiles = lse.new_empty(len(order), geometry.heads, sizes[-1], tokens, tokens)
+        tables = rows, regions, *places, ids, slots, first
+        launch(kernels.bwd_dbias, programs, *inputs, *tables, lse, delta, tiles, *sizes, EDGE=needs_mask, **constants)
+        total = total + tiles.sum(2)
+    in_order = torch.empty_like(total).index_copy_(0, order, total)
+    return _fold(in_order.transpose(0, 1), box.size, box.counts, geometry.window)
 
 
-def grad_all(geometry: Geometry, given: list[Tensor], grad_qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Write the gradient of the map, and return those of the scale (heads,) and of the bias table."""
-    from . import kernels
-
-    windows, heads, tokens = geometry.windows, geometry.heads, geometry.tokens
-    _, constants = geometry.runs('grad_all')
-    del constants['STEP']
-    splits, block = min(windows, -(-PROGRAMS // heads)), constants['BLOCK']
-    grad_scale = grad_qkv.new_empty(splits, heads, dtype=torch.float32)
-    tiles = grad_qkv.new_empty(splits, heads, block, block, dtype=torch.float32)
-    sizes = geometry.size, heads, windows, splits
-    launch(kernels.grad_all, splits * heads, *given, grad_qkv, grad_scale, tiles, *sizes, **constants)
-    grad_bias = tiles.sum(0)[:, :tokens, :tokens].flip(1)
-    return grad_scale.sum(0), geometry.widen(dense_bias_backward(grad_bias, geometry.window))
-
-
-def _fold(tiles: Tensor, box: Size, boxes: Size, window: Size) -> Tensor:
+def _fold(tiles: Tensor, box: Size, counts: Size, window: Size) -> Tensor:
     """Sum gradients of the bias between boxes, (heads, displacements, tokens, tokens), onto the table of a window."""
     offsets = dense_bias_backward(tiles.flatten(0, 1).flip(1), box)  # of each displacement, by offset within boxes
-    displacements = [2 * n - 1 for n in boxes]
-    offsets = offsets.view(-1, *displacements, *(2 * side - 1 for side in box))
-    covered = tuple(n * side for n, side in zip(boxes, box, strict=True))
+    offsets = offsets.view(-1, *(2 * n - 1 for n in counts), *(2 * side - 1 for side in box))
+    covered = tuple(n * side for n, side in zip(counts, box, strict=True))
     return crop_bias_table(add_overlapping(offsets, box).flatten(1), covered, window)
 
 
 def _register() -> None:
-    """Make operators of `attend` and its gradient, which torch.compile keeps whole, at maps of any size."""
+    """Make operators of `triton_forward` and its gradient, which torch.compile keeps whole, at maps of any size."""
     inputs, sizes = 'Tensor qkv, Tensor logit_scale, Tensor bias_table', 'int[] window_size, int[] shift_size'
 
     @torch.library.custom_op(
         'swinv2_mm::triton_window_attention', mutates_args=(), schema=f'({inputs}, {sizes}) -> (Tensor, Tensor)'
     )
     def forward(qkv, logit_scale, bias_table, window_size, shift_size):
-        return attend(qkv, logit_scale, bias_table, tuple(window_size), tuple(shift_size))
+        return triton_forward(qkv, logit_scale, bias_table, tuple(window_size), tuple(shift_size))
 
     @forward.register_fake
-    def _(qkv, *_):
+    def _(qkv, logit_scale, bias_table, window_size, shift_size):
         *maps, _, heads, head_dim = qkv.shape
-        return qkv.new_empty(*maps, heads * head_dim), qkv.new_empty(math.prod(maps), heads, dtype=torch.float32)
+        lse = qkv.new_empty(lse_shape(qkv, window_size), dtype=torch.float32)
+        return qkv.new_empty(*maps, heads * head_dim), lse
 
     @torch.library.custom_op(
         'swinv2_mm::triton_window_attention_backward',
         mutates_args=(),
-        schema=f'(Tensor grad, {inputs}, Tensor out, Tensor log_sums, {sizes}) -> (Tensor, Tensor, Tensor)',
+        schema=f'(Tensor grad, {inputs}, Tensor out, Tensor lse, {sizes}) -> (Tensor, Tensor, Tensor)',
     )
-    def backward(grad, qkv, logit_scale, bias_table, out, log_sums, window_size, shift_size):
+    def backward(grad, qkv, logit_scale, bias_table, out, lse, window_size, shift_size):
         sizes = tuple(window_size), tuple(shift_size)
-        return attend_backward(grad, qkv, logit_scale, bias_table, out, log_sums, *sizes)
+        return triton_backward(grad, qkv, logit_scale, bias_table, out, lse, *sizes)
 
     @backward.register_fake
     def _(grad, qkv, logit_scale, bias_table, *_):

@@ -1,17 +1,18 @@
 """Triton kernels of window attention: the forward pass and all gradients, none of which writes an N x N matrix.
 
-Maps stay in image order: a program computes where the tokens of its window lie, whether they are padding, and which of
-them the roll carried from the other end of an axis. The bias is read from its table. Maps of one or two axes have
-leading axes of one token. Sizes in capitals are known to the compiler.
+The feature map stays in image order. `layout.py` numbers the tokens of a window by slots and gives the kernels tables:
+`rows`, where the token of a slot lies in the map (-1 for none); `regions`, equal for tokens that lay together before
+the roll (-1 for none); and two numbers per slot whose sum is the place of a query and a key in the bias. So no kernel
+computes with coordinates, and none depends on the number of axes.
 
-Names: `q`, `k`, `v` and `given`, the gradient of the result, are tiles (tokens, BLOCK_DIM); `logits`, `weights` and
-their gradients are tiles (tokens, tokens). The tokens of a tile are described by `rows`: where they are in the map;
-`known`: whether they are part of it, and of the window; `regions`: a number that differs between tokens which the roll
-brought together; and `entries`: that of a query less that of a key is the place in the bias table.
+Windows of up to 64 tokens fit into one tile (`window_forward`, `window_backward`): a program keeps the bias of a head
+and goes over windows. Larger ones are taken in tiles of BLOCK_M queries and BLOCK_N keys as in FlashAttention-2. Their
+queries and keys are divided by their norms beforehand (`normalize`), in float16 for half-precision maps: unit vectors
+in bfloat16 would be off in the third digit, times a scale of up to 100.
 
-Logits are multiplied by log2(e) where they are made, so that the softmax is exp2(logits - largest). If the product came
-there, compilers would make it and the difference one multiply-add that rounds once: logits of what is no key, which are
-huge, would then not be equal.
+Logits are in units of log2(e), so that the softmax is exp2(logits - m_i): the factor is in the scale and in the bias
+before they meet. What is no key has the logit -inf. EDGE is for windows at the edges of a rolled or padded map, the
+only ones with a mask; the others are launched apart from them.
 """
 
 import triton
@@ -19,115 +20,9 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_LOGIT_SCALE = tl.constexpr(4.605170185988092)  # ln 100
-CROSSING = tl.constexpr(-100.0)
-# Logits of what is no key. Finite, so that the first tiles of a row may hold no key at all: what they leave in its sum
-# is multiplied by zero at the first real one.
-NEVER = tl.constexpr(-1e30)
-
-
-@triton.jit
-def _along_axis(position, window, size, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
-    """Coordinate of tokens in the map, and whether the roll carried them over its end."""
-    padded = tl.cdiv(size, WINDOW) * WINDOW
-    place = window * WINDOW + position + SHIFT
-    wrapped = place >= padded
-    return tl.where(wrapped, place - padded, place), wrapped
-
-
-@triton.jit
-def _tokens(p0, p1, p2, window, size, WINDOW: tl.constexpr, SHIFT: tl.constexpr, TABLE: tl.constexpr):
-    """Describe tokens at the positions `p0`, `p1`, `p2` of a window, counted over all windows of the batch."""
-    known = (p0 < WINDOW[0]) & (p1 < WINDOW[1]) & (p2 < WINDOW[2])
-    p0, p1, p2 = tl.minimum(p0, WINDOW[0] - 1), tl.minimum(p1, WINDOW[1] - 1), tl.minimum(p2, WINDOW[2] - 1)
-    n0, n1, n2 = tl.cdiv(size[0], WINDOW[0]), tl.cdiv(size[1], WINDOW[1]), tl.cdiv(size[2], WINDOW[2])
-    c0, wrapped0 = _along_axis(p0, window // (n1 * n2) % n0, size[0], WINDOW[0], SHIFT[0])
-    c1, wrapped1 = _along_axis(p1, window // n2 % n1, size[1], WINDOW[1], SHIFT[1])
-    c2, wrapped2 = _along_axis(p2, window % n2, size[2], WINDOW[2], SHIFT[2])
-    known = known & (c0 < size[0]) & (c1 < size[1]) & (c2 < size[2])
-    sample = (window // (n0 * n1 * n2)).to(tl.int64)
-    rows = ((sample * size[0] + c0) * size[1] + c1) * size[2] + c2
-    regions = wrapped0.to(tl.int32) + 2 * wrapped1.to(tl.int32) + 4 * wrapped2.to(tl.int32)
-    entries = (p0 * (2 * TABLE[1] - 1) + p1) * (2 * TABLE[2] - 1) + p2
-    return rows, known, regions, entries
-
-
-@triton.jit
-def _run_of_tokens(
-    first, window, size, WINDOW: tl.constexpr, SHIFT: tl.constexpr, TABLE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Describe the tokens of a window from `first` on, in their order."""
-    place = first + tl.arange(0, BLOCK)
-    p0 = place // (WINDOW[1] * WINDOW[2])  # beyond the last axis for what is no token
-    return _tokens(p0, place // WINDOW[2] % WINDOW[1], place % WINDOW[2], window, size, WINDOW, SHIFT, TABLE)
-
-
-@triton.jit
-def _box_of_tokens(
-    b0, b1, b2, window, size, WINDOW: tl.constexpr, SHIFT: tl.constexpr, TABLE: tl.constexpr, BOX: tl.constexpr
-):
-    """Describe the tokens of one box of a window that is cut into boxes."""
-    place = tl.arange(0, BOX[0] * BOX[1] * BOX[2])
-    p0 = b0 * BOX[0] + place // (BOX[1] * BOX[2])
-    p1 = b1 * BOX[1] + place // BOX[2] % BOX[1]
-    return _tokens(p0, p1, b2 * BOX[2] + place % BOX[2], window, size, WINDOW, SHIFT, TABLE)
-
-
-@triton.jit
-def _block_of_program(heads, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Head, first token and window of a program of (windows, blocks of BLOCK tokens, heads)."""
-    BLOCKS: tl.constexpr = (TOKENS + BLOCK - 1) // BLOCK
-    program = tl.program_id(0)
-    return program % heads, program // heads % BLOCKS * BLOCK, program // (heads * BLOCKS)
-
-
-@triton.jit
-def _maps_of(qkv, head, heads, DIM: tl.constexpr):
-    """Addresses of the queries, keys and values of a head, or of their gradients."""
-    return qkv + head * DIM, qkv + (heads + head) * DIM, qkv + (2 * heads + head) * DIM
-
-
-@triton.jit
-def _load(maps, rows, known, stride, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Tokens of a map, zero where there is none."""
-    dims = tl.arange(0, BLOCK_DIM)
-    mask = known[:, None] & (dims < DIM)[None, :]
-    return tl.load(maps + rows[:, None] * stride + dims[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _store(maps, tile, rows, known, stride, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    dims = tl.arange(0, BLOCK_DIM)
-    mask = known[:, None] & (dims < DIM)[None, :]
-    tl.store(maps + rows[:, None] * stride + dims[None, :], tile.to(maps.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _store_tile(tiles, tile, BLOCK: tl.constexpr):
-    """Write the gradient of logits that a program has summed up."""
-    place = tl.arange(0, BLOCK)
-    tiles += tl.program_id(0).to(tl.int64) * (BLOCK * BLOCK)
-    tl.store(tiles + place[:, None] * BLOCK + place[None, :], tile)
-
-
-@triton.jit
-def _lengths(tile):
-    """Norms of tokens, 1 instead of 0."""
-    tile = tile.to(tl.float32)
-    norms = tl.sqrt(tl.sum(tile * tile, 1))
-    return tl.where(norms < 1e-12, 1.0, norms)
-
-
-@triton.jit
-def _units(tile, norms):
-    """Unit vectors of tokens, in their type."""
-    return (tile.to(tl.float32) / norms[:, None]).to(tile.dtype)
-
-
-@triton.jit
-def _orthogonal(grad, tile, norms):
-    """Gradient of vectors, given that of their directions: their length has no effect."""
-    units = tile.to(tl.float32) / norms[:, None]
-    return (grad - units * tl.sum(grad * units, 1)[:, None]) / norms[:, None]
+SHIFT_MASK = tl.constexpr(-100.0 * 1.4426950408889634)
+# Start of a running maximum. Finite, so that its difference to the logit -inf is -inf and not NaN.
+LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -136,341 +31,598 @@ def _scale(logit_scale, head):
 
 
 @triton.jit
-def _table_of(bias_table, head, TABLE: tl.constexpr):
-    """Address of the entry for a query and a key at the same place, in the table of a head."""
-    s0, s1, s2 = 2 * TABLE[0] - 1, 2 * TABLE[1] - 1, 2 * TABLE[2] - 1
-    return bias_table + head * (s0 * s1 * s2) + ((TABLE[0] - 1) * s1 + TABLE[1] - 1) * s2 + TABLE[2] - 1
+def _inverse_norm(tile):
+    """1 / L2 norm of each row, 1 for a row of zeros."""
+    squares = tl.sum(tile * tile, 1)
+    return tl.where(squares < 1e-24, 1.0, tl.rsqrt(squares))
 
 
 @triton.jit
-def _logits(
-    a, b, factors_a, factors_b, table, entries, regions_a, regions_b, keys, SHIFT: tl.constexpr, PRECISION: tl.constexpr
+def _normalize_backward(grad, tile, inverse_norm):
+    """Gradient of vectors, given that of their unit vectors: it has no part along them."""
+    along = tl.sum(grad * tile, 1) * inverse_norm * inverse_norm
+    return (grad - tile * along[:, None]) * inverse_norm[:, None]
+
+
+@triton.jit
+def _offsets(rows, stride, LARGE: tl.constexpr):
+    """Where rows begin: in 64 bits if a sample has more numbers than 32 bits count."""
+    return rows.to(tl.int64) * stride if LARGE else rows * stride
+
+
+@triton.jit
+def _load_rows(
+    ptr, rows, stride, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, LARGE: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Scaled cosines between queries and keys, in either order, and logits: with bias and mask; both times log2(e).
-
-    `entries` of the table and `keys`, which tells whether it is a key, are of their shape.
-    Tokens are divided by their norms after the product, which is exact for numbers of half precision: unit vectors of
-    that type would be off by their last digit, times a scale of up to 100.
-    """
-    cosines = tl.dot(a, tl.trans(b), input_precision=PRECISION) * (factors_a * LOG2_E)[:, None] * factors_b[None, :]
-    logits = cosines + tl.load(table + entries).to(tl.float32) * LOG2_E
-    if SHIFT[0] + SHIFT[1] + SHIFT[2] > 0:
-        logits += tl.where(regions_a[:, None] == regions_b[None, :], 0.0, CROSSING * LOG2_E)
-    return cosines, tl.where(keys, logits, NEVER)
+    """Tokens of a map, (len(rows), BLOCK_DIM); zero where there is none."""
+    dims = tl.arange(0, BLOCK_DIM)
+    ptrs = ptr + _offsets(rows, stride, LARGE)[:, None] + dims[None, :]
+    if MASKED and DIM < BLOCK_DIM:
+        return tl.load(ptrs, mask=(rows >= 0)[:, None] & (dims < DIM)[None, :], other=0.0)
+    if MASKED:
+        return tl.load(ptrs, mask=(rows >= 0)[:, None], other=0.0)
+    if DIM < BLOCK_DIM:
+        return tl.load(ptrs, mask=(dims < DIM)[None, :], other=0.0)
+    return tl.load(ptrs)
 
 
 @triton.jit
-def attend(
+def _store_rows(ptr, tile, rows, stride, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, LARGE: tl.constexpr):
+    dims = tl.arange(0, BLOCK_DIM)
+    mask = (rows >= 0)[:, None] & (dims < DIM)[None, :]
+    tl.store(ptr + _offsets(rows, stride, LARGE)[:, None] + dims[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_numbers(ptr, rows, stride, other, LARGE: tl.constexpr, MASKED: tl.constexpr):
+    """A number of each token, `other` where there is none."""
+    ptrs = ptr + _offsets(rows, stride, LARGE)
+    return tl.load(ptrs, mask=rows >= 0, other=other) if MASKED else tl.load(ptrs)
+
+
+@triton.jit
+def _load_bias(bias, rows, columns, RUN: tl.constexpr, KEYS: tl.constexpr):
+    """Bias of a tile of logits. RUN keys that follow each other, along the dimension KEYS, are a run of memory."""
+    offs = rows[:, None] + columns[None, :]
+    if KEYS == 1:
+        offs = tl.max_contiguous(tl.multiple_of(offs, (1, RUN)), (1, RUN))
+    else:
+        offs = tl.max_contiguous(tl.multiple_of(offs, (RUN, 1)), (RUN, 1))
+    return tl.load(bias + offs).to(tl.float32)
+
+
+@triton.jit
+def _mask(logits, q_regions, k_regions):
+    """Mask of a window at an edge, for (queries, keys) in any shape that broadcasts to that of the logits."""
+    masked = tl.where(q_regions == k_regions, logits, logits + SHIFT_MASK)
+    return tl.where(k_regions >= 0, masked, float('-inf'))
+
+
+@triton.jit
+def _window_of(place, window_ids, num_windows, tokens):
+    """Window of a program or of a turn of its loop, and where its sample begins, in tokens.
+
+    Counted over samples, and for each of them over the windows in `window_ids`.
+    """
+    return tl.load(window_ids + place % num_windows), (place // num_windows).to(tl.int64) * tokens
+
+
+@triton.jit
+def expand_bias(
+    bias_table, entries, bias, heads, places, stride_head, stride_entry, CENTER: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Write `bias` (heads, places): entries of the table less CENTER, -inf where the entry is -1.
+
+    Programs: (blocks of places, heads). A constant takes nothing from a softmax; with it, numbers of both signs use the
+    precision of half a type.
+    """
+    program = tl.program_id(0)
+    head = program % heads
+    offs = program // heads * BLOCK_M + tl.arange(0, BLOCK_M)
+    entry = tl.load(entries + offs, mask=offs < places, other=-1)
+    ptrs = bias_table + head * stride_head + entry * stride_entry
+    values = (tl.load(ptrs, mask=entry >= 0, other=0.0).to(tl.float32) - CENTER) * LOG2_E
+    if bias.dtype.element_ty == tl.float16:
+        values = tl.minimum(tl.maximum(values, -65504.0), 65504.0)
+    values = tl.where(entry >= 0, values, float('-inf'))
+    tl.store(bias + head.to(tl.int64) * places + offs, values.to(bias.dtype.element_ty), mask=offs < places)
+
+
+@triton.jit
+def normalize(
     qkv,
     logit_scale,
-    bias_table,
-    out,
-    log_sums,
-    size,
+    units,
+    q_units,
+    vectors,
     heads,
-    WINDOW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    TABLE: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROUNDED: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Write `units` (tokens, PARTS, heads, DIM): unit vectors of scaled queries and of keys, or of keys only.
+
+    ROUNDED: the queries' are also written to `q_units` (tokens, heads, DIM), in the type of the map. Programs: blocks
+    of `vectors` = tokens * PARTS * heads.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    place = (first % (PARTS * heads)).to(tl.int32) + tl.arange(0, BLOCK_M)  # of the first one's token and on
+    token, place = first // (PARTS * heads) + place // (PARTS * heads), place % (PARTS * heads)
+    dims = tl.arange(0, BLOCK_DIM)
+    mask = (first + tl.arange(0, BLOCK_M) < vectors)[:, None] & (dims < DIM)[None, :]
+    ptrs = qkv + ((token * 3 + (2 - PARTS)) * heads + place)[:, None] * DIM + dims[None, :]
+    tile = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    factor = _inverse_norm(tile)
+    if PARTS == 2:
+        scale = tl.load(logit_scale + place, mask=place < heads, other=0.0).to(tl.float32)
+        factor *= tl.where(place < heads, tl.exp(tl.minimum(scale, MAX_LOGIT_SCALE)) * LOG2_E, 1.0)
+    tile *= factor[:, None]
+    ptrs = units + (token * (PARTS * heads) + place)[:, None] * DIM + dims[None, :]
+    tl.store(ptrs, tile.to(units.dtype.element_ty), mask=mask)
+    if ROUNDED:
+        ptrs = q_units + (token * heads + place)[:, None] * DIM + dims[None, :]
+        tl.store(ptrs, tile.to(q_units.dtype.element_ty), mask=mask & (place < heads)[:, None])
+
+
+@triton.jit
+def forward(
+    qkv,
+    units,
+    logit_scale,
+    bias,
+    rows,
+    regions,
+    q_places,
+    k_places,
+    window_ids,
+    out,
+    lse,
+    num_windows,
+    tokens,
+    heads,
+    SLOTS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PLACES: tl.constexpr,
+    RUN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EDGE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    LARGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attention of BLOCK queries, over STEP keys at a time. Programs: (windows, blocks of queries, heads)."""
-    TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    head, first, window = _block_of_program(heads, TOKENS, BLOCK)
+    """Attention of BLOCK_M queries. Programs: (windows, blocks of queries, heads)."""
+    MASKED: tl.constexpr = EDGE or not WHOLE
+    BLOCKS: tl.constexpr = (KEYS + BLOCK_M - 1) // BLOCK_M
+    program = tl.program_id(0)
+    head, block = program % heads, program // heads % BLOCKS
+    window, sample = _window_of(program // heads // BLOCKS, window_ids, num_windows, tokens)
     stride = 3 * heads * DIM
-    q_map, k_map, v_map = _maps_of(qkv, head, heads, DIM)
-    scale, table = _scale(logit_scale, head), _table_of(bias_table, head, TABLE)
+    rows += window * SLOTS
+    regions += window * SLOTS
+    q_ptr, v_ptr = qkv + sample * stride + head * DIM, qkv + sample * stride + (2 * heads + head) * DIM
+    k_ptr = units + (sample * heads + head) * DIM
+    bias += head.to(tl.int64) * PLACES
 
-    q_rows, q_known, q_regions, q_entries = _run_of_tokens(first, window, size, WINDOW, SHIFT, TABLE, BLOCK)
-    q = _load(q_map, q_rows, q_known, stride, DIM, BLOCK_DIM)
-    q_factors = scale / _lengths(q)
-    largest = tl.full([BLOCK], NEVER, tl.float32)
-    sums = tl.zeros([BLOCK], tl.float32)
-    result = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
-    for start in range(0, TOKENS, STEP):
-        k_rows, k_known, k_regions, k_entries = _run_of_tokens(start, window, size, WINDOW, SHIFT, TABLE, STEP)
-        k = _load(k_map, k_rows, k_known, stride, DIM, BLOCK_DIM)
-        k_norms = _lengths(k)
-        v = _load(v_map, k_rows, k_known, stride, DIM, BLOCK_DIM)
-        entries = q_entries[:, None] - k_entries[None, :]
-        _, logits = _logits(
-            q, k, q_factors, 1.0 / k_norms, table, entries, q_regions, k_regions, k_known[None, :], SHIFT, PRECISION
-        )
-        larger = tl.maximum(largest, tl.max(logits, 1))
-        weights = tl.exp2(logits - larger[:, None])
-        decay = tl.exp2(largest - larger)
-        sums = sums * decay + tl.sum(weights, 1)
-        result = result * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        largest = larger
-    _store(out + head * DIM, result / sums[:, None], q_rows, q_known, heads * DIM, DIM, BLOCK_DIM)
-    tl.store(log_sums + q_rows * heads + head, largest + tl.log2(sums), mask=q_known)
-
-
-@triton.jit
-def _load_sums(log_sums, rows, known, head, heads):
-    """Logarithms of the sums of queries, so large where there is no query that its weights are zero."""
-    return tl.load(log_sums + rows * heads + head, mask=known, other=-NEVER)
-
-
-@triton.jit
-def _load_common(given, out, rows, known, head, heads, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Mean gradient of the weights of queries: what the softmax takes off each of them."""
-    result = _load(out + head * DIM, rows, known, heads * DIM, DIM, BLOCK_DIM)
-    return tl.sum(given.to(tl.float32) * result.to(tl.float32), 1)
+    q_slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_rows = tl.load(rows + q_slots)
+    q = _load_rows(q_ptr, q_rows, stride, DIM, BLOCK_DIM, LARGE, True).to(tl.float32)
+    q = (q * (_inverse_norm(q) * (_scale(logit_scale, head) * LOG2_E))[:, None]).to(units.dtype.element_ty)
+    q_place = tl.load(q_places + q_slots)
+    q_region = tl.load(regions + q_slots) if EDGE else q_rows
+    m_i = tl.full([BLOCK_M], LOWEST, tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+    for start in range(0, KEYS, BLOCK_N):
+        k_slots = start + tl.arange(0, BLOCK_N)
+        k_rows = tl.load(rows + k_slots)
+        k = _load_rows(k_ptr, k_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
+        v = _load_rows(v_ptr, k_rows, stride, DIM, BLOCK_DIM, LARGE, MASKED)
+        logits = _load_bias(bias, q_place, tl.load(k_places + k_slots), RUN, 1)
+        logits = tl.dot(q, tl.trans(k), logits, input_precision=PRECISION)
+        if EDGE:
+            logits = _mask(logits, q_region[:, None], tl.load(regions + k_slots)[None, :])
+        m_new = tl.maximum(m_i, tl.max(logits, 1))
+        p = tl.exp2(logits - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        m_i = m_new
+    _store_rows(
+        out + (sample * heads + head) * DIM, acc * (1.0 / l_i)[:, None], q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE
+    )
+    lse += sample * heads + head
+    tl.store(lse + _offsets(q_rows, heads, LARGE), m_i + tl.log2(l_i), mask=q_rows >= 0)
 
 
 @triton.jit
-def grad_queries(
+def bwd_dq(
     grad_out,
     qkv,
+    units,
     logit_scale,
-    bias_table,
+    bias,
+    rows,
+    regions,
+    q_places,
+    k_places,
+    window_ids,
     out,
-    log_sums,
-    common_of,
+    lse,
+    delta,
     grad_qkv,
     grad_scale,
-    size,
+    num_windows,
+    tokens,
     heads,
-    WINDOW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    TABLE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PLACES: tl.constexpr,
+    RUN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EDGE: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
+    LARGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradient of BLOCK queries, and what they add to that of `logit_scale`. Programs and loop as of `attend`.
+    """Gradient of BLOCK_M queries, what they add to that of `logit_scale`, and `delta` for the kernels that follow.
 
-    What is common to a query's gradients of weights is kept for the kernels that follow. It comes from the rounded
-    result, whose error would add up in the gradient of the scale: there it is replaced by its sum over the keys.
+    delta is the row sum of grad_out * out. `out` is rounded, and the error of delta would add up in the gradient of the
+    scale. The loop corrects it: the gradients of a query's logits must have the sum zero.
+    Programs and loop as in `forward`.
     """
-    TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    head, first, window = _block_of_program(heads, TOKENS, BLOCK)
+    MASKED: tl.constexpr = EDGE or not WHOLE
+    BLOCKS: tl.constexpr = (KEYS + BLOCK_M - 1) // BLOCK_M
+    program = tl.program_id(0)
+    head, block = program % heads, program // heads % BLOCKS
+    window, sample = _window_of(program // heads // BLOCKS, window_ids, num_windows, tokens)
     stride = 3 * heads * DIM
-    q_map, k_map, v_map = _maps_of(qkv, head, heads, DIM)
-    scale, table = _scale(logit_scale, head), _table_of(bias_table, head, TABLE)
+    rows += window * SLOTS
+    regions += window * SLOTS
+    q_ptr, v_ptr = qkv + sample * stride + head * DIM, qkv + sample * stride + (2 * heads + head) * DIM
+    k_ptr = units + (sample * (2 * heads) + heads + head) * DIM
+    bias += head.to(tl.int64) * PLACES
+    scale = _scale(logit_scale, head)
 
-    q_rows, q_known, q_regions, q_entries = _run_of_tokens(first, window, size, WINDOW, SHIFT, TABLE, BLOCK)
-    q = _load(q_map, q_rows, q_known, stride, DIM, BLOCK_DIM)
-    q_norms = _lengths(q)
-    given = _load(grad_out + head * DIM, q_rows, q_known, heads * DIM, DIM, BLOCK_DIM)
-    common = _load_common(given, out, q_rows, q_known, head, heads, DIM, BLOCK_DIM)
-    tl.store(common_of + q_rows * heads + head, common, mask=q_known)
-    sums = _load_sums(log_sums, q_rows, q_known, head, heads)
-    sum_of_grads = tl.zeros([BLOCK], tl.float32)
-    along = tl.zeros([BLOCK], tl.float32)
-    mean_cosine = tl.zeros([BLOCK], tl.float32)
-    grad_q = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
-    for start in range(0, TOKENS, STEP):
-        k_rows, k_known, k_regions, k_entries = _run_of_tokens(start, window, size, WINDOW, SHIFT, TABLE, STEP)
-        k = _load(k_map, k_rows, k_known, stride, DIM, BLOCK_DIM)
-        k_norms = _lengths(k)
-        v = _load(v_map, k_rows, k_known, stride, DIM, BLOCK_DIM)
-        entries = q_entries[:, None] - k_entries[None, :]
-        cosines, logits = _logits(
-            q, k, scale / q_norms, 1.0 / k_norms, table, entries, q_regions, k_regions, k_known[None, :], SHIFT,
-            PRECISION,
-        )  # fmt: skip
-        weights = tl.exp2(logits - sums[:, None])
-        grad_logits = weights * (tl.dot(given, tl.trans(v), input_precision=PRECISION) - common[:, None])
-        sum_of_grads += tl.sum(grad_logits, 1)
-        along += tl.sum(grad_logits * cosines, 1)
-        mean_cosine += tl.sum(weights * cosines, 1)
-        grad_q += tl.dot(grad_logits.to(k.dtype), _units(k, k_norms), input_precision=PRECISION)
-    grad_q = _orthogonal(grad_q * scale, q, q_norms)
-    _store(grad_qkv + head * DIM, grad_q, q_rows, q_known, stride, DIM, BLOCK_DIM)
-    tl.store(grad_scale + tl.program_id(0), tl.sum(along - sum_of_grads * mean_cosine, 0) / LOG2_E)
+    q_slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_rows = tl.load(rows + q_slots)
+    q_unit_ptr = units + (sample * (2 * heads) + head) * DIM
+    q = _load_rows(q_unit_ptr, q_rows, 2 * heads * DIM, DIM, BLOCK_DIM, LARGE, True)
+    do = _load_rows(grad_out + (sample * heads + head) * DIM, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, True)
+    o = _load_rows(out + (sample * heads + head) * DIM, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, True)
+    lse_i = _load_numbers(lse + sample * heads + head, q_rows, heads, float('inf'), LARGE, True)
+    delta_i = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    # Powers of 2 with which float16 holds the gradients of a query's logits, however small they are
+    exponent = tl.max(tl.abs(do.to(tl.float32)), 1).to(tl.int32, bitcast=True) & 0x7F800000
+    power, inverse_power = (0x7F000000 - exponent).to(tl.float32, bitcast=True), exponent.to(tl.float32, bitcast=True)
+    do = (do.to(tl.float32) * power[:, None]).to(do.dtype)
+    q_place = tl.load(q_places + q_slots)
+    q_region = tl.load(regions + q_slots) if EDGE else q_rows
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    mean_k = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+    grad_q = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+    for start in range(0, KEYS, BLOCK_N):
+        k_slots = start + tl.arange(0, BLOCK_N)
+        k_rows = tl.load(rows + k_slots)
+        k = _load_rows(k_ptr, k_rows, 2 * heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
+        v = _load_rows(v_ptr, k_rows, stride, DIM, BLOCK_DIM, LARGE, MASKED)
+        logits = _load_bias(bias, q_place, tl.load(k_places + k_slots), RUN, 1)
+        logits = tl.dot(q, tl.trans(k), logits, input_precision=PRECISION)
+        if EDGE:
+            logits = _mask(logits, q_region[:, None], tl.load(regions + k_slots)[None, :])
+        p = tl.exp2(logits - lse_i[:, None])
+        mean_k = tl.dot(p.to(k.dtype), k, mean_k, input_precision=PRECISION)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - (delta_i * power)[:, None])
+        row_sum += tl.sum(ds, 1)
+        grad_q = tl.dot(ds.to(k.dtype), k, grad_q, input_precision=PRECISION)
+    delta += sample * heads + head
+    tl.store(delta + _offsets(q_rows, heads, LARGE), delta_i + row_sum * inverse_power, mask=q_rows >= 0)
+    grad_q = (grad_q - row_sum[:, None] * mean_k) * (inverse_power * scale)[:, None]
+    raw = _load_rows(q_ptr, q_rows, stride, DIM, BLOCK_DIM, LARGE, True).to(tl.float32)
+    inverse_norm = _inverse_norm(raw)
+    tl.store(grad_scale + program, tl.sum(tl.sum(grad_q * raw, 1) * inverse_norm, 0))
+    grad_q = _normalize_backward(grad_q, raw, inverse_norm)
+    _store_rows(grad_qkv + sample * stride + head * DIM, grad_q, q_rows, stride, DIM, BLOCK_DIM, LARGE)
 
 
 @triton.jit
-def grad_keys(
+def bwd_dk_dv(
     grad_out,
     qkv,
-    logit_scale,
-    bias_table,
-    log_sums,
-    common_of,
+    units,
+    q_units,
+    bias,
+    rows,
+    regions,
+    q_places,
+    k_places,
+    window_ids,
+    lse,
+    delta,
     grad_qkv,
-    size,
+    num_windows,
+    tokens,
     heads,
-    WINDOW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    TABLE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PLACES: tl.constexpr,
+    RUN: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EDGE: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
+    LARGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of BLOCK keys and values, over STEP queries at a time. Programs: (windows, blocks of keys, heads).
+    """Gradients of BLOCK_M keys and values, over BLOCK_N queries at a time. Programs: (windows, blocks of keys, heads).
 
     Its tiles of logits are (keys, queries): both products take them as they are.
     """
-    TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    head, first, window = _block_of_program(heads, TOKENS, BLOCK)
-    stride = 3 * heads * DIM
-    q_map, k_map, v_map = _maps_of(qkv, head, heads, DIM)
-    scale, table = _scale(logit_scale, head), _table_of(bias_table, head, TABLE)
-
-    k_rows, k_known, k_regions, k_entries = _run_of_tokens(first, window, size, WINDOW, SHIFT, TABLE, BLOCK)
-    k = _load(k_map, k_rows, k_known, stride, DIM, BLOCK_DIM)
-    k_norms = _lengths(k)
-    v = _load(v_map, k_rows, k_known, stride, DIM, BLOCK_DIM)
-    grad_k = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
-    grad_v = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
-    for start in range(0, TOKENS, STEP):
-        q_rows, q_known, q_regions, q_entries = _run_of_tokens(start, window, size, WINDOW, SHIFT, TABLE, STEP)
-        q = _load(q_map, q_rows, q_known, stride, DIM, BLOCK_DIM)
-        q_norms = _lengths(q)
-        given = _load(grad_out + head * DIM, q_rows, q_known, heads * DIM, DIM, BLOCK_DIM)
-        common = tl.load(common_of + q_rows * heads + head, mask=q_known, other=0.0)
-        sums = _load_sums(log_sums, q_rows, q_known, head, heads)
-        entries = q_entries[None, :] - k_entries[:, None]
-        _, logits = _logits(
-            k, q, 1.0 / k_norms, scale / q_norms, table, entries, k_regions, q_regions, k_known[:, None], SHIFT,
-            PRECISION,
-        )  # fmt: skip
-        weights = tl.exp2(logits - sums[None, :])
-        grad_v += tl.dot(weights.to(given.dtype), given, input_precision=PRECISION)
-        grad_logits = weights * (tl.dot(v, tl.trans(given), input_precision=PRECISION) - common[None, :])
-        grad_k += tl.dot(grad_logits.to(q.dtype), _units(q, q_norms), input_precision=PRECISION)
-    grad_k = _orthogonal(grad_k * scale, k, k_norms)
-    _store(grad_qkv + (heads + head) * DIM, grad_k, k_rows, k_known, stride, DIM, BLOCK_DIM)
-    _store(grad_qkv + (2 * heads + head) * DIM, grad_v, k_rows, k_known, stride, DIM, BLOCK_DIM)
-
-
-@triton.jit
-def grad_bias(
-    grad_out,
-    qkv,
-    logit_scale,
-    bias_table,
-    log_sums,
-    common_of,
-    grad_tiles,
-    size,
-    heads,
-    windows,
-    splits,
-    WINDOW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    TABLE: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BOX: tl.constexpr,
-    BOXES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Gradient of the logits between boxes of a window, summed over pairs of boxes that lie equally far apart.
-
-    Such pairs have the entries of the table in common, token by token, so one tile in registers takes the sum over all
-    of them and over all windows. Programs: (parts of these, heads, displacements along each axis); each writes its
-    tile.
-    """
+    MASKED: tl.constexpr = EDGE or not WHOLE
+    BLOCKS: tl.constexpr = (KEYS + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
-    s1, s2 = 2 * BOXES[1] - 1, 2 * BOXES[2] - 1
-    d0 = program // (s1 * s2) % (2 * BOXES[0] - 1) - (BOXES[0] - 1)
-    d1 = program // s2 % s1 - (BOXES[1] - 1)
-    d2 = program % s2 - (BOXES[2] - 1)
-    head = program // ((2 * BOXES[0] - 1) * s1 * s2) % heads
-    part = program // ((2 * BOXES[0] - 1) * s1 * s2) // heads
-    # pairs of boxes that lie so far apart
-    n0, n1, n2 = BOXES[0] - tl.abs(d0), BOXES[1] - tl.abs(d1), BOXES[2] - tl.abs(d2)
-    stride = 3 * heads * DIM
-    q_map, k_map, v_map = _maps_of(qkv, head, heads, DIM)
-    scale, table = _scale(logit_scale, head), _table_of(bias_table, head, TABLE)
+    head, block = program % heads, program // heads % BLOCKS
+    window, sample = _window_of(program // heads // BLOCKS, window_ids, num_windows, tokens)
+    stride, unit_stride = 3 * heads * DIM, 2 * heads * DIM
+    rows += window * SLOTS
+    regions += window * SLOTS
+    q_ptr = units + (sample * (2 * heads) + head) * DIM
+    k_ptr, v_ptr = q_ptr + heads * DIM, qkv + sample * stride + (2 * heads + head) * DIM
+    do_ptr = grad_out + (sample * heads + head) * DIM
+    bias += head.to(tl.int64) * PLACES
 
-    BLOCK: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
-    total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for window in range(part, windows, splits):
-        for pair in range(n0 * n1 * n2):
-            b0, b1, b2 = pair // (n1 * n2), pair // n2 % n1, pair % n2
-            q_rows, q_known, q_regions, q_entries = _box_of_tokens(
-                b0 + tl.maximum(d0, 0), b1 + tl.maximum(d1, 0), b2 + tl.maximum(d2, 0),
-                window, size, WINDOW, SHIFT, TABLE, BOX,
-            )  # fmt: skip
-            k_rows, k_known, k_regions, k_entries = _box_of_tokens(
-                b0 - tl.minimum(d0, 0), b1 - tl.minimum(d1, 0), b2 - tl.minimum(d2, 0),
-                window, size, WINDOW, SHIFT, TABLE, BOX,
-            )  # fmt: skip
-            q = _load(q_map, q_rows, q_known, stride, DIM, BLOCK_DIM)
-            k = _load(k_map, k_rows, k_known, stride, DIM, BLOCK_DIM)
-            v = _load(v_map, k_rows, k_known, stride, DIM, BLOCK_DIM)
-            given = _load(grad_out + head * DIM, q_rows, q_known, heads * DIM, DIM, BLOCK_DIM)
-            common = tl.load(common_of + q_rows * heads + head, mask=q_known, other=0.0)
-            sums = _load_sums(log_sums, q_rows, q_known, head, heads)
-            entries = q_entries[:, None] - k_entries[None, :]
-            _, logits = _logits(
-                q, k, scale / _lengths(q), 1.0 / _lengths(k), table, entries, q_regions, k_regions, k_known[None, :],
-                SHIFT, PRECISION,
-            )  # fmt: skip
-            weights = tl.exp2(logits - sums[:, None])
-            total += weights * (tl.dot(given, tl.trans(v), input_precision=PRECISION) - common[:, None])
-    _store_tile(grad_tiles, total, BLOCK)
+    k_slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    k_rows = tl.load(rows + k_slots)
+    k = _load_rows(k_ptr, k_rows, unit_stride, DIM, BLOCK_DIM, LARGE, True)
+    v = _load_rows(v_ptr, k_rows, stride, DIM, BLOCK_DIM, LARGE, True)
+    k_place = tl.load(k_places + k_slots)
+    k_region = tl.load(regions + k_slots) if EDGE else k_rows
+    grad_k = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+    grad_v = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+    for start in range(0, KEYS, BLOCK_N):
+        q_slots = start + tl.arange(0, BLOCK_N)
+        q_rows = tl.load(rows + q_slots)
+        q = _load_rows(q_ptr, q_rows, unit_stride, DIM, BLOCK_DIM, LARGE, MASKED)
+        do = _load_rows(do_ptr, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
+        lse_i = _load_numbers(lse + sample * heads + head, q_rows, heads, float('inf'), LARGE, MASKED)
+        delta_i = _load_numbers(delta + sample * heads + head, q_rows, heads, 0.0, LARGE, MASKED)
+        logits = _load_bias(bias, k_place, tl.load(q_places + q_slots), RUN, 0)
+        logits = tl.dot(k, tl.trans(q), logits, input_precision=PRECISION)
+        if EDGE:
+            logits = _mask(logits, tl.load(regions + q_slots)[None, :], k_region[:, None])
+        p = tl.exp2(logits - lse_i[None, :])
+        grad_v = tl.dot(p.to(do.dtype), do, grad_v, input_precision=PRECISION)
+        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta_i[None, :])
+        if ROUNDED:  # float16 might not hold the gradients of logits, which bfloat16 holds
+            q_rounded_ptr = q_units + (sample * heads + head) * DIM
+            q_rounded = _load_rows(q_rounded_ptr, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
+        else:
+            q_rounded = q
+        grad_k = tl.dot(ds.to(q_rounded.dtype), q_rounded, grad_k, input_precision=PRECISION)
+    raw = _load_rows(qkv + sample * stride + (heads + head) * DIM, k_rows, stride, DIM, BLOCK_DIM, LARGE, True)
+    raw = raw.to(tl.float32)
+    grad_k = _normalize_backward(grad_k * (1 / LOG2_E), raw, _inverse_norm(raw))
+    grad_ptr = grad_qkv + sample * stride + (heads + head) * DIM
+    _store_rows(grad_ptr, grad_k, k_rows, stride, DIM, BLOCK_DIM, LARGE)
+    _store_rows(grad_ptr + heads * DIM, grad_v, k_rows, stride, DIM, BLOCK_DIM, LARGE)
 
 
 @triton.jit
-def grad_all(
+def bwd_dbias(
     grad_out,
     qkv,
-    logit_scale,
-    bias_table,
-    out,
-    log_sums,
-    grad_qkv,
-    grad_scale,
+    units,
+    bias,
+    rows,
+    regions,
+    q_places,
+    k_places,
+    window_ids,
+    pairs,
+    first_pairs,
+    lse,
+    delta,
     grad_tiles,
-    size,
+    num_windows,
+    tokens,
     heads,
     windows,
     splits,
-    WINDOW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    TABLE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PLACES: tl.constexpr,
+    RUN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EDGE: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LARGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All gradients at once where a window fits into one tile. Programs: (parts of the windows, heads)."""
+    """Gradient of the logits between boxes of BLOCK_M slots, summed over pairs of boxes that lie equally far apart.
+
+    Such pairs have their entries of the bias in common, so one tile in registers takes the sum over all of them and
+    over all windows. `pairs` (pairs, 2) are the first slots of a box of queries and one of keys; those of a
+    displacement begin at `first_pairs`. Programs: (displacements, heads, parts of the windows); each writes its tile.
+    """
+    MASKED: tl.constexpr = EDGE or not WHOLE
+    program = tl.program_id(0)
+    part, head, displacement = program % splits, program // splits % heads, program // splits // heads
+    first, last = tl.load(first_pairs + displacement), tl.load(first_pairs + displacement + 1) - 1
+    stride, unit_stride = 3 * heads * DIM, 2 * heads * DIM
+    bias += head.to(tl.int64) * PLACES
+
+    offs = tl.arange(0, BLOCK_M)
+    total = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
+    q_place = tl.load(q_places + tl.load(pairs + 2 * first) + offs)
+    k_place = tl.load(k_places + tl.load(pairs + 2 * first + 1) + offs)
+    tile_bias = _load_bias(bias, q_place, k_place, RUN, 1)
+    place, pair = part, first
+    for _ in range(((windows - part + splits - 1) // splits) * (last - first + 1)):
+        window, sample = _window_of(place, window_ids, num_windows, tokens)
+        q_slots, k_slots = tl.load(pairs + 2 * pair) + offs, tl.load(pairs + 2 * pair + 1) + offs
+        place = tl.where(pair == last, place + splits, place)
+        pair = tl.where(pair == last, first, pair + 1)
+        q_rows, k_rows = tl.load(rows + window * SLOTS + q_slots), tl.load(rows + window * SLOTS + k_slots)
+        q_ptr = units + (sample * (2 * heads) + head) * DIM
+        q = _load_rows(q_ptr, q_rows, unit_stride, DIM, BLOCK_DIM, LARGE, MASKED)
+        k = _load_rows(q_ptr + heads * DIM, k_rows, unit_stride, DIM, BLOCK_DIM, LARGE, MASKED)
+        v_ptr = qkv + sample * stride + (2 * heads + head) * DIM
+        v = _load_rows(v_ptr, k_rows, stride, DIM, BLOCK_DIM, LARGE, MASKED)
+        do_ptr = grad_out + (sample * heads + head) * DIM
+        do = _load_rows(do_ptr, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
+        lse_i = _load_numbers(lse + sample * heads + head, q_rows, heads, float('inf'), LARGE, MASKED)
+        delta_i = _load_numbers(delta + sample * heads + head, q_rows, heads, 0.0, LARGE, MASKED)
+        if not WHOLE:  # boxes at the end of a window hold places that are no tokens
+            tile_bias = _load_bias(bias, tl.load(q_places + q_slots), tl.load(k_places + k_slots), RUN, 1)
+        logits = tl.dot(q, tl.trans(k), tile_bias, input_precision=PRECISION)
+        if EDGE:
+            q_region = tl.load(regions + window * SLOTS + q_slots)
+            k_region = tl.load(regions + window * SLOTS + k_slots)
+            logits = _mask(logits, q_region[:, None], k_region[None, :])
+        p = tl.exp2(logits - lse_i[:, None])
+        total += p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta_i[:, None])
+    _store_tile(grad_tiles, total, BLOCK_M)
+
+
+@triton.jit
+def _store_tile(grad_tiles, tile, BLOCK: tl.constexpr):
+    """Write the sum of a program at its place."""
+    offs = tl.arange(0, BLOCK)
+    grad_tiles += tl.program_id(0).to(tl.int64) * (BLOCK * BLOCK)
+    tl.store(grad_tiles + offs[:, None] * BLOCK + offs[None, :], tile)
+
+
+@triton.jit
+def window_forward(
+    qkv,
+    logit_scale,
+    bias,
+    rows,
+    regions,
+    window_ids,
+    out,
+    num_windows,
+    tokens,
+    heads,
+    windows,
+    splits,
+    WHOLE: tl.constexpr,
+    EDGE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    LARGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attention in windows of one tile. Programs: (parts of the windows, heads)."""
+    MASKED: tl.constexpr = EDGE or not WHOLE
     program = tl.program_id(0)
     head, part = program % heads, program // heads
     stride = 3 * heads * DIM
-    q_map, k_map, v_map = _maps_of(qkv, head, heads, DIM)
-    scale, table = _scale(logit_scale, head), _table_of(bias_table, head, TABLE)
+    offs = tl.arange(0, BLOCK_M)
+    tile_bias = tl.load(bias + (head * BLOCK_M + offs)[:, None] * BLOCK_M + offs[None, :])
+    scale = _scale(logit_scale, head) * LOG2_E
+    for turn in range(part, windows, splits):
+        window, sample = _window_of(turn, window_ids, num_windows, tokens)
+        slots = window * BLOCK_M + offs
+        row = tl.load(rows + slots)
+        q_ptr = qkv + sample * stride + head * DIM
+        q = _load_rows(q_ptr, row, stride, DIM, BLOCK_DIM, LARGE, MASKED)
+        k = _load_rows(q_ptr + heads * DIM, row, stride, DIM, BLOCK_DIM, LARGE, MASKED)
+        v = _load_rows(q_ptr + 2 * heads * DIM, row, stride, DIM, BLOCK_DIM, LARGE, MASKED)
+        q_factor, k_factor = _inverse_norm(q.to(tl.float32)) * scale, _inverse_norm(k.to(tl.float32))
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        logits = logits * q_factor[:, None] * k_factor[None, :] + tile_bias
+        if EDGE:
+            region = tl.load(regions + slots)
+            logits = _mask(logits, region[:, None], region[None, :])
+        p = tl.exp2(logits - tl.max(logits, 1)[:, None])
+        l_i = tl.sum(p, 1)
+        result = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / l_i)[:, None]
+        _store_rows(out + (sample * heads + head) * DIM, result, row, heads * DIM, DIM, BLOCK_DIM, LARGE)
 
-    total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    total_along = tl.zeros([BLOCK], tl.float32)
-    for window in range(part, windows, splits):
-        rows, known, regions, entries = _run_of_tokens(0, window, size, WINDOW, SHIFT, TABLE, BLOCK)
-        q, k = _load(q_map, rows, known, stride, DIM, BLOCK_DIM), _load(k_map, rows, known, stride, DIM, BLOCK_DIM)
-        q_norms, k_norms = _lengths(q), _lengths(k)
-        v = _load(v_map, rows, known, stride, DIM, BLOCK_DIM)
-        given = _load(grad_out + head * DIM, rows, known, heads * DIM, DIM, BLOCK_DIM)
-        common = _load_common(given, out, rows, known, head, heads, DIM, BLOCK_DIM)
-        sums = _load_sums(log_sums, rows, known, head, heads)
-        offsets = entries[:, None] - entries[None, :]
-        cosines, logits = _logits(
-            q, k, scale / q_norms, 1.0 / k_norms, table, offsets, regions, regions, known[None, :], SHIFT, PRECISION
-        )
-        weights = tl.exp2(logits - sums[:, None])
-        grad_v = tl.dot(tl.trans(weights.to(given.dtype)), given, input_precision=PRECISION)
-        _store(grad_qkv + (2 * heads + head) * DIM, grad_v, rows, known, stride, DIM, BLOCK_DIM)
-        grad_logits = weights * (tl.dot(given, tl.trans(v), input_precision=PRECISION) - common[:, None])
-        total += grad_logits
-        rounded = grad_logits.to(k.dtype)
-        grad_q = tl.dot(rounded, _units(k, k_norms), input_precision=PRECISION) * scale
-        grad_q = _orthogonal(grad_q, q, q_norms)
-        _store(grad_qkv + head * DIM, grad_q, rows, known, stride, DIM, BLOCK_DIM)
-        along = tl.sum(grad_logits * cosines, 1)
-        total_along += along - tl.sum(grad_logits, 1) * tl.sum(weights * cosines, 1)  # as in `grad_queries`
-        grad_k = tl.dot(tl.trans(rounded), _units(q, q_norms), input_precision=PRECISION) * scale
-        grad_k = _orthogonal(grad_k, k, k_norms)
-        _store(grad_qkv + (heads + head) * DIM, grad_k, rows, known, stride, DIM, BLOCK_DIM)
-    tl.store(grad_scale + program, tl.sum(total_along, 0) / LOG2_E)
-    _store_tile(grad_tiles, total, BLOCK)
+
+@triton.jit
+def window_backward(
+    grad_out,
+    qkv,
+    logit_scale,
+    bias,
+    rows,
+    regions,
+    window_ids,
+    grad_qkv,
+    grad_scale,
+    grad_tiles,
+    num_windows,
+    tokens,
+    heads,
+    windows,
+    splits,
+    WHOLE: tl.constexpr,
+    EDGE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    LARGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """All gradients of windows of one tile. Programs: (parts of the windows, heads)."""
+    MASKED: tl.constexpr = EDGE or not WHOLE
+    program = tl.program_id(0)
+    head, part = program % heads, program // heads
+    stride = 3 * heads * DIM
+    offs = tl.arange(0, BLOCK_M)
+    bias += (head * BLOCK_M + offs)[:, None] * BLOCK_M + offs[None, :]
+    scale = _scale(logit_scale, head)
+    total = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
+    total_scale = tl.zeros([BLOCK_M], tl.float32)
+    for turn in range(part, windows, splits):
+        window, sample = _window_of(turn, window_ids, num_windows, tokens)
+        slots = window * BLOCK_M + offs
+        row = tl.load(rows + slots)
+        q_ptr = qkv + sample * stride + head * DIM
+        q = _load_rows(q_ptr, row, stride, DIM, BLOCK_DIM, LARGE, MASKED)
+        k = _load_rows(q_ptr + heads * DIM, row, stride, DIM, BLOCK_DIM, LARGE, MASKED)
+        v = _load_rows(q_ptr + 2 * heads * DIM, row, stride, DIM, BLOCK_DIM, LARGE, MASKED)
+        do = _load_rows(grad_out + (sample * heads + head) * DIM, row, heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
+        q_norm, k_norm = _inverse_norm(q.to(tl.float32)), _inverse_norm(k.to(tl.float32))
+        cosines = tl.dot(q, tl.trans(k), input_precision=PRECISION) * q_norm[:, None] * k_norm[None, :]
+        logits = cosines * (scale * LOG2_E) + tl.load(bias)
+        if EDGE:
+            region = tl.load(regions + slots)
+            logits = _mask(logits, region[:, None], region[None, :])
+        p = tl.exp2(logits - tl.max(logits, 1)[:, None])
+        p *= (1.0 / tl.sum(p, 1))[:, None]
+        grad_v = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
+        grad_ptr = grad_qkv + sample * stride + head * DIM
+        _store_rows(grad_ptr + 2 * heads * DIM, grad_v, row, stride, DIM, BLOCK_DIM, LARGE)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+        if MASKED:  # of what is no query
+            ds = tl.where((row >= 0)[:, None], ds, 0.0)
+        total += ds
+        total_scale += tl.sum(ds * cosines, 1)
+        rounded = ds.to(k.dtype)
+        k_unit = (k.to(tl.float32) * k_norm[:, None]).to(k.dtype)
+        grad_q = tl.dot(rounded, k_unit, input_precision=PRECISION) * scale
+        grad_q = _normalize_backward(grad_q, q.to(tl.float32), q_norm)
+        _store_rows(grad_ptr, grad_q, row, stride, DIM, BLOCK_DIM, LARGE)
+        q_unit = (q.to(tl.float32) * q_norm[:, None]).to(q.dtype)
+        grad_k = tl.dot(tl.trans(rounded), q_unit, input_precision=PRECISION) * scale
+        grad_k = _normalize_backward(grad_k, k.to(tl.float32), k_norm)
+        _store_rows(grad_ptr + heads * DIM, grad_k, row, stride, DIM, BLOCK_DIM, LARGE)
+    tl.store(grad_scale + program, tl.sum(total_scale, 0) * scale)
+    _store_tile(grad_tiles, total, BLOCK_M)

@@ -1,0 +1,77 @@
+"""Compare the Triton kernels of window attention with the reference, on the GPU at hand.
+
+python -m swinv2_mm.ops.selfcheck
+
+It prints the error of each result and what is allowed, and replaces the verdicts that `attention_backend='auto'` keeps.
+The exit code is 1 if a result is wrong, and 2 if the kernels cannot run. With TRITON_INTERPRET=1 it can be tried out
+without a GPU, on tiny feature maps.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from .triton import attention as triton
+from .triton import selfcheck
+
+DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+WINDOWS = (7, 7), (8, 8), (12, 12), (16, 16), (24, 24), (32, 32), (8, 7, 7), (8, 20, 20)
+CASES = tuple(DTYPES), selfcheck.HEAD_DIMS, WINDOWS
+QUICK = tuple(DTYPES), (32,), selfcheck.WINDOWS
+INTERPRETED = ('fp32',), (16,), ((4, 4), (9, 9))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the check, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--quick', action='store_true', help='heads of 32 channels and two windows')
+    args = parser.parse_args(argv)
+    is_interpreted = os.environ.get('TRITON_INTERPRET') == '1'
+    reason = _why_not(is_interpreted)
+    if reason:
+        print(f'error: the Triton kernels cannot run: {reason}', file=sys.stderr)
+        return 2
+    device = torch.device('cpu' if is_interpreted else f'cuda:{torch.cuda.current_device()}')
+    return _run(INTERPRETED if is_interpreted else QUICK if args.quick else CASES, device)
+
+
+def _why_not(is_interpreted: bool) -> str | None:
+    if is_interpreted:
+        return None if triton.HAS_TRITON else 'the package triton is not installed'
+    if not torch.cuda.is_available():
+        return 'there is no GPU; TRITON_INTERPRET=1 tries this out without one'
+    return triton.can_run(torch.empty(1, 1, 3, 1, 16, device='cuda'))
+
+
+def _run(cases: tuple[Sequence[str], Sequence[int], Sequence[tuple[int, ...]]], device: torch.device) -> int:
+    dtypes, head_dims, windows = cases
+    print(f'| type | head size | window | shifted, padded | {" | ".join(selfcheck.RESULTS)} |')
+    print('|---|---|---|---|' + '---|' * len(selfcheck.RESULTS))
+    verdicts = {}
+    for name, head_dim in itertools.product(dtypes, head_dims):
+        torch.set_float32_matmul_precision('high' if name == 'tf32' else 'highest')
+        faults = []
+        for window, is_shifted in itertools.product(windows, (True, False)):
+            print(f'| {name} | {head_dim} | {"x".join(map(str, window))} | {"yes" if is_shifted else "no"}', end=' | ')
+            try:
+                deviations, fault = selfcheck.examine(window, is_shifted, head_dim, DTYPES[name], device)
+            except torch.cuda.OutOfMemoryError:
+                print('not checked: too little GPU memory |', flush=True)
+                continue
+            print(' | '.join(map(str, deviations.values())) or fault, end=' |\n', flush=True)
+            faults.append(fault)
+        if faults:
+            key = selfcheck.describe(device, DTYPES[name], head_dim)
+            verdicts[key] = '; '.join(filter(None, faults))
+            selfcheck.keep({key: verdicts[key]})
+    for key, faults in verdicts.items():
+        print(f'{"wrong" if faults else "right"} on {key}{":" * bool(faults)} {faults}'.rstrip())
+    return int(any(verdicts.values()))
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Whether the kernels agree with the reference on this machine, which `auto` asks before it takes them.
+
+Kernels that are right on one GPU can be wrong on another, or with another version of the compiler. The verdict for each
+device, version, dtype and head size is kept in the user's cache.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..recording import at_compilation
+from ..reference import reference_window_attention
+from ..sdpa import sdpa_window_attention
+from ..windows import Size
+from . import attention as triton
+
+WINDOWS = (8, 8), (16, 16)  # those of up to 64 tokens have kernels of their own
+HEAD_DIMS = 16, 32, 64, 128  # channels of a head are padded to one of these
+RESULTS = 'out', 'grad of qkv', 'grad of logit_scale', 'grad of bias_table'
+# Parts of the largest value that rounding may take: float32 rounds logits of 116, float16 unit vectors times a scale
+ROUNDING = {torch.float32: 4e-6, torch.float16: 0.008, torch.bfloat16: 0.016}
+
+_verdicts: dict[tuple, str] = {}  # of this process, so that later calls neither read a file nor wait for the GPU
+
+
+class Deviation(NamedTuple):
+    """Largest error of a result, and the one that rounding explains, as parts of its largest value."""
+
+    error: float
+    allowed: float
+
+    def __str__(self) -> str:
+        return f'{self.error:.1e} (allowed {self.allowed:.1e})'
+
+
+def why_not(qkv: Tensor) -> str | None:
+    """Tell why `auto` does not take the kernels for a feature map that they can run on, or None if it does.
+
+    Without a verdict in the user's cache they are checked first. If they are wrong, one warning shows by how much.
+    """
+    return _why_not(qkv.device, qkv.dtype, min(dim for dim in HEAD_DIMS if dim >= qkv.shape[-1]))
+
+
+@at_compilation
+def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    case = device, dtype, head_dim, _is_tf32(dtype)
+    if case not in _verdicts:
+        key = describe(device, dtype, head_dim)
+        fault = _read().get(key)
+        if not isinstance(fault, str):
+            if _is_busy():
+                return 'its kernels cannot be checked within a CUDA graph or a backward pass'
+            try:
+                # in a thread of its own, none of the caller's autocast, modes, hooks and transforms is active
+                with ThreadPoolExecutor(1) as pool:
+                    fault = pool.submit(check, device, dtype, head_dim).result()
+            except torch.cuda.OutOfMemoryError:
+                return 'there is too little GPU memory to check its kernels'
+            keep({key: fault})
+        _verdicts[case] = fault
+        if fault:
+            _warn_once(key, fault)
+    return 'its kernels failed the self-check' if _verdicts[case] else None
+
+
+def _is_busy() -> bool:
+    """Whether a capture forbids other threads to use the GPU, or their backward pass would wait for this one."""
+    is_captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return is_captured or torch._C._current_graph_task_id() != -1
+
+
+@functools.cache
+def _warn_once(key: str, fault: str) -> None:
+    logging.getLogger('swinv2_mm').warning(
+        "attention_backend='auto' does not take 'triton': its kernels failed the self-check %s, on %s. "
+        'Delete %s, or run `python -m swinv2_mm.ops.selfcheck`, to check them again',
+        fault,
+        key,
+        cache_file(),
+    )
+
+
+def cache_file() -> Path:
+    """Where verdicts are kept."""
+    folder = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    return Path(folder, 'swinv2_mm', 'triton_selfcheck.json')
+
+
+def describe(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What a verdict is valid for."""
+    name = "Triton's interpreter"
+    if device.type == 'cuda':
+        name = f'{torch.cuda.get_device_name(device)} ({".".join(map(str, torch.cuda.get_device_capability(device)))})'
+    versions = f'torch {torch.__version__}, triton {triton._triton_version()}, kernels {_digest()}'
+    return f'{name}, {versions}, {dtype}{" in TF32" * _is_tf32(dtype)}, heads of up to {head_dim} channels'
+
+
+@functools.cache
+def _digest() -> str:
+    """Digest of the kernels' source files and tile sizes."""
+    files = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in ('.py', '.json'))
+    return hashlib.sha256(b'\0'.join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def _is_tf32(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and triton._is_tf32_allowed()
+
+
+def _read() -> dict[str, str]:
+    with contextlib.suppress(OSError, ValueError):  # there is none, or it is damaged
+        verdicts = json.loads(cache_file().read_text())
+        if isinstance(verdicts, dict):
+            return verdicts
+    return {}
+
+
+def keep(verdicts: dict[str, str]) -> None:
+    """Add faults, or '' for none, to the file, whole or not at all; nothing happens if it cannot be written."""
+    file = cache_file()
+    part = file.with_suffix(f'.{os.getpid()}')
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(_read() | verdicts, indent=1))
+        part.replace(file)
+
+
+def check(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Tell what is wrong with the kernels in shifted and padded windows, small and large, or '' if nothing is."""
+    faults = (examine(window, True, head_dim, dtype, device)[1] for window in WINDOWS)
+    return next(filter(None, faults), '')
+
+
+def examine(
+    window: Size, is_shifted: bool, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, Deviation], str]:
+    """Compare the kernels with the reference on a small feature map, shifted and padded or neither.
+
+    Returns:
+        The deviation of each result, and what is wrong with them, or ''.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: The device has too little memory for the comparison.
+    """
+    where = f'in windows of {"x".join(map(str, window))}'
+    try:
+        deviations = _compare(window, is_shifted, head_dim, dtype, device)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the compiler, or of a launch
+        return {}, f'{where}: {type(error).__name__}: {" ".join(str(error).split())[:300]}'
+    # NaN is not allowed
+    faults = ', '.join(f'{name} is off by {d}' for name, d in deviations.items() if not d.error <= d.allowed)
+    return deviations, f'{where}: {faults}' if faults else ''
+
+
+def _compare(
+    window: Size, is_shifted: bool, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Deviation]:
+    """Errors against the reference in float64; allowed is three times that of `sdpa` in the same dtype, plus rounding.
+
+    Inputs are drawn by a generator of their own.
+    """
+    peer_dtype = torch.float16 if _is_tf32(dtype) else dtype  # TF32 has as many bits
+    is_exact = peer_dtype == torch.float32
+    shift = tuple(w // 2 if is_shifted else 0 for w in window)
+    # shifted: a window within the map, windows at its edges, and some whose first tokens are all padding
+    size = tuple(w + d for w, d in zip(window, shift, strict=True)) if is_shifted else (*window[:-1], 2 * window[-1])
+    generator = torch.Generator().manual_seed(0)
+    qkv, grad = (torch.randn(s, generator=generator) for s in ((1, *size, 3, 2, head_dim), (1, *size, 2 * head_dim)))
+    table = 16 * torch.rand(2, math.prod(2 * w - 1 for w in window), generator=generator)
+    # beyond 10, rounding of the weights takes the gradients away in half precision
+    scale = torch.tensor([10.0, 90.0 if is_exact else 3.0]).log().view(2, 1, 1)
+    inputs = [t.to(device) for t in (qkv.to(peer_dtype), scale, table, grad.to(peer_dtype))]
+
+    exact = _results(reference_window_attention, inputs, window, shift, torch.float64)
+    peer = _results(sdpa_window_attention, inputs, window, shift, peer_dtype)
+    ours = _results(triton.triton_window_attention, inputs, window, shift, dtype)
+    deviations = {}
+    for name, expected, *found in zip(RESULTS, exact, peer, ours, strict=True):
+        peer_error, error = (float((t.double() - expected).abs().max() / expected.abs().max()) for t in found)
+        peer_error = peer_error if math.isfinite(peer_error) else 0.0  # fused kernels of PyTorch have given NaN
+        rounding = ROUNDING[peer_dtype]
+        if name == 'grad of logit_scale':  # a sum over tokens of q * grad_q, which cancels for the most part
+            rounding = 1e-4 if is_exact else 0.016
+        allowed = 3 * peer_error + rounding
+        deviations[name] = Deviation(error, allowed)
+    return deviations
+
+
+def _results(
+    attention: Callable[..., Tensor], inputs: list[Tensor], window: Size, shift: Size, dtype: torch.dtype
+) -> list[Tensor]:
+    """`RESULTS` with the feature map in `dtype`; scale and table stay in float32, as parameters do, or are float64."""
+    *inputs, grad = inputs
+    kinds = dtype, *[torch.promote_types(dtype, torch.float32)] * 2
+    inputs = [t.to(kind, copy=True).requires_grad_() for t, kind in zip(inputs, kinds, strict=True)]
+    out = attention(*inputs, window, shift, sequential=True)
+    out.backward(grad.to(dtype))
+    return [out.detach(), *(t.grad for t in inputs)]

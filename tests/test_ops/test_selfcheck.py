@@ -1,0 +1,339 @@
+"""The self-check that `auto` makes before it takes `triton`, with other functions in the place of the kernels.
+
+`test_triton.py` runs it on the kernels themselves.
+"""
+
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip('triton')
+
+from swinv2_mm.ops import sdpa, window_attention
+from swinv2_mm.ops import selfcheck as command
+from swinv2_mm.ops.triton import attention as triton_backend
+from swinv2_mm.ops.triton import selfcheck
+
+module = sys.modules['swinv2_mm.ops.window_attention']  # the package shows the function under this name
+
+
+class Kernels:
+    """Results of `sdpa`, of which one may be wrong: 0 is the output, the others are the gradients of the inputs."""
+
+    def __init__(self, wrong=None, error=0.0):
+        self.wrong, self.error, self.calls = wrong, error, 0
+
+    def __call__(self, *inputs, sequential=False):
+        self.calls += 1
+        if isinstance(self.error, Exception):
+            raise self.error
+        *inputs, window, shift = inputs
+        inputs = [t.clone() for t in inputs]
+        if self.wrong:
+            inputs[self.wrong - 1].register_hook(self.spoil)
+        out = sdpa.sdpa_window_attention(*inputs, window, shift)
+        return self.spoil(out) if self.wrong == 0 else out
+
+    def spoil(self, result):
+        """Change a single number."""
+        change = torch.zeros_like(result)
+        change.view(-1)[-1] = self.error * result.abs().max()
+        return result + change
+
+
+@pytest.fixture
+def use(monkeypatch, tmp_path):
+    """A function that puts others in the place of the kernels, in a process that has checked nothing yet."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(selfcheck, 'WINDOWS', ((2, 2), (3, 3)))
+    # with `auto`, tells that it was taken
+    sevens = module.Backend(lambda qkv, *_: qkv[..., 0, :, :].flatten(-2) * 0 + 7, lambda qkv: None)
+    monkeypatch.setitem(module.BACKENDS, 'triton', sevens)
+
+    def put(kernels):
+        monkeypatch.setattr(triton_backend, 'triton_window_attention', kernels)
+        new_process(monkeypatch)
+        return kernels
+
+    return put
+
+
+def new_process(monkeypatch):
+    monkeypatch.setattr(selfcheck, '_verdicts', {})
+    selfcheck._warn_once.cache_clear()
+
+
+def auto_takes_triton(dtype=torch.float32, head_dim=16, attention=window_attention):
+    qkv = torch.ones(1, 5, 6, 3, 1, head_dim, dtype=dtype)
+    out = attention(qkv, torch.zeros(1, 1, 1), torch.zeros(1, 9), (2, 2), (1, 1))
+    return bool((out == 7).all())
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+def test_right_kernels_are_taken_in_silence_and_checked_once_for_a_user(use, monkeypatch, caplog, dtype):
+    kernels = use(Kernels())
+    assert auto_takes_triton(dtype)
+    assert auto_takes_triton(dtype)
+    assert kernels.calls == 2  # a window of each family
+    new_process(monkeypatch)
+    assert auto_takes_triton(dtype)
+    assert kernels.calls == 2
+    assert not warnings(caplog)
+
+
+@pytest.mark.parametrize(('wrong', 'name'), list(enumerate(selfcheck.RESULTS)))
+@pytest.mark.parametrize('error', [1e-3, float('nan')])
+def test_wrong_kernels_are_left_out_with_one_warning_that_shows_by_how_much(
+    use, monkeypatch, caplog, wrong, name, error
+):
+    kernels = use(Kernels(wrong, error))
+    assert not auto_takes_triton()
+    assert not auto_takes_triton()
+    assert kernels.calls == 1
+    (warning,) = warnings(caplog)
+    number = 'nan' if error != error else '1.0e-03'
+    assert f'in windows of 2x2: {name} is off by {number} (allowed ' in warning
+    # the verdict is kept, and its warning comes in each process
+    new_process(monkeypatch)
+    assert not auto_takes_triton()
+    assert kernels.calls == 1
+    assert warnings(caplog) == [warning, warning]
+    # as it says, they are checked again without the file
+    assert f'Delete {selfcheck.cache_file()}, or run `python -m swinv2_mm.ops.selfcheck`' in warning
+    selfcheck.cache_file().unlink()
+    use(Kernels())
+    assert auto_takes_triton()
+
+
+@pytest.mark.parametrize(('dtype', 'error'), [(torch.float16, 0.02), (torch.bfloat16, 0.1)])
+def test_in_half_precision_errors_that_rounding_does_not_explain_are_found(use, dtype, error):
+    use(Kernels(1, error))
+    assert not auto_takes_triton(dtype)
+
+
+def test_kernels_that_do_not_compile_are_left_out(use, caplog):
+    use(Kernels(error=RuntimeError('out of resource:\n  shared memory')))
+    assert not auto_takes_triton()
+    assert 'in windows of 2x2: RuntimeError: out of resource: shared memory, on ' in warnings(caplog)[0]
+
+
+def test_without_memory_for_the_check_nothing_is_concluded(use, caplog):
+    use(Kernels(error=torch.cuda.OutOfMemoryError('full')))
+    assert not auto_takes_triton()
+    assert not warnings(caplog)
+    use(Kernels())
+    assert auto_takes_triton()
+
+
+def test_a_yardstick_of_nan_allows_nothing(use, monkeypatch):
+    monkeypatch.setattr(selfcheck, 'sdpa_window_attention', Kernels(0, float('nan')))
+    use(Kernels(0, 1e-3))
+    assert not auto_takes_triton()
+
+
+def test_products_in_tf32_are_allowed_the_error_of_float16(use, monkeypatch):
+    """A verdict is valid for one setting."""
+    kernels = use(Kernels(0, 1e-3))
+    monkeypatch.setattr(triton_backend, '_is_tf32_allowed', lambda: True)
+    assert auto_takes_triton()
+    monkeypatch.setattr(triton_backend, '_is_tf32_allowed', lambda: False)
+    assert not auto_takes_triton()
+    kernels.error = 0.02
+    monkeypatch.setattr(triton_backend, '_is_tf32_allowed', lambda: True)
+    selfcheck.cache_file().unlink()
+    new_process(monkeypatch)
+    assert not auto_takes_triton()
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(use, monkeypatch, caplog, tmp_path):
+    (tmp_path / 'file').touch()
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
+    kernels = use(Kernels())
+    assert auto_takes_triton()
+    assert auto_takes_triton()
+    assert kernels.calls == 2
+    assert not warnings(caplog)
+
+
+@pytest.mark.parametrize('content', [b'{"a', b'\xff', b'[]', b'null', None])
+def test_a_damaged_cache_is_written_anew(use, monkeypatch, content):
+    kernels = use(Kernels())
+    assert auto_takes_triton()
+    file = selfcheck.cache_file()
+    expected = json.loads(file.read_text())
+    file.write_bytes(json.dumps(dict.fromkeys(expected, 1)).encode() if content is None else content)
+    new_process(monkeypatch)
+    assert auto_takes_triton()
+    assert kernels.calls == 4
+    assert json.loads(file.read_text()) == expected
+    assert os.listdir(file.parent) == [file.name]
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda patch: patch.setattr(torch, '__version__', '9.0'),
+        lambda patch: patch.setattr(triton_backend, '_triton_version', lambda: '9.0'),
+        lambda patch: patch.setattr(selfcheck, '_digest', lambda: 'of other kernels'),
+    ],
+)
+def test_other_versions_are_checked_anew(use, monkeypatch, change):
+    kernels = use(Kernels())
+    assert auto_takes_triton()
+    change(monkeypatch)
+    new_process(monkeypatch)
+    assert auto_takes_triton()
+    assert kernels.calls == 4
+    assert len(json.loads(selfcheck.cache_file().read_text())) == 2
+
+
+def test_a_verdict_is_valid_for_a_gpu_a_dtype_and_a_head_size(use, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'A GPU')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    assert selfcheck.describe(torch.device('cuda:1'), torch.float32, 16).startswith('A GPU (9.0), torch ')
+    kernels = use(Kernels())
+    for checked, dtype, head_dim in [
+        (2, torch.float32, 16),
+        (4, torch.float32, 17),
+        (4, torch.float32, 32),
+        (6, torch.bfloat16, 32),
+        (8, torch.float32, 128),
+    ]:
+        assert auto_takes_triton(dtype, head_dim)
+        assert kernels.calls == checked
+
+
+def test_whatever_is_active_where_it_is_called_has_no_effect_and_is_not_affected(use):
+    use(Kernels())
+    former = torch.get_rng_state()
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: 1 / 0, lambda t: t)
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.inference_mode(),
+        torch.autocast('cpu', torch.bfloat16),
+        hooks,
+    ):
+        assert auto_takes_triton()
+    assert counter.get_total_flops() == 0
+    assert torch.equal(torch.get_rng_state(), former)
+
+
+def test_in_a_backward_pass_or_a_capture_sdpa_is_taken_without_a_verdict(use, monkeypatch):
+    kernels, found = use(Kernels()), []
+
+    class Recomputed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            found.append(auto_takes_triton())
+            return grad
+
+    Recomputed.apply(torch.ones(1, requires_grad=True)).backward()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, 'is_initialized', lambda: True)
+        patch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
+        found.append(auto_takes_triton())
+    assert found == [False, False]
+    assert kernels.calls == 0
+    assert auto_takes_triton()
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+@pytest.mark.parametrize('error', [0.0, 1.0])
+def test_compiled_the_choice_is_a_constant_of_one_graph(use, error, dynamic):
+    kernels = use(Kernels(0, error))
+    torch._dynamo.reset()
+    compiled = torch.compile(window_attention, fullgraph=True, backend='eager', dynamic=dynamic)
+    for _ in range(2):
+        assert auto_takes_triton(attention=compiled) == (error == 0)
+    assert kernels.calls == (1 if error else 2)
+    torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------- python -m swinv2_mm.ops.selfcheck
+
+
+@pytest.fixture
+def few(use, monkeypatch):
+    """As without a GPU, and with the smallest windows."""
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    monkeypatch.setattr(command, 'INTERPRETED', (('fp32', 'bf16'), (16,), ((2, 2), (1, 2, 2))))
+    return use
+
+
+def test_the_command_prints_errors_of_all_cases_and_its_verdicts_replace_former_ones(few, monkeypatch, capsys):
+    few(Kernels(0, 1.0))
+    assert not auto_takes_triton()
+    few(Kernels())
+    assert command.main([]) == 0
+    heading, _, *rows = (line.strip('| ').split(' | ') for line in capsys.readouterr().out.splitlines())
+    assert heading == ['type', 'head size', 'window', 'shifted, padded', *selfcheck.RESULTS]
+    *rows, float32, bfloat16 = rows
+    cases = itertools.product(('fp32', 'bf16'), ('16',), ('2x2', '1x2x2'), ('yes', 'no'))
+    assert [tuple(row[:4]) for row in rows] == list(cases)
+    assert all(' (allowed ' in deviation for row in rows for deviation in row[4:])
+    for dtype, (verdict,) in ('float32', float32), ('bfloat16', bfloat16):
+        assert verdict.startswith("right on Triton's interpreter, torch ")
+        assert verdict.endswith(f', torch.{dtype}, heads of up to 16 channels')
+    new_process(monkeypatch)
+    assert auto_takes_triton()
+
+
+@pytest.mark.parametrize(
+    ('error', 'printed'),
+    [
+        (1.0, 'out is off by 1.0e+00 (allowed '),
+        (RuntimeError('no such instruction'), 'RuntimeError: no such instruction'),
+    ],
+)
+def test_the_command_fails_if_a_result_is_wrong(few, capsys, error, printed):
+    few(Kernels(0, error))
+    assert command.main([]) == 1
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert 'wrong on ' in verdict
+    assert f'in windows of 2x2: {printed}' in verdict
+    assert f'in windows of 1x2x2: {printed}' in verdict
+    few(Kernels())
+    assert not auto_takes_triton()
+
+
+def test_the_command_gives_no_verdict_on_what_it_could_not_check(few, capsys):
+    few(Kernels(error=torch.cuda.OutOfMemoryError('full')))
+    assert command.main([]) == 0
+    assert capsys.readouterr().out.endswith('| bf16 | 16 | 1x2x2 | no | not checked: too little GPU memory |\n')
+    assert not selfcheck.cache_file().exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='with a GPU it runs')
+def test_the_command_says_that_there_is_no_gpu(monkeypatch, capsys):
+    monkeypatch.delenv('TRITON_INTERPRET')
+    assert command.main([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        line == 'error: the Triton kernels cannot run: there is no GPU; TRITON_INTERPRET=1 tries this out without one'
+    )
+
+
+@pytest.mark.slow
+def test_the_command_can_be_tried_without_a_gpu(tmp_path):
+    env = os.environ | dict(TRITON_INTERPRET='1', XDG_CACHE_HOME=str(tmp_path))
+    result = subprocess.run(
+        [sys.executable, '-m', 'swinv2_mm.ops.selfcheck'], env=env, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert '| fp32 | 16 | 9x9 | yes | ' in result.stdout
+    assert not result.stderr

@@ -14,7 +14,7 @@ compiled kernel with all its launches in a model:
   the loop, `exp` is near 2. `loop` is the main loop by itself, per logit of its tile: tiles that reach beyond a window,
   and what runs once per program, are in `total` only;
 - microseconds per image that each pipe of an H100 (SXM) is busy, whatever GPU the code is for, and the busiest.
-  Memory is assumed never to wait. Kernels without matrix products only move bytes: those of their tensors count.
+  Memory is assumed never to wait. Kernels without matrix products move bytes: these count, and nothing else.
 
 The second table sums the busiest pipes over a model, and gives floors per image, none of which any kernel can beat:
 
@@ -176,9 +176,10 @@ def microseconds(clocks: float) -> float:
     return 1e6 * clocks / (PARTITIONS * SMS * CLOCK)
 
 
-def bytes_of(launch: Launch) -> int:
-    """Bytes of its tensors."""
-    return sum(arg.nbytes for arg in launch.args if isinstance(arg, Tensor))
+def bytes_of(launch: Launch, kernel: Kernel) -> int:
+    """Bytes that a launch without loops moves: those of its loads and stores, or of its tensors if that is less."""
+    by_code = kernel.once['bytes'] * kernel.warps * launch.programs
+    return min(by_code, sum(arg.nbytes for arg in launch.args if isinstance(arg, Tensor)))
 
 
 def pipes_of(executions: Counter) -> dict[str, float]:
@@ -204,7 +205,7 @@ def row(kernel: Kernel, arch: str, members: Sequence[Use]) -> dict[str, Any]:
         programs_per_sm=programs_per_sm(arch, kernel.registers, kernel.shared, kernel.warps),
     )
     if not kernel.has_products:
-        time = 1e6 * sum(bytes_of(use.launch) * use.per_image for use in members) / BANDWIDTH
+        time = 1e6 * sum(bytes_of(use.launch, kernel) * use.per_image for use in members) / BANDWIDTH
         return dict(found, instructions={}, loop=None, microseconds={'bytes': time}, binds='bytes')
     executions = sum((executed(use, kernel) for use in members), Counter())
     logits = sum(windows_of(use.launch) * use.tokens**2 * use.per_image for use in members)

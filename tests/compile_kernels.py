@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'tools/analysis_tools'))
+import aot_compile
 import kernel_report
-from kernel_report import Job
 
 from swinv2_mm.ops.triton import attention
 
@@ -24,12 +24,12 @@ HEAD_DIMS = 16, 32, 64, 96, 128
 WINDOWS = (8, 7, 7), (8, 8)  # of several tiles, and of one
 
 
-def jobs_of(window: tuple[int, ...], head_dim: int, dtype: torch.dtype, arch: str) -> dict[str, Job]:
+def jobs_of(window: tuple[int, ...], head_dim: int, dtype: torch.dtype, arch: str) -> dict[str, aot_compile.Job]:
     """The kernels of shifted windows on a map that they do not divide, by name."""
     qkv = torch.empty(1, *(2 * w + 1 for w in window), 3, 4, head_dim, dtype=dtype, device='meta')
     table_size, shift = math.prod(2 * w - 1 for w in window), [w // 2 for w in window]
     launches = itertools.chain(*kernel_report.launches_of(qkv, table_size, window, shift))
-    return {launch.kernel.__name__: kernel_report.job_of(launch, arch) for launch in launches}
+    return {launch.kernel.__name__: aot_compile.job_of(launch, arch) for launch in launches}
 
 
 def main() -> None:
@@ -41,11 +41,11 @@ def main() -> None:
         arch = ARCHS[(i + j) % len(ARCHS)]
         several, one = (jobs_of(window, head_dim, dtype, arch) for window in WINDOWS)
         jobs |= {(name, str(dtype), head_dim, arch): job for name, job in {**one, **several}.items()}
-    compiled = kernel_report.compile_all(jobs.values(), os.cpu_count())
+    compiled = aot_compile.compile_all(jobs.values(), os.cpu_count())
     found = []
     for case, job in jobs.items():
         kernel = compiled[job]
-        fitting = kernel_report.programs_per_sm(job.arch, kernel.registers, kernel.shared, kernel.warps)
+        fitting = aot_compile.programs_per_sm(job.arch, kernel.registers, kernel.shared, kernel.warps)
         found.append([*case, dict(stack=kernel.stack, shared=kernel.shared, programs_per_sm=fitting)])
     Path(sys.argv[1]).write_text(json.dumps(found))
 

@@ -10,8 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..openmmlab import DropPath
 from ..ops.recording import are_plain, has_hooks_of_all, is_graphed, is_recorded, is_transformed
-from ..ops.triton import post_norm
-from ..ops.window_attention import may_be_triton
+from ..ops.triton import post_norm, selfcheck
 from .attention import WindowAttention
 from .patch import PatchMerging
 
@@ -98,13 +97,16 @@ class SwinBlock(nn.Module):
         Not where a model is compiled: Inductor fuses the same operators itself, with the casts around them too, and an
         operator of ours would be a border that it cannot cross.
         """
-        if is_graphed() or is_transformed() or not may_be_triton(getattr(self.attn, 'backend', '')):
+        backend = getattr(self.attn, 'backend', '')
+        if is_graphed() or is_transformed() or backend not in ('triton', 'auto'):
             return False
         modules, kinds = (norm, self.drop_path), (nn.LayerNorm, type(self.drop_path))
         if not are_plain(modules, kinds) or kinds[1] not in (DropPath, nn.Identity) or has_hooks_of_all():
             return False
         as_built = norm.normalized_shape == branch.shape[-1:] and norm.bias is not None
-        return as_built and post_norm.can_run(x, branch) is None
+        if not as_built or post_norm.can_run(x, branch):
+            return False
+        return backend == 'triton' or selfcheck.why_not_post_norm(branch) is None
 
 
 class SwinStage(nn.Module):

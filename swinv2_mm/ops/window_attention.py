@@ -38,11 +38,6 @@ def check_backend(name: str) -> None:
         )
 
 
-def may_be_triton(name: str) -> bool:
-    """Tell whether a model with this backend may run Triton kernels."""
-    return name == 'triton' or (name == 'auto' and 'triton' in AUTO)
-
-
 def _choose(name: str, qkv: Tensor) -> Backend:
     if name != 'auto':
         reason = BACKENDS[name].can_run(qkv)

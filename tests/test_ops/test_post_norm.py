@@ -23,9 +23,8 @@ import triton.language as tl
 import triton_interpreter
 from test_triton import OnGpu, poisoned_memory
 
-from swinv2_mm.models import block as block_module
 from swinv2_mm.models.block import SwinBlock, recomputed
-from swinv2_mm.ops.triton import post_norm, post_norm_kernels
+from swinv2_mm.ops.triton import post_norm, post_norm_kernels, selfcheck
 from swinv2_mm.ops.triton.launch import recorded
 
 COMPILE = Path(__file__).parents[1] / 'compile_post_norm.py'
@@ -224,7 +223,7 @@ def fused(monkeypatch):
     post_norm_add = post_norm.add_post_norm
     monkeypatch.setattr(post_norm, 'add_post_norm', add)
     monkeypatch.setattr(post_norm, 'can_run', lambda x, branch: None)
-    monkeypatch.setattr(block_module, 'may_be_triton', lambda name: True)
+    monkeypatch.setattr(selfcheck, 'why_not_post_norm', lambda branch: None)
     return calls
 
 
@@ -245,7 +244,7 @@ def test_a_block_is_the_same_with_it_and_drops_the_same_samples(fused, monkeypat
     ours, state = run(block, x, call)
     assert len(fused) == (4 if call is recomputed else 2)
     drawn = [args[5] for args in fused]
-    monkeypatch.setattr(block_module, 'may_be_triton', lambda name: False)
+    monkeypatch.setattr(selfcheck, 'why_not_post_norm', lambda branch: 'they are wrong')
     expected, expected_state = run(block, x, call)
     assert len(fused) == len(drawn)
     assert torch.equal(state, expected_state)

@@ -60,7 +60,7 @@ def spoil(monkeypatch, is_spoilt):
 def test_the_fastest_right_tiles_are_kept(monkeypatch, tmp_path):
     """And a call goes on where another has stopped."""
     problem = tune_kernels.Problem((4, 4), 16, torch.float32)
-    kernel, other = problem.kernels()
+    kernel, *others = problem.kernels()
     times = {tile: 10.0 / tile.warps + tile.stages for tile in tune_kernels.candidates(kernel, problem, 3)}
     fastest = min(times, key=times.get)
     spoil(monkeypatch, lambda: tile_of(kernel) == fastest)
@@ -72,7 +72,7 @@ def test_the_fastest_right_tiles_are_kept(monkeypatch, tmp_path):
     del times[fastest]
     kept = json.loads((tmp_path / 'tiles.json').read_text())
     assert kept['another GPU'] == stored['another GPU']
-    assert kept['interpreter'].keys() == {f'{name} 16 16 torch.float32' for name in (kernel, other)}
+    assert kept['interpreter'].keys() == {f'{name} 16 16 torch.float32' for name in (kernel, *others)}
     best = tuple(kept['interpreter'][f'{kernel} 16 16 torch.float32'])
     assert times[best] == min(times.values())
     measured = json.loads((tmp_path / 'times.json').read_text())['interpreter'][f'{kernel} 16 16 torch.float32']

@@ -3,9 +3,9 @@
 python tools/analysis_tools/kernel_report.py                                # bf16 on sm_90, all shapes
 python tools/analysis_tools/kernel_report.py --shapes b_w24_384 --dtypes float32 --archs sm_80 sm_100 --json out.json
 
-The host code runs on tensors of the device `meta`, for one image of each batch that the benchmarks take, stage by
-stage, with shifted windows in every second block. Each launch is compiled as Triton's JIT would compile it. A row of
-the first table is one compiled kernel with all its launches in a model:
+The host code runs on tensors of the device `meta`, stage by stage, with shifted windows in every second block and with
+the batch of the benchmarks. Each launch is compiled as Triton's JIT would compile it. A row of the first table is one
+compiled kernel with all its launches in a model:
 
 - registers, bytes of the stack (spilled registers), shared memory, and the programs that an SM runs at once;
 - instructions of a thread per logit of attention, by kind, each as often as it runs: those of the main loop (see
@@ -14,35 +14,30 @@ the first table is one compiled kernel with all its launches in a model:
   the loop, `exp` is near 2. `loop` is the main loop by itself, per logit of its tile: tiles that reach beyond a window,
   and what runs once per program, are in `total` only;
 - microseconds per image that each pipe of an H100 (SXM) is busy, whatever GPU the code is for, and the busiest.
-  Memory is assumed never to wait. Kernels without matrix products only move bytes: those of their tensors count.
+  Memory is assumed never to wait. Kernels without matrix products move bytes: these count, and nothing else.
 
 The second table sums the busiest pipes over a model, and gives floors per image, none of which any kernel can beat:
 
 - exp: logits / 16 per clock and SM, once in the forward and once in the backward pass;
-- tensor: 2 products of 2 * head_dim FLOP per logit forward and 5 backward, at 4096 FLOP per clock and SM (1024 in TF32
-  are not the default: float32 takes the 256 FLOP of the pipe for products of floats);
+- tensor: 2 products of 2 * head_dim FLOP per logit forward and 5 backward, at 4096 FLOP per clock and SM; in float32,
+  which PyTorch by default does not round for tensor cores, at the 256 of the pipe for products of floats;
 - bytes: qkv read and out written forward; qkv, out and grad_out read and grad_qkv written backward; at 3.35 TB/s.
 """
 
 import argparse
-import importlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sass
 import torch
+from aot_compile import ARCHS, PARTITIONS, Job, Kernel, compile_all, job_of, programs_per_sm
 from side_by_side import DTYPES, SHAPES, Shape, default_batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,44 +56,8 @@ BY_DEFAULT = (
     'video_t_320x320x8',
     'g_block_1536_w32',
 )
-TYPES = {  # Triton's names
-    torch.float32: 'fp32',
-    torch.float16: 'fp16',
-    torch.bfloat16: 'bf16',
-    torch.int32: 'i32',
-}
-PARTITIONS, SMS, CLOCK, BANDWIDTH = 4, 132, 1.75e9, 3.35e12  # of an H100 SXM: of an SM; per second
+SMS, CLOCK, BANDWIDTH = 132, 1.75e9, 3.35e12  # of an H100 SXM, per second
 EXP_PER_CLOCK, FLOP_PER_CLOCK, FP32_PER_CLOCK = 16, 4096, 256  # of an SM
-
-
-class Limits(NamedTuple):
-    """What the programs of an SM share, from the tables of the CUDA programming guide."""
-
-    shared: int  # bytes
-    threads: int
-    programs: int
-    registers: int = 65536
-
-
-KIB = 1024
-ARCHS = {
-    'sm_80': Limits(164 * KIB, 2048, 32),
-    'sm_86': Limits(100 * KIB, 1536, 16),
-    'sm_89': Limits(100 * KIB, 1536, 24),
-    'sm_90': Limits(228 * KIB, 2048, 32),
-    'sm_100': Limits(228 * KIB, 2048, 32),
-    'sm_120': Limits(100 * KIB, 1536, 24),
-}
-RESERVED = KIB  # bytes of shared memory that the driver adds to each program
-
-
-def programs_per_sm(arch: str, registers: int, shared: int, warps: int) -> int:
-    """Programs that an SM runs at once: registers go to warps by 256, and warps to its four partitions evenly."""
-    limits = ARCHS[arch]
-    of_a_warp = -(-registers * 32 // 256) * 256
-    by_registers = limits.registers // of_a_warp // PARTITIONS * PARTITIONS // warps
-    by_shared = limits.shared // (-(-shared // 128) * 128 + RESERVED)
-    return min(by_registers, by_shared, limits.threads // (32 * warps), limits.programs)
 
 
 # ---------------------------------------------------------------- what runs
@@ -161,103 +120,6 @@ def uses(name: str, shape: Shape, dtype: torch.dtype) -> list[Use]:
     return found
 
 
-# ---------------------------------------------------------------- compiling
-
-
-class Job(NamedTuple):
-    """A kernel to compile; equal for launches that share the compiled kernel."""
-
-    module: str
-    kernel: str
-    signature: tuple
-    constants: tuple
-    attributes: tuple
-    options: tuple
-    arch: str
-
-
-class Kernel(NamedTuple):
-    """A compiled kernel; the counts are those of `sass.count`."""
-
-    registers: int
-    stack: int
-    shared: int
-    warps: int
-    has_products: bool
-    once: Counter
-    around: Counter
-    loop: Counter
-
-
-def specialize(value: Any) -> tuple[Any, dict, dict]:
-    """Type of an argument, and what is known of it when it is compiled: constants and attributes, by place in a tuple.
-
-    As Triton's JIT has it: 1 is a constant, and multiples of 16 are known to be so.
-    """
-    if isinstance(value, tuple):
-        parts = [specialize(v) for v in value]
-        constants, attributes = (
-            {(i, *place): known for i, part in enumerate(parts) for place, known in part[n].items()} for n in (1, 2)
-        )
-        return tuple(part[0] for part in parts), constants, attributes
-    divisible = {(): (('tt.divisibility', 16),)}
-    if isinstance(value, Tensor):
-        return f'*{TYPES[value.dtype]}', {}, divisible if value.data_ptr() % 16 == 0 else {}
-    if isinstance(value, (bool, float)):
-        return 'u1' if isinstance(value, bool) else 'fp32', {}, {}
-    if value == 1:
-        return 'constexpr', {(): 1}, {}
-    return 'i32' if -(2**31) <= value < 2**31 else 'i64', {}, divisible if value % 16 == 0 else {}
-
-
-def job_of(launch: Launch, arch: str) -> Job:
-    """What has to be compiled for a launch."""
-    names, given = launch.kernel.arg_names, launch.constants
-    args = iter(launch.args)
-    parts = [('constexpr', {(): given[n]}, {}) if n in given else specialize(next(args)) for n in names]
-    constants, attributes = (
-        tuple(((i, *place), known) for i, part in enumerate(parts) for place, known in part[n].items()) for n in (1, 2)
-    )
-    signature = tuple((name, part[0]) for name, part in zip(names, parts, strict=True))
-    options = tuple((name, value) for name, value in given.items() if name not in names)
-    return Job(launch.kernel.__module__, launch.kernel.__name__, signature, constants, attributes, options, arch)
-
-
-def compile_job(job: Job) -> Kernel:
-    """Compile and disassemble a kernel.
-
-    Raises:
-        RuntimeError: It does not compile.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    function = getattr(importlib.import_module(job.module), job.kernel)
-    attributes = {place: [list(attribute) for attribute in known] for place, known in job.attributes}
-    source = ASTSource(function, dict(job.signature), dict(job.constants), attributes)
-    target = GPUTarget('cuda', int(job.arch.removeprefix('sm_')), 32)
-    try:
-        compiled = triton.compile(source, target=target, options=dict(job.options))
-    except Exception as error:
-        raise RuntimeError(f'{job.kernel} does not compile for {job.arch}: {error}') from error
-    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
-        file.write(compiled.asm['cubin'])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, '-res-usage', '-sass', file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers, stack = map(int, re.search(r'REG:(\d+) STACK:(\d+)', text).groups())
-    sizes = registers, stack, compiled.metadata.shared, compiled.metadata.num_warps
-    return Kernel(*sizes, 'tt.dot' in compiled.asm['ttir'], *map(sass.count, sass.split(sass.parse(text))))
-
-
-def compile_all(jobs: Iterable[Job], processes: int) -> dict[Job, Kernel]:
-    """Compile each of different jobs once, in so many processes."""
-    different = list(dict.fromkeys(jobs))
-    with ProcessPoolExecutor(processes, multiprocessing.get_context('fork')) as pool:
-        return dict(zip(different, pool.map(compile_job, different), strict=True))
-
-
 # ---------------------------------------------------------------- how often code runs
 
 
@@ -314,9 +176,10 @@ def microseconds(clocks: float) -> float:
     return 1e6 * clocks / (PARTITIONS * SMS * CLOCK)
 
 
-def bytes_of(launch: Launch) -> int:
-    """Bytes of its tensors."""
-    return sum(arg.nbytes for arg in launch.args if isinstance(arg, Tensor))
+def bytes_of(launch: Launch, kernel: Kernel) -> int:
+    """Bytes that a launch without loops moves: those of its loads and stores, or of its tensors if that is less."""
+    by_code = kernel.once['bytes'] * kernel.warps * launch.programs
+    return min(by_code, sum(arg.nbytes for arg in launch.args if isinstance(arg, Tensor)))
 
 
 def pipes_of(executions: Counter) -> dict[str, float]:
@@ -342,7 +205,7 @@ def row(kernel: Kernel, arch: str, members: Sequence[Use]) -> dict[str, Any]:
         programs_per_sm=programs_per_sm(arch, kernel.registers, kernel.shared, kernel.warps),
     )
     if not kernel.has_products:
-        time = 1e6 * sum(bytes_of(use.launch) * use.per_image for use in members) / BANDWIDTH
+        time = 1e6 * sum(bytes_of(use.launch, kernel) * use.per_image for use in members) / BANDWIDTH
         return dict(found, instructions={}, loop=None, microseconds={'bytes': time}, binds='bytes')
     executions = sum((executed(use, kernel) for use in members), Counter())
     logits = sum(windows_of(use.launch) * use.tokens**2 * use.per_image for use in members)

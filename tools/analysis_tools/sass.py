@@ -41,6 +41,7 @@ RULES = [
     )
 ]
 LINE = re.compile(r'/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*?)\s*;')
+GLOBAL = re.compile(r'(LDG|STG|LDGSTS)\b')
 TARGET = re.compile(r'BRA.*\b0x([0-9a-f]+)')
 
 
@@ -64,11 +65,16 @@ def parse(text: str) -> list[Instruction]:
 
 
 def count(code: Iterable[Instruction]) -> Counter:
-    """Instructions by kind, clocks of a partition by pipe, for one warp; and `ex2`, exponentials proper."""
+    """Instructions by kind and clocks of a partition by pipe, for one warp.
+
+    And `ex2`, exponentials proper, and `bytes` that go to or come from global memory.
+    """
     found = Counter()
     for instruction in code:
         kind, pipe, clocks = _cost(instruction)
         found += Counter({kind: 1, 'issue': 1, 'ex2': instruction.opcode == 'MUFU.EX2'})
+        if GLOBAL.match(instruction.text):
+            found['bytes'] += 32 * _bytes(instruction.opcode)
         if pipe:
             found[pipe] += clocks
     return found
@@ -91,6 +97,12 @@ def _mma_clocks(opcode: str) -> float:
     m, n, k = (int(n) for n in size.groups() if n)
     flop = 2 * m * n * k / (4 if m == 64 else 1)
     return flop / FLOP_PER_CLOCK * (2 if 'TF32' in opcode else 1)
+
+
+def _bytes(opcode: str) -> int:
+    """Bytes of a thread."""
+    narrow = re.search(r'\.[US](8|16)\b', opcode)
+    return int(narrow[1]) // 8 if narrow else 4 * _words(opcode)
 
 
 def _words(opcode: str) -> int:

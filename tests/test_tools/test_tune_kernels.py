@@ -62,7 +62,7 @@ def test_the_fastest_right_tiles_are_kept(monkeypatch, tmp_path):
     problem = tune_kernels.Problem((4, 4), 16, torch.float32)
     kernel, *others = problem.kernels()
     times = {tile: 10.0 / tile.warps + tile.stages for tile in tune_kernels.candidates(kernel, problem, 3)}
-    fastest = min(times, key=times.get)
+    fastest = min(list(times)[1:], key=times.get)  # the first is the rule's, which runs while other kernels are tuned
     spoil(monkeypatch, lambda: tile_of(kernel) == fastest)
     stored = {'another GPU': {'forward 64 32 torch.float16': [64, 64, 4, 2]}}
     (tmp_path / 'tiles.json').write_text(json.dumps(stored))

@@ -66,7 +66,7 @@ def test_the_fastest_right_tiles_are_kept(monkeypatch, tmp_path):
     spoil(monkeypatch, lambda: tile_of(kernel) == fastest)
     stored = {'another GPU': {'forward 64 32 torch.float16': [64, 64, 4, 2]}}
     (tmp_path / 'tiles.json').write_text(json.dumps(stored))
-    printed = call(tmp_path, TOOL, *OPTIONS, '--times', 'times.json')
+    printed = call(tmp_path, TOOL, *options)
     assert f'{kernel}: {fastest} is left out: gives another grad v' in printed
     assert f'| 4x4 | float32 | {kernel} | 3 |' in printed
     del times[fastest]
@@ -75,10 +75,10 @@ def test_the_fastest_right_tiles_are_kept(monkeypatch, tmp_path):
     assert kept['interpreter'].keys() == {f'{name} 16 16 torch.float32' for name in (kernel, *others)}
     best = tuple(kept['interpreter'][f'{kernel} 16 16 torch.float32'])
     assert times[best] == min(times.values())
-    measured = json.loads((tmp_path / 'times.json').read_text())['interpreter'][f'{kernel} 16 16 torch.float32']
+    measured = json.loads((tmp_path / 'times.json').read_text())['interpreter'][key]
     assert measured['ms'] == {', '.join(map(str, tile)): time for tile, time in times.items()}
-    assert '| 4x4 |' not in call(tmp_path, TOOL, *OPTIONS)
-    assert f'| 4x4 | float32 | {kernel} |' in call(tmp_path, TOOL, *OPTIONS, '--again', '--kernels', kernel)
+    assert '| 4x4 |' not in call(tmp_path, TOOL, *options)
+    assert f'| 4x4 | float32 | {kernel} |' in call(tmp_path, TOOL, *options, '--again')
 
 
 @pytest.mark.usefixtures('made_up_times')

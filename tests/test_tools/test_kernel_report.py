@@ -58,6 +58,12 @@ def test_split_takes_the_innermost_loop_of_products_for_the_main_one():
     assert main[1:] == ['BRA', 'HGMMA.64x32x16.F32.BF16', 'MUFU.EX2', 'BRA.U']
 
 
+def test_split_leaves_products_around_the_main_loop_to_the_outer_one():
+    more = LISTING.replace('MOV R2, RZ', 'HMMA.16816.F32.BF16 R4, R8, R12, R4').replace('IADD3', 'HMMA.16816.F32.BF16')
+    _, around, main = sass.split(sass.parse(more))
+    assert (len(around), len(main)) == (3, 5)
+
+
 def test_split_goes_by_exponentials_where_products_are_sums():
     listing = LISTING.replace('HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8], !UPT', 'FFMA R5, R6, R7, R5')
     assert len(sass.split(sass.parse(listing))[2]) == 5

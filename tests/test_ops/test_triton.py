@@ -57,12 +57,12 @@ def take(monkeypatch):
     Windows of more tokens than a box are taken in tiles.
     """
 
-    def set_tiles(box: int, block_m: int, block_n: int, programs: int = triton_backend.PROGRAMS) -> None:
+    def set_tiles(box: int, block_m: int, block_n: int, programs: int = 1024) -> None:
         config = tiles.TileConfig(block_m, block_n, warps=4, stages=1)
         monkeypatch.setattr(triton_backend, 'choose_tiles', lambda *_: config)
         monkeypatch.setattr(triton_backend, 'box_tokens', lambda *_: box)
         monkeypatch.setattr(tiles, 'LARGEST_WINDOW', box)
-        monkeypatch.setattr(triton_backend, 'PROGRAMS', programs)
+        monkeypatch.setattr(triton_backend, 'PROGRAMS', dict.fromkeys(tiles.KERNELS, programs))
 
     return set_tiles
 
@@ -145,7 +145,7 @@ def draw_scaled(size, heads, window, head_dim, dtype):
 )
 def test_one_tile_is_as_exact_as_sdpa(monkeypatch, size, window, dtype, heads, head_dim, programs):
     """Windows within the map, at each edge and in the corners, shifted and padded."""
-    monkeypatch.setattr(triton_backend, 'PROGRAMS', programs)
+    monkeypatch.setattr(triton_backend, 'PROGRAMS', dict.fromkeys(tiles.KERNELS, programs))
     inputs, shift = draw_scaled(size, heads, window, head_dim, dtype), tuple(w // 2 for w in window)
     geometry = triton_backend.Geometry(inputs[0].to(dtype), window, shift)
     assert geometry.is_one_tile
@@ -262,7 +262,7 @@ def test_more_windows_than_a_grid_of_cuda_has_blocks_along_its_other_axes(monkey
     if DEVICE == 'cpu':
         some = lambda *bounds: programs if bounds == (257**2,) else range(*bounds)  # noqa: E731
         monkeypatch.setattr(triton_interpreter.interpreter, 'range', some, raising=False)
-    monkeypatch.setattr(triton_backend, 'PROGRAMS', 257**2)
+    monkeypatch.setattr(triton_backend, 'PROGRAMS', dict.fromkeys(tiles.KERNELS, 257**2))
     qkv, scale, table = draw(size, heads=1, window=window, head_dim=4)
     ours = run((qkv, scale, table), window, (0, 0), 'triton', torch.float32)
     torch.testing.assert_close(ours['out'].flatten(1, 2)[:, programs], qkv[..., 2, 0, :].flatten(1, 2)[:, programs])

@@ -99,6 +99,28 @@ def _mask(logits, q_regions, k_regions):
 
 
 @triton.jit
+def _logits(a, b, bias, a_regions, b_regions, KEYS: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
+    """Logits of unit vectors, times log2(e): queries and keys, or keys and queries. Keys are along dimension KEYS."""
+    logits = tl.dot(a, tl.trans(b), bias, input_precision=PRECISION)
+    if EDGE and KEYS == 1:
+        logits = _mask(logits, a_regions[:, None], b_regions[None, :])
+    elif EDGE:
+        logits = _mask(logits, b_regions[None, :], a_regions[:, None])
+    return logits
+
+
+@triton.jit
+def _window_logits(q, k, q_factor, k_factor, bias, regions, EDGE: tl.constexpr, PRECISION: tl.constexpr):
+    """Cosines times `q_factor`, and the logits of a whole window.
+
+    Tokens are divided by their norms after the product, which is exact for numbers of half precision.
+    """
+    cosines = tl.dot(q, tl.trans(k), input_precision=PRECISION) * q_factor[:, None] * k_factor[None, :]
+    logits = cosines + bias
+    return cosines, _mask(logits, regions[:, None], regions[None, :]) if EDGE else logits
+
+
+@triton.jit
 def _window_of(place, window_ids, num_windows, tokens):
     """Window of a program or of a turn of its loop, and where its sample begins, in tokens.
 
@@ -222,10 +244,9 @@ def forward(
         k_rows = tl.load(rows + k_slots)
         k = _load_rows(k_ptr, k_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
         v = _load_rows(v_ptr, k_rows, stride, DIM, BLOCK_DIM, LARGE, MASKED)
-        logits = _load_bias(bias, q_place, tl.load(k_places + k_slots), RUN, 1)
-        logits = tl.dot(q, tl.trans(k), logits, input_precision=PRECISION)
-        if EDGE:
-            logits = _mask(logits, q_region[:, None], tl.load(regions + k_slots)[None, :])
+        tile_bias = _load_bias(bias, q_place, tl.load(k_places + k_slots), RUN, 1)
+        k_region = tl.load(regions + k_slots) if EDGE else k_rows
+        logits = _logits(q, k, tile_bias, q_region, k_region, 1, EDGE, PRECISION)
         m_new = tl.maximum(m_i, tl.max(logits, 1))
         p = tl.exp2(logits - m_new[:, None])
         alpha = tl.exp2(m_i - m_new)
@@ -313,10 +334,9 @@ def bwd_dq(
         k_rows = tl.load(rows + k_slots)
         k = _load_rows(k_ptr, k_rows, 2 * heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
         v = _load_rows(v_ptr, k_rows, stride, DIM, BLOCK_DIM, LARGE, MASKED)
-        logits = _load_bias(bias, q_place, tl.load(k_places + k_slots), RUN, 1)
-        logits = tl.dot(q, tl.trans(k), logits, input_precision=PRECISION)
-        if EDGE:
-            logits = _mask(logits, q_region[:, None], tl.load(regions + k_slots)[None, :])
+        tile_bias = _load_bias(bias, q_place, tl.load(k_places + k_slots), RUN, 1)
+        k_region = tl.load(regions + k_slots) if EDGE else k_rows
+        logits = _logits(q, k, tile_bias, q_region, k_region, 1, EDGE, PRECISION)
         p = tl.exp2(logits - lse_i[:, None])
         mean_k = tl.dot(p.to(k.dtype), k, mean_k, input_precision=PRECISION)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -397,10 +417,9 @@ def bwd_dk_dv(
         do = _load_rows(do_ptr, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
         lse_i = _load_numbers(lse + sample * heads + head, q_rows, heads, float('inf'), LARGE, MASKED)
         delta_i = _load_numbers(delta + sample * heads + head, q_rows, heads, 0.0, LARGE, MASKED)
-        logits = _load_bias(bias, k_place, tl.load(q_places + q_slots), RUN, 0)
-        logits = tl.dot(k, tl.trans(q), logits, input_precision=PRECISION)
-        if EDGE:
-            logits = _mask(logits, tl.load(regions + q_slots)[None, :], k_region[:, None])
+        tile_bias = _load_bias(bias, k_place, tl.load(q_places + q_slots), RUN, 0)
+        q_region = tl.load(regions + q_slots) if EDGE else q_rows
+        logits = _logits(k, q, tile_bias, k_region, q_region, 0, EDGE, PRECISION)
         p = tl.exp2(logits - lse_i[None, :])
         grad_v = tl.dot(p.to(do.dtype), do, grad_v, input_precision=PRECISION)
         ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta_i[None, :])
@@ -486,11 +505,9 @@ def bwd_dbias(
         delta_i = _load_numbers(delta + sample * heads + head, q_rows, heads, 0.0, LARGE, MASKED)
         if not WHOLE:  # boxes at the end of a window hold places that are no tokens
             tile_bias = _load_bias(bias, tl.load(q_places + q_slots), tl.load(k_places + k_slots), RUN, 1)
-        logits = tl.dot(q, tl.trans(k), tile_bias, input_precision=PRECISION)
-        if EDGE:
-            q_region = tl.load(regions + window * SLOTS + q_slots)
-            k_region = tl.load(regions + window * SLOTS + k_slots)
-            logits = _mask(logits, q_region[:, None], k_region[None, :])
+        q_region = tl.load(regions + window * SLOTS + q_slots) if EDGE else q_rows
+        k_region = tl.load(regions + window * SLOTS + k_slots) if EDGE else k_rows
+        logits = _logits(q, k, tile_bias, q_region, k_region, 1, EDGE, PRECISION)
         p = tl.exp2(logits - lse_i[:, None])
         total += p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta_i[:, None])
     _store_tile(grad_tiles, total, BLOCK_M)
@@ -543,11 +560,8 @@ def window_forward(
         k = _load_rows(q_ptr + heads * DIM, row, stride, DIM, BLOCK_DIM, LARGE, MASKED)
         v = _load_rows(q_ptr + 2 * heads * DIM, row, stride, DIM, BLOCK_DIM, LARGE, MASKED)
         q_factor, k_factor = _inverse_norm(q.to(tl.float32)) * scale, _inverse_norm(k.to(tl.float32))
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        logits = logits * q_factor[:, None] * k_factor[None, :] + tile_bias
-        if EDGE:
-            region = tl.load(regions + slots)
-            logits = _mask(logits, region[:, None], region[None, :])
+        region = tl.load(regions + slots) if EDGE else row
+        _, logits = _window_logits(q, k, q_factor, k_factor, tile_bias, region, EDGE, PRECISION)
         p = tl.exp2(logits - tl.max(logits, 1)[:, None])
         l_i = tl.sum(p, 1)
         result = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / l_i)[:, None]
@@ -599,11 +613,9 @@ def window_backward(
         v = _load_rows(q_ptr + 2 * heads * DIM, row, stride, DIM, BLOCK_DIM, LARGE, MASKED)
         do = _load_rows(grad_out + (sample * heads + head) * DIM, row, heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
         q_norm, k_norm = _inverse_norm(q.to(tl.float32)), _inverse_norm(k.to(tl.float32))
-        cosines = tl.dot(q, tl.trans(k), input_precision=PRECISION) * q_norm[:, None] * k_norm[None, :]
-        logits = cosines * (scale * LOG2_E) + tl.load(bias)
-        if EDGE:
-            region = tl.load(regions + slots)
-            logits = _mask(logits, region[:, None], region[None, :])
+        region = tl.load(regions + slots) if EDGE else row
+        q_factor = q_norm * (scale * LOG2_E)
+        cosines, logits = _window_logits(q, k, q_factor, k_norm, tl.load(bias), region, EDGE, PRECISION)
         p = tl.exp2(logits - tl.max(logits, 1)[:, None])
         p *= (1.0 / tl.sum(p, 1))[:, None]
         grad_v = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
@@ -624,5 +636,5 @@ def window_backward(
         grad_k = tl.dot(tl.trans(rounded), q_unit, input_precision=PRECISION) * scale
         grad_k = _normalize_backward(grad_k, k.to(tl.float32), k_norm)
         _store_rows(grad_ptr + heads * DIM, grad_k, row, stride, DIM, BLOCK_DIM, LARGE)
-    tl.store(grad_scale + program, tl.sum(total_scale, 0) * scale)
+    tl.store(grad_scale + program, tl.sum(total_scale, 0) * (1 / LOG2_E))
     _store_tile(grad_tiles, total, BLOCK_M)

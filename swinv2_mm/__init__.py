@@ -1,18 +1,22 @@
-"""Swin Transformer V2 for OpenMMLab 3.x. Importing this package imports no toolbox."""
+"""Swin Transformer V2 for OpenMMLab 3.x. Importing this package imports no toolbox.
+
+Without mmengine and mmcv the operators and the backbones still work, as plain PyTorch: see `openmmlab`.
+"""
 
 from pathlib import Path
 
-from .version import __version__, check_dependencies
+from .version import HAS_OPENMMLAB, __version__, check_dependencies
 
-check_dependencies()
+if HAS_OPENMMLAB:
+    check_dependencies()
 
-from mmengine.config.utils import MODULE2PACKAGE  # noqa: E402
+    from mmengine.config.utils import MODULE2PACKAGE
 
-from . import compat  # noqa: E402
+    from . import compat
 
-compat.apply()
-# lets mmengine resolve `_base_ = 'swinv2_mm::...'` and get_config('swinv2_mm::...'); it knows its own family alone
-MODULE2PACKAGE.setdefault('swinv2_mm', 'swinv2_mm')
+    compat.apply()
+    # lets mmengine resolve `_base_ = 'swinv2_mm::...'` and get_config('swinv2_mm::...'); it knows its own family alone
+    MODULE2PACKAGE.setdefault('swinv2_mm', 'swinv2_mm')
 
 
 def config_path(name: str) -> str:

@@ -1,10 +1,12 @@
 """Version of the package, and of what it needs."""
 
 import importlib
+import importlib.util
 
 __version__ = '0.1.0'
 
 MINIMUM = {'torch': '2.0', 'mmengine': '0.10.0', 'mmcv': '2.0.0'}
+HAS_OPENMMLAB = any(importlib.util.find_spec(name) for name in ('mmengine', 'mmcv'))
 
 
 def check_dependencies() -> None:

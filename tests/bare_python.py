@@ -12,6 +12,29 @@ import tempfile
 import traceback
 from pathlib import Path
 
+# Put before code, or into a file sitecustomize.py on PYTHONPATH: nothing of OpenMMLab can be imported after it.
+WITHOUT_OPENMMLAB = """
+import sys
+
+PACKAGES = {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}
+
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, *args):
+        return None if name.split('.')[0] in PACKAGES else self.finder.find_spec(name, *args)
+
+    def __getattr__(self, name):  # what importlib.metadata asks for
+        return getattr(self.finder, name)
+
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+for name in [name for name in sys.modules if name.split('.')[0] in PACKAGES]:
+    del sys.modules[name]
+"""
+
 
 def run_python(code: str, *args: str | Path, cwd: str | Path = '/', path: tuple = ()) -> subprocess.CompletedProcess:
     """As `python -c CODE ARGS`, with `path` in PYTHONPATH, and with mmcv, mmengine and torch imported already."""

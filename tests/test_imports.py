@@ -4,17 +4,25 @@ import ast
 import sys
 from pathlib import Path
 
-from bare_python import run_python
+from bare_python import WITHOUT_OPENMMLAB, run_python
 
 PACKAGE = Path(__file__).parents[1] / 'swinv2_mm'
 # what each folder may import from this package
 ALLOWED = {
     'ops': {'ops'},
-    'checkpoints': {'checkpoints', 'ops', 'compat'},
-    'models': {'arguments', 'checkpoints', 'models', 'ops', 'registry'},
-    'engine': {'arguments', 'checkpoints', 'compat', 'engine', 'models', 'ops', 'registry'},
+    'checkpoints': {'checkpoints', 'compat', 'openmmlab', 'ops', 'version'},
+    'models': {'arguments', 'checkpoints', 'models', 'openmmlab', 'ops', 'registry'},
+    'engine': {'arguments', 'checkpoints', 'command_line', 'compat', 'engine', 'models', 'ops', 'registry', 'version'},
     'datasets': {'arguments', 'datasets', 'registry'},
 }
+BENCHMARKS = (
+    'benchmark_attention',
+    'benchmark_backbone',
+    'benchmark_memory',
+    'benchmark_operator',
+    'gpu_tables',
+    'tune_kernels',
+)
 TOOLBOXES = {'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}
 EXTENSIONS = {
     'datasets/transforms.py': {'mmdet'},
@@ -53,7 +61,7 @@ def test_folders_import_only_what_lies_below_them():
 def test_ops_need_torch_alone():
     files = {path.relative_to(PACKAGE / 'ops').as_posix(): path for path in (PACKAGE / 'ops').rglob('*.py')}
     found = {name: imports(path) - {'.ops'} - sys.stdlib_module_names for name, path in files.items()}
-    assert found.pop('triton/kernels.py') == {'triton'}
+    assert found.pop('triton/kernels.py') == found.pop('triton/post_norm_kernels.py') == {'triton'}
     assert set.union(*found.values()) == {'torch'}
 
 
@@ -70,9 +78,31 @@ def test_importing_its_folders_imports_no_toolbox_no_compiled_op_and_no_kernel()
     result = run_python(f'import sys, {folders}; print(*sys.modules)')
     loaded = set(result.stdout.split())
     assert {f'swinv2_mm.{folder}' for folder in ALLOWED} <= loaded, result.stderr
-    assert not (TOOLBOXES | {'torchvision', 'mmcv._ext', 'instaboostfast', 'swinv2_mm.ops.triton.kernels'}) & loaded
+    kernels = {'swinv2_mm.ops.triton.kernels', 'swinv2_mm.ops.triton.post_norm_kernels'}
+    assert not (TOOLBOXES | kernels | {'torchvision', 'mmcv._ext', 'instaboostfast'}) & loaded
 
 
 def test_toolboxes_are_imported_only_by_the_files_that_extend_them():
     found = {path.relative_to(PACKAGE).as_posix(): imports(path) & TOOLBOXES for path in PACKAGE.rglob('*.py')}
     assert {name: toolboxes for name, toolboxes in found.items() if toolboxes} == EXTENSIONS
+
+
+def test_benchmarks_need_nothing_of_openmmlab():
+    code = f"""{WITHOUT_OPENMMLAB}
+import {', '.join(BENCHMARKS)}
+import peers, side_by_side, torch
+shape = side_by_side.SHAPES['nano']
+model = peers.our_backbone(shape, 'reference').eval()
+x = torch.rand(1, 3, *shape.size)
+same = peers.reference_backbone(shape, model).eval()
+assert (same(x.double())[0] - model(x)[0]).abs().max() < 1e-4
+assert not PACKAGES & {{name.split('.')[0] for name in sys.modules}}
+for kwargs in (dict(drop_path_rate=0.1), dict(init_cfg=dict(type='Pretrained', checkpoint='x.pth'))):
+    try:
+        type(model)('tiny', **kwargs)
+    except ImportError as error:
+        print(error)
+"""
+    result = run_python(code, path=(PACKAGE.parent, PACKAGE.parent / 'tools' / 'analysis_tools'))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count('needs mmengine>=0.10.0 (not installed), mmcv>=2.0.0 (not installed)') == 2

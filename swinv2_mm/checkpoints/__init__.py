@@ -1,8 +1,12 @@
 """Loading of every public Swin V2 checkpoint. Importing it makes mmengine read checkpoints as data alone."""
 
+from ..version import HAS_OPENMMLAB
 from .errors import CheckpointError, UnsafeCheckpointError
-from .loaders import load_swinv2_state_dict, register_loaders
 
-register_loaders()
+__all__ = ['CheckpointError', 'UnsafeCheckpointError']
 
-__all__ = ['CheckpointError', 'UnsafeCheckpointError', 'load_swinv2_state_dict']
+if HAS_OPENMMLAB:
+    from .loaders import load_swinv2_state_dict, register_loaders
+
+    register_loaders()
+    __all__ += ['load_swinv2_state_dict']

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor
 
+from ..openmmlab import print_log
 from .errors import CheckpointError
 from .inflation import inflate, is_for_images
 from .layouts import (

@@ -6,8 +6,8 @@ of Log-CPB: the patch embedding is divided among the frames of a patch, and the 
 
 import torch
 import torch.nn.functional as F
-from mmengine.logging import print_log
 
+from ..openmmlab import print_log
 from .layouts import PATCH, Weights
 from .windows import Windows, stored_entries, window_entries
 

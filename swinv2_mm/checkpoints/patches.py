@@ -4,9 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from mmengine.logging import print_log
 from torch import Tensor
 
+from ..openmmlab import print_log
 from .errors import CheckpointError
 
 RGB = 3

@@ -4,9 +4,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor
 
+from ..openmmlab import print_log
 from ..ops.coordinates import invert_coords, largest_coord
 from .errors import CheckpointError
 from .layouts import PATCH, TABLE, Weights, num_stages

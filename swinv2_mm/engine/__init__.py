@@ -1,11 +1,14 @@
 """Hooks and the optimizer constructors, registered in `swinv2_mm.registry`; needs no toolbox."""
 
-from .hooks import AtomicCheckpointHook, ReproducibleResumeHook
-from .optim_wrapper_constructor import LearningRateDecayOptimWrapperConstructor, SwinV2OptimWrapperConstructor
+from ..version import HAS_OPENMMLAB
 
-__all__ = [
-    'AtomicCheckpointHook',
-    'LearningRateDecayOptimWrapperConstructor',
-    'ReproducibleResumeHook',
-    'SwinV2OptimWrapperConstructor',
-]
+if HAS_OPENMMLAB:  # else there is `engine.memory` only
+    from .hooks import AtomicCheckpointHook, ReproducibleResumeHook
+    from .optim_wrapper_constructor import LearningRateDecayOptimWrapperConstructor, SwinV2OptimWrapperConstructor
+
+    __all__ = [
+        'AtomicCheckpointHook',
+        'LearningRateDecayOptimWrapperConstructor',
+        'ReproducibleResumeHook',
+        'SwinV2OptimWrapperConstructor',
+    ]

@@ -19,28 +19,13 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch.nn.parallel import DistributedDataParallel
 
+from swinv2_mm.command_line import one_line_errors, rank
 from swinv2_mm.engine.checks import seen_from
 from swinv2_mm.engine.classes import no_such_class
 from swinv2_mm.engine.sharding import SPLITTING, ShardedRunner
 from swinv2_mm.registry import MODEL_WRAPPERS, RUNNERS
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-@contextlib.contextmanager
-def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
-    """Turn the given exceptions into `error: ...`, printed by the first process alone, and exit code 2."""
-    try:
-        yield
-    except errors as error:
-        if _rank() == 0:
-            print(f'error: {error}', file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
-def _rank() -> int:
-    names = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
-    return int(next((os.environ[name] for name in names if name in os.environ), 0))
 
 
 # ---------------------------------------------------------------- command line and configs
@@ -183,7 +168,7 @@ def adapt_to_cpu(cfg: Config) -> None:
         replaced.append('training in fp32 (OptimWrapper) instead of mixed precision (AmpOptimWrapper)')
     if _replace_type(cfg.get('model'), 'SyncBN', 'BN'):
         replaced.append('statistics of each process (BN) instead of all (SyncBN)')
-    if replaced and _rank() == 0:
+    if replaced and rank() == 0:
         print_log(f'No GPU: {"; ".join(replaced)}.', logger='current', level=logging.WARNING)
 
 

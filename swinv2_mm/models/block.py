@@ -5,11 +5,12 @@ import math
 from collections.abc import Iterator
 
 import torch
-from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.recording import are_plain, is_recorded, is_transformed
+from ..openmmlab import DropPath
+from ..ops.recording import are_plain, has_hooks_of_all, is_graphed, is_recorded, is_transformed
+from ..ops.triton import post_norm, selfcheck
 from .attention import WindowAttention
 from .patch import PatchMerging
 
@@ -76,9 +77,36 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *S, C) -> (B, *S, C)."""
-        x = x + self.drop_path(self.norm1(self.attn(x)))
-        x = x + self.drop_path(self.norm2(self.mlp(x)))
+        x = self._add(x, self.attn(x), self.norm1)
+        x = self._add(x, self.mlp(x), self.norm2)
         return x if self.enorm is None else self.enorm(x)
+
+    def _add(self, x: Tensor, branch: Tensor, norm: nn.Module) -> Tensor:
+        """Add a residual branch: both (B, *S, C)."""
+        if not self._is_fused(x, branch, norm):
+            return x + self.drop_path(norm(branch))
+        kept, keep_prob = None, 1 - getattr(self.drop_path, 'drop_prob', 0.0)
+        if keep_prob < 1 and self.drop_path.training:  # as mmcv's DropPath draws it
+            shape = (len(branch),) + (1,) * (branch.dim() - 1)
+            kept = (keep_prob + torch.rand(shape, dtype=post_norm.normed_dtype(branch), device=branch.device)).floor()
+        return post_norm.add_post_norm(x, branch, norm.weight, norm.bias, norm.eps, kept, keep_prob)
+
+    def _is_fused(self, x: Tensor, branch: Tensor, norm: nn.Module) -> bool:
+        """Whether a Triton kernel adds the branch.
+
+        Not where a model is compiled: Inductor fuses the same operators itself, with the casts around them too, and an
+        operator of ours would be a border that it cannot cross.
+        """
+        backend = getattr(self.attn, 'backend', '')
+        if is_graphed() or is_transformed() or backend not in ('triton', 'auto'):
+            return False
+        modules, kinds = (norm, self.drop_path), (nn.LayerNorm, type(self.drop_path))
+        if not are_plain(modules, kinds) or kinds[1] not in (DropPath, nn.Identity) or has_hooks_of_all():
+            return False
+        as_built = norm.normalized_shape == branch.shape[-1:] and norm.bias is not None
+        if not as_built or post_norm.can_run(x, branch):
+            return False
+        return backend == 'triton' or selfcheck.why_not_post_norm(branch) is None
 
 
 class SwinStage(nn.Module):

@@ -1,12 +1,10 @@
 """The layer of global self-attention that HTC++ appends to the last stage of the backbone."""
 
 import torch.nn.functional as F
-from mmcv.cnn.bricks import DropPath
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..arguments import Positive, Rate, check_arguments
-from ..registry import MODELS
+from ..openmmlab import MODELS, BaseModule, DropPath
 from .block import Mlp, reset_layers
 
 

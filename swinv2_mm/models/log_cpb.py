@@ -8,9 +8,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops.autocast import no_autocast
 from ..ops.coordinates import log_spaced_coords
-from ..ops.recording import are_plain, has_hooks, is_counted, is_recorded, is_transformed
+from ..ops.recording import are_plain, has_hooks, has_hooks_of_all, is_counted, is_recorded, is_transformed
 
-HOOKS = 'forward_pre_hooks', 'forward_hooks', 'backward_pre_hooks', 'backward_hooks'
 _optimizer_steps = 0
 
 
@@ -59,7 +58,7 @@ class LogCPB(nn.Sequential):
 
     def _is_plain(self) -> bool:
         """Whether the weights alone decide the bias, and PyTorch runs this module as it is."""
-        if is_recorded() or is_transformed() or is_counted() or has_hooks(self) or _has_hooks_of_all():
+        if is_recorded() or is_transformed() or is_counted() or has_hooks(self) or has_hooks_of_all():
             return False
         as_built = are_plain(self, (nn.Linear, nn.ReLU, nn.Linear)) and self[2].bias is None
         return as_built and all(map(_is_plain_weight, self._weights()))
@@ -108,11 +107,6 @@ class LogCPB(nn.Sequential):
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self._cache = None
         super()._load_from_state_dict(*args, **kwargs)
-
-
-def _has_hooks_of_all() -> bool:
-    """Tell whether something is to be done before or after any module runs."""
-    return any(getattr(nn.modules.module, f'_global_{kind}') for kind in HOOKS)
 
 
 def _is_plain_weight(weight: Tensor) -> bool:

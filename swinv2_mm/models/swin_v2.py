@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from itertools import chain
 
 import torch.fx
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..arguments import Positive, Rate, check_arguments
 from ..checkpoints.backbone import Target, check_file, fit_backbone
 from ..checkpoints.errors import in_file
+from ..openmmlab import MODELS, BaseModule
 from ..ops.window_attention import check_backend
-from ..registry import MODELS
 from .attention import WindowAttention
 from .block import SwinBlock, SwinStage, reset_layers
 from .foreign import FOREIGN_ARGUMENTS

@@ -20,14 +20,14 @@ def is_tracing() -> bool:
     return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
+def is_graphed() -> bool:
+    """Tell whether the operators that run are kept as a graph, for a compiler or another program to run them."""
+    return is_compiling() or is_tracing() or _symbolic_trace._is_fx_tracing_flag
+
+
 def is_recorded() -> bool:
-    """Tell whether what runs is kept as a graph, in which loops are written out and caches are constants."""
-    return (
-        is_compiling()
-        or is_tracing()
-        or _symbolic_trace._is_fx_tracing_flag
-        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
-    )
+    """Tell whether what runs is kept, as a graph or of CUDA: loops are written out there, and caches are constants."""
+    return is_graphed() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 def is_transformed() -> bool:
@@ -60,6 +60,12 @@ def has_hooks(module: torch.nn.Module) -> bool:
     """Tell whether something is to be done before or after a module runs, apart from what is done for all modules."""
     hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
     return any(hooks)
+
+
+def has_hooks_of_all() -> bool:
+    """Tell whether something is to be done before or after any module runs."""
+    kinds = 'forward_pre_hooks', 'forward_hooks', 'backward_pre_hooks', 'backward_hooks'
+    return any(getattr(torch.nn.modules.module, f'_global_{kind}') for kind in kinds)
 
 
 def are_plain(modules: Iterable[torch.nn.Module], kinds: Sequence[type]) -> bool:

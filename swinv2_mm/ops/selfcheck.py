@@ -8,6 +8,7 @@ without a GPU, on tiny feature maps.
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import sys
@@ -51,7 +52,7 @@ def _run(cases: tuple[Sequence[str], Sequence[int], Sequence[tuple[int, ...]]], 
     dtypes, head_dims, windows = cases
     print(f'| type | head size | window | shifted, padded | {" | ".join(selfcheck.RESULTS)} |')
     print('|---|---|---|---|' + '---|' * len(selfcheck.RESULTS))
-    verdicts = {}
+    verdicts = _check_post_norm([DTYPES[name] for name in dtypes], device)
     for name, head_dim in itertools.product(dtypes, head_dims):
         torch.set_float32_matmul_precision('high' if name == 'tf32' else 'highest')
         faults = []
@@ -71,6 +72,16 @@ def _run(cases: tuple[Sequence[str], Sequence[int], Sequence[tuple[int, ...]]], 
     for key, faults in verdicts.items():
         print(f'{"wrong" if faults else "right"} on {key}{":" * bool(faults)} {faults}'.rstrip())
     return int(any(verdicts.values()))
+
+
+def _check_post_norm(dtypes: Sequence[torch.dtype], device: torch.device) -> dict[str, str]:
+    verdicts = {}
+    for dtype in dict.fromkeys(dtypes):
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            key = selfcheck.describe(device, dtype, None)
+            verdicts[key] = selfcheck.examine_post_norm(dtype, device)[1]
+            selfcheck.keep({key: verdicts[key]})
+    return verdicts
 
 
 if __name__ == '__main__':

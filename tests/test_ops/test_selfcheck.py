@@ -19,7 +19,7 @@ pytest.importorskip('triton')
 from swinv2_mm.ops import sdpa, window_attention
 from swinv2_mm.ops import selfcheck as command
 from swinv2_mm.ops.triton import attention as triton_backend
-from swinv2_mm.ops.triton import selfcheck
+from swinv2_mm.ops.triton import post_norm, selfcheck
 
 module = sys.modules['swinv2_mm.ops.window_attention']  # the package shows the function under this name
 
@@ -282,7 +282,7 @@ def test_the_command_prints_errors_of_all_cases_and_its_verdicts_replace_former_
     assert command.main([]) == 0
     heading, _, *rows = (line.strip('| ').split(' | ') for line in capsys.readouterr().out.splitlines())
     assert heading == ['type', 'head size', 'window', 'shifted, padded', *selfcheck.RESULTS]
-    *rows, float32, bfloat16 = rows
+    *rows, _, _, float32, bfloat16 = rows  # those before are of the post-norm
     cases = itertools.product(('fp32', 'bf16'), ('16',), ('2x2', '1x2x2'), ('yes', 'no'))
     assert [tuple(row[:4]) for row in rows] == list(cases)
     assert all(' (allowed ' in deviation for row in rows for deviation in row[4:])
@@ -311,8 +311,10 @@ def test_the_command_fails_if_a_result_is_wrong(few, capsys, error, printed):
     assert not auto_takes_triton()
 
 
-def test_the_command_gives_no_verdict_on_what_it_could_not_check(few, capsys):
-    few(Kernels(error=torch.cuda.OutOfMemoryError('full')))
+def test_the_command_gives_no_verdict_on_what_it_could_not_check(few, monkeypatch, capsys):
+    full = torch.cuda.OutOfMemoryError('full')
+    few(Kernels(error=full))
+    monkeypatch.setattr(post_norm, 'check', Kernels(error=full))
     assert command.main([]) == 0
     assert capsys.readouterr().out.endswith('| bf16 | 16 | 1x2x2 | no | not checked: too little GPU memory |\n')
     assert not selfcheck.cache_file().exists()
@@ -337,3 +339,18 @@ def test_the_command_can_be_tried_without_a_gpu(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert '| fp32 | 16 | 9x9 | yes | ' in result.stdout
     assert not result.stderr
+
+
+@pytest.mark.parametrize(
+    ('error', 'fault'), [(0.05, ''), (0.2, 'in post-norm: out is off by 2.0e-01 (allowed 1.0e-01)')]
+)
+def test_the_post_norm_has_a_verdict_of_its_own(use, monkeypatch, caplog, error, fault):
+    use(Kernels())
+    monkeypatch.setattr(post_norm, 'check', lambda device, dtype: {'out': (error, 0.1)})
+    branch = torch.ones(1, 4, 16)
+    for _ in range(2):
+        assert (selfcheck.why_not_post_norm(branch) is None) == (fault == '')
+    assert len(warnings(caplog)) == bool(fault)
+    assert all(fault in warning for warning in warnings(caplog))
+    assert auto_takes_triton()
+    assert sorted(json.loads(selfcheck.cache_file().read_text()).values()) == sorted(['', fault])

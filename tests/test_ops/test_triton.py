@@ -57,12 +57,12 @@ def take(monkeypatch):
     Windows of more tokens than a box are taken in tiles.
     """
 
-    def set_tiles(box: int, block_m: int, block_n: int, programs: int = triton_backend.PROGRAMS) -> None:
+    def set_tiles(box: int, block_m: int, block_n: int, programs: int = 1024) -> None:
         config = tiles.TileConfig(block_m, block_n, warps=4, stages=1)
         monkeypatch.setattr(triton_backend, 'choose_tiles', lambda *_: config)
         monkeypatch.setattr(triton_backend, 'box_tokens', lambda *_: box)
         monkeypatch.setattr(tiles, 'LARGEST_WINDOW', box)
-        monkeypatch.setattr(triton_backend, 'PROGRAMS', programs)
+        monkeypatch.setattr(triton_backend, 'PROGRAMS', dict.fromkeys(tiles.KERNELS, programs))
 
     return set_tiles
 
@@ -135,19 +135,19 @@ def draw_scaled(size, heads, window, head_dim, dtype):
 @pytest.mark.parametrize(
     ('size', 'window', 'dtype', 'heads', 'head_dim', 'programs'),
     [
-        ((10,), (4,), torch.float32, 2, 4, 1024),
+        ((10,), (4,), torch.float16, 2, 4, 1024),
         ((7, 8), (4, 4), torch.bfloat16, 2, 24, 4),
         ((15, 16), (8, 8), torch.float16, 1, 32, 1024),
-        ((4, 3, 5), (2, 3, 3), torch.float32, 2, 16, 4),
+        ((4, 3, 5), (2, 3, 3), torch.float16, 2, 16, 4),
         ((2, 4, 5), (2, 3, 3), torch.bfloat16, 1, 16, 2),
-        ((1, 7), (5, 5), torch.float32, 1, 16, 1024),
+        ((1, 7), (5, 5), torch.bfloat16, 1, 16, 1024),
     ],
 )
 def test_one_tile_is_as_exact_as_sdpa(monkeypatch, size, window, dtype, heads, head_dim, programs):
     """Windows within the map, at each edge and in the corners, shifted and padded."""
-    monkeypatch.setattr(triton_backend, 'PROGRAMS', programs)
+    monkeypatch.setattr(triton_backend, 'PROGRAMS', dict.fromkeys(tiles.KERNELS, programs))
     inputs, shift = draw_scaled(size, heads, window, head_dim, dtype), tuple(w // 2 for w in window)
-    geometry = triton_backend.Geometry(inputs[0], window, shift)
+    geometry = triton_backend.Geometry(inputs[0].to(dtype), window, shift)
     assert geometry.is_one_tile
     assert (-(-programs // heads) < most_windows(geometry)) == (programs < 1024)
     assert_as_exact_as_sdpa(inputs, window, shift, dtype)
@@ -176,7 +176,7 @@ def most_windows(geometry):
 def test_several_tiles_are_as_exact_as_sdpa(take, size, window, dtype, heads, head_dim, tiles, programs):
     take(*tiles, programs)
     inputs, shift = draw_scaled(size, heads, window, head_dim, dtype), tuple(w // 2 for w in window)
-    geometry = triton_backend.Geometry(inputs[0], window, shift)
+    geometry = triton_backend.Geometry(inputs[0].to(dtype), window, shift)
     assert not geometry.is_one_tile
     displacements = math.prod(2 * n - 1 for n in geometry.box.counts)
     assert (-(-programs // (heads * displacements)) < most_windows(geometry)) == (programs < 1024)
@@ -262,7 +262,7 @@ def test_more_windows_than_a_grid_of_cuda_has_blocks_along_its_other_axes(monkey
     if DEVICE == 'cpu':
         some = lambda *bounds: programs if bounds == (257**2,) else range(*bounds)  # noqa: E731
         monkeypatch.setattr(triton_interpreter.interpreter, 'range', some, raising=False)
-    monkeypatch.setattr(triton_backend, 'PROGRAMS', 257**2)
+    monkeypatch.setattr(triton_backend, 'PROGRAMS', dict.fromkeys(tiles.KERNELS, 257**2))
     qkv, scale, table = draw(size, heads=1, window=window, head_dim=4)
     ours = run((qkv, scale, table), window, (0, 0), 'triton', torch.float32)
     torch.testing.assert_close(ours['out'].flatten(1, 2)[:, programs], qkv[..., 2, 0, :].flatten(1, 2)[:, programs])
@@ -414,7 +414,11 @@ def test_on_a_cpu_it_says_why_it_cannot_run():
     ('change', 'reason'),
     [
         (lambda qkv: qkv.double(), r'compute in float32, and the map is of type torch.float64'),
-        (lambda qkv: qkv[..., :1].expand(*qkv.shape[:-1], 160), 'heads of up to 128 channels, and these have 160'),
+        (
+            lambda qkv: qkv[..., :1].expand(*qkv.shape[:-1], 96),
+            'heads of up to 64 channels in torch.float32, and these have 96',
+        ),
+        (lambda qkv: qkv.half()[..., :1].expand(*qkv.shape[:-1], 160), 'up to 128 channels in torch.float16'),
         (lambda qkv: qkv[:, :, :, None, None], 'maps of up to 3 axes, and this one has 4'),
     ],
 )
@@ -503,7 +507,7 @@ def test_kernels_are_interpreted_only_without_a_gpu():
 
 @pytest.mark.parametrize(
     ('head_dim', 'dtype', 'fits'),
-    [(16, torch.float32, True), (17, torch.float32, False), (32, torch.bfloat16, True), (33, torch.float16, False)],
+    [(16, torch.float32, False), (32, torch.bfloat16, True), (33, torch.bfloat16, False), (16, torch.float16, True)],
 )
 def test_a_window_is_one_tile_only_if_its_heads_are_small(head_dim, dtype, fits):
     geometry = triton_backend.Geometry(torch.empty(1, 8, 8, 3, 1, head_dim, dtype=dtype), (8, 8), (4, 4))

@@ -59,8 +59,8 @@ def with_features(case, family, features):
 
 
 def measured(side, case, *modes):
-    rows = side.measure(case, modes, torch.float32, rounds=1, peak=1e12)
-    return {(row.mode, row.contender): row for row in rows}
+    groups = side.measure(case, modes, torch.float32, rounds=1, peak=1e12)
+    return {(row.mode, row.contender): row for group in groups for row in group}
 
 
 # ---------------------------------------------------------------- what is known
@@ -192,7 +192,7 @@ def test_a_profile_accounts_for_all_of_a_step(side, monkeypatch):
 
 def test_a_profile_is_that_of_each_contender_and_is_printed(tool, side, capsys):
     case = nano_case(tool, ['ours sdpa eager', 'timm eager'])
-    rows = side.measure(case, ['inference'], torch.float32, rounds=1, peak=1e12, profile=True)
+    (rows,) = side.measure(case, ['inference'], torch.float32, rounds=1, peak=1e12, profile=True)
     for row in rows:
         assert {'aten::addmm', 'aten::gelu', 'aten::native_layer_norm'} < set(row.operators)
     assert ['flash_attention' in ''.join(row.operators) for row in rows] == [False, True]
@@ -287,6 +287,7 @@ def test_a_peer_that_is_not_installed_says_how_to_install_it(tool, side):
         (['--shapes', 'nano', 'huge'], '--shapes huge is not known; there are: nano, t_w8_256, '),
         (['--contenders', 'ours*', 'theirs*'], "no contender fits --contenders 'theirs*'; there are: timm eager, "),
         (['--repeats', '0'], '--repeats must be at least 1, got 0'),
+        (['--resume', 'no_such'], 'there is no folder no_such for the results of --resume'),
         (['--json', 'no_such/x.json'], 'there is no folder no_such for x.json'),
     ],
 )
@@ -320,6 +321,22 @@ def test_all_rows_are_printed_written_and_drawn(benchmark, tmp_path):
     assert printed.count('| ours sdpa eager |') == len(content['rows']) // 2
     assert all(row['compile_seconds'] is None for row in content['rows'])
     assert (tmp_path / 'out.png').stat().st_size > 1000
+
+
+@pytest.mark.usefixtures('settings')
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, 'force_disable_caches', False)
+    options = ['--shapes', 'nano', '--contenders', 'ours sdpa eager', '--repeats', '1', '--batch', '2', '--resume', '.']
+    call(tmp_path, 'analysis_tools/benchmark_backbone.py', *options, '--modes', 'step')
+    (first,) = tmp_path.iterdir()
+    written = first.read_text()
+    assert [row['mode'] for row in json.loads(written)['rows']] == ['step']
+    printed = call(tmp_path, 'analysis_tools/benchmark_backbone.py', *options, '--modes', 'inference', 'step')
+    assert 'nano, inference' in printed
+    assert 'nano, step' not in printed
+    assert first.read_text() == written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['nano-inference.json', 'nano-step.json']
+    assert not torch._inductor.config.force_disable_caches
 
 
 @pytest.mark.slow

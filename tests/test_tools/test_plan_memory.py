@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import sys
+from concurrent.futures import Future
 
 import cv2
 import pytest
@@ -385,14 +386,48 @@ def test_a_part_is_the_block_of_swinv2_g(benchmark):
         (dict(sizes=[64, 64]), ValueError, '--sizes must be at least two different positive numbers'),
         (dict(plot='a.png'), ValueError, '--plot draws the figures of --task sizes, not of --task savers'),
         (dict(task='full'), ValueError, '--task full needs a GPU'),
+        (dict(savers=['sdpa', 'triton']), ValueError, '--savers triton needs a GPU'),
+        (dict(resume=True), ValueError, '--resume needs --json'),
         (dict(json='/no/where/a.json'), FileNotFoundError, 'there is no folder /no/where for a.json'),
     ],
 )
 def test_wrong_arguments_of_the_benchmark_are_named(benchmark, monkeypatch, changes, error, text):
     monkeypatch.setattr(benchmark, 'DEVICE', 'cpu')
-    args = dict(task='savers', repeats=1, window=8, sizes=[64, 128], json=None, plot=None)
+    args = dict(task='savers', savers=None, repeats=1, window=8, sizes=[64, 128], json=None, resume=False, plot=None)
     with pytest.raises(error, match=text):
         benchmark.check(argparse.Namespace(**args | changes))
+
+
+def test_savers_that_were_measured_are_not_measured_again(benchmark, monkeypatch):
+    class Here:
+        """Runs in this process what else gets one of its own."""
+
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, function, *args):
+            measured.append(args[1])
+            future = Future()
+            future.set_result(function(*args))
+            return future
+
+    measured, kept = [], []
+    monkeypatch.setattr(benchmark, 'DEVICE', 'cpu')
+    monkeypatch.setattr(benchmark, 'G_SIZE', 64)
+    monkeypatch.setattr(benchmark, 'ProcessPoolExecutor', Here)
+    rows = [dict(part='nano', saver='sdpa', size=64, seconds=1.0)]
+    benchmark.savers(benchmark.TASKS['nano'], ['sdpa', 'both'], 1, rows, lambda rows: kept.append(list(rows)))
+    assert measured == ['both']
+    assert [row['saver'] for row in rows] == ['sdpa', 'both']
+    assert len(kept[0]) == 2
+    assert rows[1]['tracked'] == rows[1]['forecast'] > 0
+    assert rows[1]['seconds'] > 0
 
 
 SIZES = ['--task', 'sizes', '--window', '8', '--repeats', '1', '--json', 'out.json', '--plot', 'out.png', '--sizes']

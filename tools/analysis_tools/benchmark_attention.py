@@ -26,7 +26,7 @@ from side_by_side import (
     run,
 )
 
-from swinv2_mm.engine import launch
+from swinv2_mm.command_line import one_line_errors
 
 
 def case(name: str, stage: int, batch: int | None, contenders: list[Contender]) -> Case:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    with launch.one_line_errors(FileNotFoundError, ValueError):
+    with one_line_errors(FileNotFoundError, ValueError):
         check_arguments(args)
         contenders = choose(peers.contenders(DTYPES[args.dtype], ('torchvision',)), args.contenders)
     stages = [(name, stage) for name in args.shapes for stage in range(len(SHAPES[name].depths))]

@@ -41,7 +41,7 @@ from side_by_side import (
 )
 from torch import Tensor, nn
 
-from swinv2_mm.engine import launch
+from swinv2_mm.command_line import one_line_errors
 from swinv2_mm.models.attention import WindowAttention
 from swinv2_mm.models.log_cpb import LogCPB
 from swinv2_mm.ops import reference
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     parser.add_argument('--ladder', action='store_true', help='measure what each step brought')
     args = parser.parse_args(argv)
-    with launch.one_line_errors(FileNotFoundError, ValueError):
+    with one_line_errors(FileNotFoundError, ValueError):
         check_arguments(args)
         dtype = DTYPES[args.dtype]
         contenders = ladder(dtype) if args.ladder else peers.contenders(dtype, ('transformers', 'torchvision'))

@@ -7,8 +7,9 @@ python tools/analysis_tools/benchmark_memory.py --task full
 `savers` takes blocks and the first two stages of SwinV2-G with window 32. First with the attention backend 'reference',
 which keeps the attention weights of all windows for the backward pass: as they are, with sequential attention, with
 activation checkpointing, and with both. Then with the backend 'sdpa', which recomputes the weights of a few windows at
-a time: as they are, and with activation checkpointing. `sizes` takes a whole backbone at inputs of growing size, in
-inference and in training. `full` is SwinV2-G at 1536x1536, for a large GPU.
+a time, and on a GPU with 'triton', which has none in memory: as they are, and with activation checkpointing. `sizes`
+takes a whole backbone at inputs of growing size, in inference and in training. `full` is SwinV2-G at 1536x1536, for a
+large GPU; choose its `--savers`. `nano` is for trying the tool out.
 
 Memory is what a step takes beside parameters and their gradients: on a GPU, with autocast to bfloat16,
 torch.cuda.max_memory_allocated; on a CPU, in float32, the bytes of all tensors alive (`swinv2_mm.engine.memory`) and
@@ -17,6 +18,7 @@ the growth of the process's peak RSS. The columns "forecast" come from tensors t
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import multiprocessing
@@ -31,7 +33,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swinv2_mm.engine import launch
+from swinv2_mm.command_line import one_line_errors
 from swinv2_mm.engine.memory import (
     MemoryTracker,
     ZeroLoss,
@@ -55,7 +57,11 @@ PARTS = {
     'block of stage 3': (dict(embed_dims=2048, depths=(1,), num_heads=(64,)), 16, 768),
     'stages 1 and 2': (dict(embed_dims=512, depths=(2, 2), num_heads=(16, 32)), 4, 256),
 }
-FULL = {'SwinV2-G': (ARCHS['giant'], 4, G_SIZE)}
+TASKS = {
+    'savers': PARTS,
+    'full': {'SwinV2-G': (ARCHS['giant'], 4, G_SIZE)},
+    'nano': {'nano': (dict(embed_dims=32, depths=(1, 1), num_heads=(1, 2)), 4, 64)},
+}
 SAVERS = {  # attention backend, activation checkpointing, sequential attention
     'none': ('reference', False, False),
     'sequential': ('reference', False, True),
@@ -63,6 +69,8 @@ SAVERS = {  # attention backend, activation checkpointing, sequential attention
     'both': ('reference', True, True),
     'sdpa': ('sdpa', False, False),
     'sdpa + checkpointing': ('sdpa', True, False),
+    'triton': ('triton', False, False),
+    'triton + checkpointing': ('triton', True, False),
 }
 
 
@@ -87,7 +95,7 @@ def build(arch: dict | str, window: int, saver: str = 'none', patch: int = 4) ->
 
 def part(name: str, saver: str) -> SwinTransformerV2:
     """Build a part of SwinV2-G."""
-    arch, patch, _ = (PARTS | FULL)[name]
+    arch, patch, _ = next(parts[name] for parts in TASKS.values() if name in parts)
     return build(arch, G_WINDOW, saver, patch)
 
 
@@ -129,14 +137,19 @@ def ready(backbone: SwinTransformerV2, size: int, training: bool = True) -> tupl
     return backbone, torch.rand(1, 3, size, size, device=DEVICE)
 
 
-def part_memory(name: str, saver: str, size: int) -> dict[str, int]:
-    """Peaks of a training step of a part; to be called in a process of its own, whose peak RSS starts with it."""
-    backbone, x = ready(part(name, saver), size)
+def part_figures(name: str, saver: str, size: int, repeats: int) -> dict[str, float]:
+    """Peaks of a training step of a part, and on a GPU its seconds.
+
+    To be called in a process of its own, whose peak RSS starts with it, and whose memory on the GPU ends with it.
+    """
     if DEVICE == 'cuda':
         try:
-            return dict(allocated=measured_peak(backbone, x))
+            with torch.device(DEVICE):  # a CPU takes minutes to draw the weights of SwinV2-G
+                backbone, x = ready(part(name, saver), size)
+            return dict(allocated=measured_peak(backbone, x), seconds=times([lambda: step(backbone, x)], repeats)[0])
         except torch.cuda.OutOfMemoryError:
-            return dict(allocated=math.nan)
+            return dict(allocated=math.nan, seconds=math.nan)
+    backbone, x = ready(part(name, saver), size)
     before = resident('VmRSS')
     tracked = measured_peak(backbone, x)
     return dict(tracked=tracked, rss=resident('VmHWM') - before)
@@ -163,41 +176,50 @@ def _wait_for_gpu() -> None:
 # ---------------------------------------------------------------- tasks
 
 
-def savers(parts: dict, repeats: int) -> list[dict]:
-    """Memory and time of each part with each saver: a dict for each table row, in bytes and seconds."""
-    rows = []
+def savers(parts: dict, names: Sequence[str], repeats: int, rows: list[dict], keep: Callable[[list], None]) -> None:
+    """Add what is missing to `rows`: bytes and seconds of each part with each saver, a dict for each.
+
+    Args:
+        parts: One of `TASKS`.
+        names: Of `SAVERS`.
+        repeats: Timed steps.
+        rows: Of this call, and of a former one that was stopped.
+        keep: Called with `rows` after each.
+    """
     for name, (_, _, cpu_size) in parts.items():
         size = G_SIZE if DEVICE == 'cuda' else cpu_size
-        group = []
-        for saver in SAVERS:
-            make = lambda name=name, saver=saver: part(name, saver)  # noqa: E731
+        known = {row['saver'] for row in rows if row['part'] == name}
+        added = []
+        for saver in (saver for saver in names if saver not in known):
             row = dict(part=name, saver=saver, size=size)
-            row[f'forecast {G_SIZE}'] = forecast(make, G_SIZE, gpu=True)
-            if DEVICE == 'cpu':
-                row['forecast'] = forecast(make, size, gpu=False)
+            if SAVERS[saver][0] != 'triton':  # fake tensors are on a CPU
+                make = functools.partial(part, name, saver)
+                row[f'forecast {G_SIZE}'] = forecast(make, G_SIZE, gpu=True)
+                if DEVICE == 'cpu':
+                    row['forecast'] = forecast(make, size, gpu=False)
             context = multiprocessing.get_context('spawn')
             with ProcessPoolExecutor(1, mp_context=context) as process:
-                row |= process.submit(part_memory, name, saver, size).result()
-            group.append(row)
-        fits = [row for row in group if not math.isnan(row.get('allocated', 0))]
-        models = [ready(part(name, row['saver']), size) for row in fits]
-        for row, seconds in zip(fits, times([lambda m=m: step(*m) for m in models], repeats), strict=True):
-            row['seconds'] = seconds
-        del models
-        rows += group
-        _print_savers(group)
-    return rows
+                row |= process.submit(part_figures, name, saver, size, repeats).result()
+            added.append(row)
+            rows.append(row)
+            keep(rows)
+        if DEVICE == 'cpu':
+            models = [ready(part(name, row['saver']), size) for row in added]
+            for row, seconds in zip(added, times([lambda m=m: step(*m) for m in models], repeats), strict=True):
+                row['seconds'] = seconds
+            keep(rows)
+        print_savers([row for row in rows if row['part'] == name])
 
 
-def _print_savers(group: list[dict]) -> None:
+def print_savers(group: list[dict]) -> None:
+    """Print the rows of a part."""
     first = group[0]
-    kinds = [key for key in first if key not in ('part', 'saver', 'size', 'seconds')]
-    print(
-        f'\n{first["part"]} of SwinV2-G, window {G_WINDOW}, measured at {first["size"]}x{first["size"]} on the {DEVICE}'
-    )
-    print(f'{"GiB":<22}' + ''.join(f'{kind:>15}' for kind in kinds) + f'{"seconds":>10}{"x none":>8}')
+    kinds = list(dict.fromkeys(key for row in group for key in row if key not in ('part', 'saver', 'size', 'seconds')))
+    name = f'{first["part"]} of SwinV2-G' if first['part'] in PARTS else first['part']
+    print(f'\n{name}, window {G_WINDOW}, measured at {first["size"]}x{first["size"]} on the {DEVICE}')
+    print(f'{"GiB":<22}' + ''.join(f'{kind:>15}' for kind in kinds) + f'{"seconds":>10}{"x first":>8}')
     for row in group:
-        cells = ''.join(f'{row[kind] / GIB:>15.3f}' for kind in kinds)
+        cells = ''.join(f'{row.get(kind, math.nan) / GIB:>15.3f}' for kind in kinds)
         seconds, base = row.get('seconds', math.nan), first.get('seconds', math.nan)
         print(f'{row["saver"]:<22}{cells}{seconds:>10.2f}{seconds / base:>8.2f}', flush=True)
 
@@ -264,7 +286,8 @@ def plot(rows: list[dict], title: str, path: str) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--task', choices=['savers', 'sizes', 'full'], default='savers')
+    parser.add_argument('--task', choices=['sizes', *TASKS], default='savers')
+    parser.add_argument('--savers', nargs='+', choices=SAVERS, help='of these only (default: all that can run here)')
     parser.add_argument('--repeats', type=int, default=3, help='timed steps, of which the fastest counts (default: 3)')
     parser.add_argument('--arch', choices=list(ARCHS), default='tiny', help='backbone of `sizes` (default: tiny)')
     parser.add_argument('--window', type=int, default=16, help='window of `sizes` (default: 16)')
@@ -272,6 +295,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--sizes', type=int, nargs='+', default=[512, 768, 1024, 1536, 2048], help='sides of the inputs of `sizes`'
     )
     parser.add_argument('--json', metavar='OUT', help='write all figures to this file, in bytes and seconds')
+    parser.add_argument('--resume', action='store_true', help='measure only what the file of --json does not have yet')
     parser.add_argument('--plot', metavar='OUT', help='draw the figures of `sizes` into this file')
     return parser.parse_args(argv)
 
@@ -291,10 +315,16 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f'--sizes must be at least two different positive numbers, got {args.sizes}')
     if args.plot and args.task != 'sizes':
         raise ValueError(f'--plot draws the figures of --task sizes, not of --task {args.task}')
+    if DEVICE == 'cpu' and any(SAVERS[saver][0] == 'triton' for saver in args.savers or ()):
+        raise ValueError('--savers triton needs a GPU')
     if args.task == 'full' and DEVICE == 'cpu':
         raise ValueError('--task full needs a GPU; plan_memory.py forecasts its memory without one')
-    if args.task == 'savers' and DEVICE == 'cpu' and sys.platform != 'linux':
-        raise ValueError('--task savers without a GPU reads the memory of a process from /proc, which needs Linux')
+    if args.resume and not args.json:
+        raise ValueError('--resume needs --json, the file to go on with')
+    if args.task in TASKS and DEVICE == 'cpu' and sys.platform != 'linux':
+        raise ValueError(
+            f'--task {args.task} without a GPU reads the memory of a process from /proc, which needs Linux'
+        )
     for path in (args.json, args.plot):
         if path and not Path(path).absolute().parent.is_dir():
             raise FileNotFoundError(f'there is no folder {Path(path).parent} for {Path(path).name}')
@@ -303,15 +333,23 @@ def check(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    with launch.one_line_errors(FileNotFoundError, ValueError):
+    with one_line_errors(FileNotFoundError, ValueError):
         check(args)
     torch.manual_seed(0)
+
+    def keep(rows: list[dict]) -> None:
+        if args.json:
+            part = Path(f'{args.json}.part')  # whole or not at all
+            part.write_text(json.dumps(rows, indent=1) + '\n')
+            part.replace(args.json)
+
     if args.task == 'sizes':
         rows = sizes(args.arch, args.window, args.sizes, args.repeats)
+        keep(rows)
     else:
-        rows = savers(FULL if args.task == 'full' else PARTS, args.repeats)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + '\n')
+        can_run = [name for name, (backend, *_) in SAVERS.items() if backend != 'triton' or DEVICE == 'cuda']
+        rows = json.loads(Path(args.json).read_text()) if args.resume and Path(args.json).exists() else []
+        savers(TASKS[args.task], args.savers or can_run, args.repeats, rows, keep)
     if args.plot:
         plot(rows, f'SwinV2 {args.arch}, window {args.window}', args.plot)
 

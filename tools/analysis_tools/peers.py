@@ -6,6 +6,7 @@ own inside the environment, since mmengine and mmdet import whichever of them th
 
 import functools
 import importlib
+import logging
 import math
 import sys
 from collections.abc import Callable
@@ -101,7 +102,9 @@ def reference_backbone(shape: Shape, model: nn.Module) -> nn.Module:
     """Ours on the reference backend in float64 with a model's weights, and with little memory, at the price of time."""
     stages = tuple(range(len(shape.depths)))
     reference = our_backbone(shape, 'reference', with_cp=True, sequential_stages=stages)
+    logging.disable(logging.INFO)  # it is loaded for each family: not worth a line
     reference.load_state_dict(model.state_dict())
+    logging.disable(logging.NOTSET)
     return reference.double()
 
 

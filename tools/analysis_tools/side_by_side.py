@@ -19,6 +19,7 @@ import platform
 import re
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +30,6 @@ from pathlib import Path
 import torch
 import torch._dynamo
 import torch._inductor.config
-from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from swinv2_mm.engine.memory import resident
@@ -556,14 +556,13 @@ def operators(step: Callable[[], object]) -> dict[str, float]:
 
 def measure(
     case: Case, modes: Sequence[str], dtype: torch.dtype, rounds: int, peak: float, profile: bool = False
-) -> list[Row]:
-    """Measure the contenders of a case, print a table for each mode, and free them."""
+) -> Iterator[list[Row]]:
+    """Measure the contenders of a case, print a table for each mode, and free them; gives the rows of each mode."""
     torch._dynamo.reset()  # it holds on to the models of the case before
     gc.collect()
     if DEVICE == 'cuda':
         torch.cuda.empty_cache()
     bench = Bench(case, dtype)
-    rows = []
     for mode in modes:
         group = [Row(case.name, mode, c.name, len(bench.x), str(dtype).removeprefix('torch.')) for c in case.contenders]
         for contender, row in zip(case.contenders, group, strict=True):
@@ -582,8 +581,7 @@ def measure(
         print_table(group)
         if profile:
             print_profile(group)
-        rows += group
-    return rows
+        yield group
 
 
 def _check(bench: Bench, contender: Contender, row: Row, limit: float) -> None:
@@ -670,25 +668,30 @@ def print_profile(group: list[Row]) -> None:
 
 def machine() -> dict:
     """What the figures depend on."""
-    versions = {}
-    for package in ('torch', 'timm', 'transformers', 'torchvision'):
+    versions = dict(python=platform.python_version())
+    for package in ('torch', 'triton', 'timm', 'transformers', 'torchvision'):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     cpu = platform.processor()
     if sys.platform == 'linux':
         cpu = next(re.finditer(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()), [None, cpu])[1]
     gpu = torch.cuda.get_device_name() if DEVICE == 'cuda' else None
+    if gpu:
+        query = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
+        versions['driver'] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split('\n')[0]
     return dict(cpu=cpu, gpu=gpu, cores=os.cpu_count(), threads=torch.get_num_threads(), versions=versions)
 
 
-def write_json(rows: list[Row], peak: float, path: str) -> None:
+def write_json(rows: list[Row], peak: float, path: str | Path) -> None:
     """Write all rows, with the machine and the command line."""
     content = dict(
         machine=machine() | dict(peak_flops=peak),
         command=shlex.join(sys.argv),
         rows=[asdict(row) for row in rows],
     )
-    Path(path).write_text(json.dumps(content, indent=1) + '\n')
+    part = Path(f'{path}.part')  # whole or not at all
+    part.write_text(json.dumps(content, indent=1) + '\n')
+    part.replace(path)
 
 
 def plot(rows: list[Row], path: str) -> None:
@@ -738,6 +741,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--threads', type=int, help='CPU threads (default: as torch chooses)')
     parser.add_argument('--profile', action='store_true', help='print the time in operators too')
     parser.add_argument('--json', metavar='OUT', help='write all rows to this file, in seconds and bytes')
+    parser.add_argument(
+        '--resume',
+        type=Path,
+        metavar='DIR',
+        help='write a file for each case and mode into this folder, skip those that it has, and let caches of compiled '
+        'code serve, so that a run that was stopped goes on',
+    )
     parser.add_argument('--plot', metavar='OUT', help='draw images per second relative to eager timm into this file')
 
 
@@ -757,6 +767,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f'--{name} must be at least 1, got {value}')
     if DEVICE == 'cpu' and sys.platform != 'linux':
         raise ValueError('without a GPU, peak memory is read from /proc, which Linux alone has')
+    if args.resume and not args.resume.is_dir():
+        raise FileNotFoundError(f'there is no folder {args.resume} for the results of --resume')
     for path in (args.json, args.plot):
         if path and not Path(path).absolute().parent.is_dir():
             raise FileNotFoundError(f'there is no folder {Path(path).parent} for {Path(path).name}')
@@ -764,20 +776,29 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, cases: Iterable[Callable[[], Case]]) -> None:
     """Measure all cases and write what was asked for."""
-    MMLogger.get_current_instance().setLevel('WARNING')  # the reference is loaded for each family: not worth a line
     if args.threads:
         torch.set_num_threads(args.threads)
-    # a kernel from an earlier run would make compiling look fast, and a limit that is hit would turn it off unseen
-    torch._inductor.config.force_disable_caches = True
+    if not args.resume:  # a kernel from an earlier run would make compiling look fast
+        torch._inductor.config.force_disable_caches = True
+    # a limit that is hit would turn compiling off unseen
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch.backends.cudnn.allow_tf32 = False  # as torch has it for products; float32 means float32 here
     dtype = DTYPES[args.dtype]
     peak = device_peak(dtype)
     rows = []
-    for case in cases:
-        rows += measure(case(), args.modes, dtype, args.repeats, peak, args.profile)
-        if args.json:  # after each case: a run of hours that is stopped keeps what it has
-            write_json(rows, peak, args.json)
-        if args.plot:
-            plot(rows, args.plot)
+    for case in (make() for make in cases):
+        modes = [mode for mode in args.modes if not (args.resume and result_file(args.resume, case, mode).exists())]
+        for group in measure(case, modes, dtype, args.repeats, peak, args.profile):
+            rows += group
+            if args.resume:
+                write_json(group, peak, result_file(args.resume, case, group[0].mode))
+            if args.json:  # after each mode: a run of hours that is stopped keeps what it has
+                write_json(rows, peak, args.json)
+            if args.plot:
+                plot(rows, args.plot)
+
+
+def result_file(folder: Path, case: Case, mode: str) -> Path:
+    """File with the rows of a case and a mode."""
+    return folder / f'{case.name.replace(" ", "_")}-{mode}.json'

@@ -44,11 +44,12 @@ from .tiles import (
 
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 TRITON = 3, 4  # older ones do not compile the kernels
-MAX_HEAD_DIM = 128  # larger ones do not fit the registers of a program
+# larger heads do not fit the registers of a program
+MAX_HEAD_DIM = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 MAX_AXES = 3
 CAPABILITY = 8  # of the oldest GPUs, Ampere, that multiply bfloat16
-DTYPES = torch.float32, torch.float16, torch.bfloat16
-PROGRAMS = 1024  # of the kernels that sum over windows; a GPU has about 100 processors
+# of the kernels that go over windows: an H100 runs 400 or 660 of them at once, and each costs what precedes its loop
+PROGRAMS = {'bwd_dbias': 1024, 'window_forward': 512, 'window_backward': 512}
 MOST_QUERIES = 128  # of a tile; tables have rows of a multiple of it
 BIAS_CENTER = 8.0  # of the position bias, which lies between 0 and 16
 BLOCK_OF_PLACES, BLOCK_OF_VECTORS = 1024, 128
@@ -69,12 +70,13 @@ def can_run(qkv: Tensor) -> str | None:
         return 'its operator is not one of those that models are exported with'
     if is_transformed():
         return 'torch.func and forward-mode AD transform operators of PyTorch alone'
-    if qkv.dtype not in DTYPES:
+    if qkv.dtype not in MAX_HEAD_DIM:
         return f'its kernels compute in float32, and the map is of type {qkv.dtype}'
     if qkv.dim() - 4 > MAX_AXES:
         return f'its kernels know maps of up to {MAX_AXES} axes, and this one has {qkv.dim() - 4}'
-    if qkv.shape[-1] > MAX_HEAD_DIM:
-        return f'its kernels take heads of up to {MAX_HEAD_DIM} channels, and these have {qkv.shape[-1]}'
+    most = MAX_HEAD_DIM[qkv.dtype]
+    if qkv.shape[-1] > most:
+        return f'its kernels take heads of up to {most} channels in {qkv.dtype}, and these have {qkv.shape[-1]}'
     major, minor = _capability(qkv.device)
     if major < CAPABILITY:
         return f'its kernels are for GPUs of compute capability {CAPABILITY} or more, and this one has {major}.{minor}'
@@ -265,15 +267,15 @@ def _forward_one_tile(geometry: Geometry, qkv: Tensor, logit_scale: Tensor, bias
     constants = geometry.constants('window_forward')
     rows, regions, *_ = geometry.tables()
     for ids, needs_mask in geometry.window_groups():
-        sizes, programs = _parts(geometry, len(ids))
+        sizes, programs = _parts(geometry, 'window_forward', len(ids))
         inputs = qkv, logit_scale, bias, rows, regions, ids
         launch(kernels.window_forward, programs, *inputs, out, *sizes, EDGE=needs_mask, **constants)
 
 
-def _parts(geometry: Geometry, ids: int, tiles: int = 1) -> tuple[tuple[int, ...], int]:
+def _parts(geometry: Geometry, kernel: str, ids: int, tiles: int = 1) -> tuple[tuple[int, ...], int]:
     """Sizes for a kernel that goes over windows, so many of each sample, and its programs for so many tiles a head."""
     windows = geometry.batch * ids
-    splits = min(windows, -(-PROGRAMS // (geometry.heads * tiles)))
+    splits = min(windows, -(-PROGRAMS[kernel] // (geometry.heads * tiles)))
     return (ids, geometry.tokens, geometry.heads, windows, splits), splits * geometry.heads * tiles
 
 
@@ -310,7 +312,7 @@ def _backward_one_tile(
     heads, slots, tokens = geometry.heads, geometry.slots, geometry.window_tokens
     grad_qkv, scales, tiles = torch.empty_like(qkv), [], []
     for ids, needs_mask in geometry.window_groups():
-        sizes, programs = _parts(geometry, len(ids))
+        sizes, programs = _parts(geometry, 'window_backward', len(ids))
         scales.append(qkv.new_empty(programs // heads, heads, dtype=torch.float32))
         tiles.append(qkv.new_empty(programs // heads, heads, slots, slots, dtype=torch.float32))
         inputs = grad_out, qkv, logit_scale, bias, rows, regions, ids
@@ -356,7 +358,7 @@ def _grad_table(geometry: Geometry, inputs: tuple[Tensor, ...], lse: Tensor, del
     slots, first, order = box_pairs(box, geometry.device)
     tokens, total = math.prod(box.size), 0
     for ids, needs_mask in geometry.window_groups():
-        sizes, programs = _parts(geometry, len(ids), len(order))
+        sizes, programs = _parts(geometry, 'bwd_dbias', len(ids), len(order))
         tiles = lse.new_empty(len(order), geometry.heads, sizes[-1], tokens, tokens)
         tables = rows, regions, *places, ids, slots, first
         launch(kernels.bwd_dbias, programs, *inputs, *tables, lse, delta, tiles, *sizes, EDGE=needs_mask, **constants)

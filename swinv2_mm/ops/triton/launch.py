@@ -16,23 +16,26 @@ class Launch(NamedTuple):
     constants: dict[str, Any]  # what it is compiled for, `num_warps` and `num_stages` among it
 
 
-_recorders: list[list[Launch]] = []
+_recorders: list[tuple[list[Launch], bool]] = []  # and whether what is recorded runs too
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """Run so many programs of a kernel on the device of its first argument."""
+    runs = True
     if _recorders:
-        _recorders[-1].append(Launch(kernel, programs, args, constants))
-    elif programs:
+        launches, runs = _recorders[-1]
+        launches.append(Launch(kernel, programs, args, constants))
+    if runs and programs:
         with torch.cuda.device_of(args[0]):
             kernel[(programs,)](*args, **constants)
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Collect launches instead of running them; the tensors may be on the meta device."""
-    _recorders.append([])
+def recorded(run: bool = False) -> Iterator[list[Launch]]:
+    """Collect launches, and `run` them or not; if they do not run, the tensors may be on the meta device."""
+    launches: list[Launch] = []
+    _recorders.append((launches, run))
     try:
-        yield _recorders[-1]
+        yield launches
     finally:
         _recorders.pop()

@@ -24,6 +24,7 @@ from ..reference import reference_window_attention
 from ..sdpa import sdpa_window_attention
 from ..windows import Size
 from . import attention as triton
+from . import post_norm
 
 WINDOWS = (8, 8), (16, 16)  # those of up to 64 tokens have kernels of their own
 HEAD_DIMS = 16, 32, 64, 128  # channels of a head are padded to one of these
@@ -52,8 +53,13 @@ def why_not(qkv: Tensor) -> str | None:
     return _why_not(qkv.device, qkv.dtype, min(dim for dim in HEAD_DIMS if dim >= qkv.shape[-1]))
 
 
+def why_not_post_norm(branch: Tensor) -> str | None:
+    """Tell the same of the kernels that add the norm of a residual branch."""
+    return _why_not(branch.device, branch.dtype, None)
+
+
 @at_compilation
-def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
     case = device, dtype, head_dim, _is_tf32(dtype)
     if case not in _verdicts:
         key = describe(device, dtype, head_dim)
@@ -97,13 +103,14 @@ def cache_file() -> Path:
     return Path(folder, 'swinv2_mm', 'triton_selfcheck.json')
 
 
-def describe(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """What a verdict is valid for."""
+def describe(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str:
+    """What a verdict is valid for: attention with heads of a size, or the post-norm."""
     name = "Triton's interpreter"
     if device.type == 'cuda':
         name = f'{torch.cuda.get_device_name(device)} ({".".join(map(str, torch.cuda.get_device_capability(device)))})'
     versions = f'torch {torch.__version__}, triton {triton._triton_version()}, kernels {_digest()}'
-    return f'{name}, {versions}, {dtype}{" in TF32" * _is_tf32(dtype)}, heads of up to {head_dim} channels'
+    kind = f'heads of up to {head_dim} channels' if head_dim else 'post-norm'
+    return f'{name}, {versions}, {dtype}{" in TF32" * _is_tf32(dtype)}, {kind}'
 
 
 @functools.cache
@@ -135,10 +142,20 @@ def keep(verdicts: dict[str, str]) -> None:
         part.replace(file)
 
 
-def check(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Tell what is wrong with the kernels in shifted and padded windows, small and large, or '' if nothing is."""
+def check(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str:
+    """Tell what is wrong with the kernels in shifted and padded windows, small and large, or '' if nothing is.
+
+    Without a head size, with those of the post-norm.
+    """
+    if head_dim is None:
+        return examine_post_norm(dtype, device)[1]
     faults = (examine(window, True, head_dim, dtype, device)[1] for window in WINDOWS)
     return next(filter(None, faults), '')
+
+
+def examine_post_norm(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Deviation], str]:
+    """Compare the kernels of the post-norm with PyTorch's operators; results as of `examine`."""
+    return _judge(lambda: {k: Deviation(*pair) for k, pair in post_norm.check(device, dtype).items()}, 'in post-norm')
 
 
 def examine(
@@ -152,9 +169,13 @@ def examine(
     Raises:
         torch.cuda.OutOfMemoryError: The device has too little memory for the comparison.
     """
-    where = f'in windows of {"x".join(map(str, window))}'
+    compare = functools.partial(_compare, window, is_shifted, head_dim, dtype, device)
+    return _judge(compare, f'in windows of {"x".join(map(str, window))}')
+
+
+def _judge(compare: Callable[[], dict[str, Deviation]], where: str) -> tuple[dict[str, Deviation], str]:
     try:
-        deviations = _compare(window, is_shifted, head_dim, dtype, device)
+        deviations = compare()
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # of the compiler, or of a launch

@@ -32,12 +32,12 @@ def next_power_of_2(n: int) -> int:
 
 def is_one_tile(tokens: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the registers of one program hold a window, forward and backward."""
-    return tokens <= LARGEST_WINDOW and head_dim * dtype.itemsize <= 64
+    return tokens <= LARGEST_WINDOW and head_dim <= 32 and dtype.itemsize == 2
 
 
 def box_tokens(head_dim: int, dtype: torch.dtype) -> int:
     """Places of the boxes that windows are cut into."""
-    return 32 if dtype.itemsize > 2 or head_dim * dtype.itemsize > 128 else 64
+    return 64 if dtype.itemsize == 2 and head_dim <= 64 else 32
 
 
 def choose_tiles(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> TileConfig:
@@ -58,9 +58,9 @@ def default_tiles(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype) -
         return TileConfig(LARGEST_WINDOW, LARGEST_WINDOW, warps=4, stages=1)
     if kernel == 'bwd_dbias':  # whose loop loads by tables, so that a second stage costs more instructions
         return TileConfig(box, box, warps=4, stages=1)
-    if kernel == 'forward' and box == 64 and tokens % 128 == 0:
+    if kernel == 'forward' and box == 64 and head_dim <= 32 and tokens % 128 == 0:
         return TileConfig(128, 64, warps=4, stages=2)
-    return TileConfig(box, box, warps=4, stages=2)
+    return TileConfig(box, 32 if head_dim > 32 else box, warps=4, stages=2)
 
 
 def candidates(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype) -> Iterator[TileConfig]:

@@ -9,12 +9,13 @@ compiled kernel with all its launches in a model:
 
 - registers, bytes of the stack (spilled registers), shared memory, and the programs that an SM runs at once;
 - instructions of a thread per logit of attention, by kind, each as often as it runs: those of the main loop (see
-  `sass.split`) once per tile of logits, those of a loop around it once per window, all others once per program.
-  Branches inside the main loop count as taken. Where warps compute the same tile twice, or the compiler has unrolled
-  the loop, `exp` is near 2. `loop` is the main loop by itself, per logit of its tile: tiles that reach beyond a window,
-  and what runs once per program, are in `total` only;
+  `sass.split`) once per tile of logits, all others once per program. Branches inside the main loop count as taken.
+  Where warps compute the same tile twice, or the compiler has unrolled the loop, `exp` is near 2. `loop` is the main
+  loop by itself, per logit of its tile: what tiles have beyond a window, and what runs once per program, is in `total`;
 - microseconds per image that each pipe of an H100 (SXM) is busy, whatever GPU the code is for, and the busiest.
-  Memory is assumed never to wait. Kernels without matrix products move bytes: these count, and nothing else.
+  Memory is assumed never to wait, and loads of a warp to have no address in common, which makes `lsu` too large in
+  float32. The matrix products of sm_100 do not tell their size: `tensor` is 0 there. Kernels without matrix
+  products move bytes: these count, and nothing else.
 
 The second table sums the busiest pipes over a model, and gives floors per image, none of which any kernel can beat:
 

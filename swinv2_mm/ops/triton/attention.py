@@ -12,21 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils import _python_dispatch
 
-from ..recording import at_compilation, is_tracing, is_transformed
+from ..recording import at_compilation, is_compiling, is_tracing, is_transformed
 from ..reference import MAX_LOGIT_SCALE
 from ..windows import (
     Size,
-    add_overlapping,
-    crop_bias_table,
-    crop_bias_table_backward,
-    dense_bias_backward,
     fit_window,
 )
 from .launch import launch
 from .layout import (
     BiasTables,
     TokenTables,
+    bias_members,
     bias_tables,
     box_pairs,
     dense_entries,
@@ -102,7 +101,26 @@ def triton_window_attention(
     sequential: bool = False,
 ) -> Tensor:
     """See `swinv2_mm.ops.window_attention`; attention weights are never in memory, sequential or not."""
-    return torch.ops.swinv2_mm.triton_window_attention(qkv, logit_scale, bias_table, window_size, shift_size)[0]
+    # the operator takes three times as long on the host; modes and subclasses see nothing else
+    if is_compiling() or type(qkv) is not Tensor or _python_dispatch._get_current_dispatch_mode() is not None:
+        return torch.ops.swinv2_mm.triton_window_attention(qkv, logit_scale, bias_table, window_size, shift_size)[0]
+    return TritonAttention.apply(qkv, logit_scale, bias_table, window_size, shift_size)
+
+
+class TritonAttention(torch.autograd.Function):
+    """Attention that keeps its inputs, its result and `lse` for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, qkv, logit_scale, bias_table, window_size, shift_size):  # noqa: D102
+        out, lse = triton_forward(qkv, logit_scale, bias_table, window_size, shift_size)
+        ctx.save_for_backward(qkv, logit_scale, bias_table, out, lse)
+        ctx.sizes = window_size, shift_size
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):  # noqa: D102
+        return *triton_backward(grad_out, *ctx.saved_tensors, *ctx.sizes), None, None
 
 
 class Geometry:
@@ -298,7 +316,6 @@ def triton_backward(
     else:
         grad_qkv, grad_scale, grad_table = _backward_tiles(geometry, *saved, bias)
     grad_scale = torch.where(logit_scale <= MAX_LOGIT_SCALE, grad_scale.view_as(logit_scale), 0.0)
-    grad_table = crop_bias_table_backward(grad_table, geometry.table, geometry.window)
     return grad_qkv, grad_scale.to(logit_scale.dtype), grad_table.to(bias_table.dtype)
 
 
@@ -309,17 +326,21 @@ def _backward_one_tile(
 
     constants = geometry.constants('window_backward')
     rows, regions, *_ = geometry.tables()
-    heads, slots, tokens = geometry.heads, geometry.slots, geometry.window_tokens
-    grad_qkv, scales, tiles = torch.empty_like(qkv), [], []
-    for ids, needs_mask in geometry.window_groups():
-        sizes, programs = _parts(geometry, 'window_backward', len(ids))
-        scales.append(qkv.new_empty(programs // heads, heads, dtype=torch.float32))
-        tiles.append(qkv.new_empty(programs // heads, heads, slots, slots, dtype=torch.float32))
+    grad_qkv = torch.empty_like(qkv)
+    groups = [
+        (ids, needs_mask, *_parts(geometry, 'window_backward', len(ids)))
+        for ids, needs_mask in geometry.window_groups()
+    ]
+    all_tiles, first_tile = sum(sizes[-1] for _, _, sizes, _ in groups), 0
+    scales = qkv.new_empty(all_tiles, geometry.heads, dtype=torch.float32)
+    tiles = qkv.new_empty(geometry.heads, all_tiles, geometry.slots, geometry.slots, dtype=torch.float32)
+    for ids, needs_mask, sizes, programs in groups:
         inputs = grad_out, qkv, logit_scale, bias, rows, regions, ids
-        outputs = grad_qkv, scales[-1], tiles[-1]
+        outputs = grad_qkv, scales[first_tile:], tiles
+        sizes = *sizes, first_tile, all_tiles
         launch(kernels.window_backward, programs, *inputs, *outputs, *sizes, EDGE=needs_mask, **constants)
-    grad_bias = sum(tile.sum(0) for tile in tiles)[:, :tokens, :tokens]
-    return grad_qkv, sum(scale.sum(0) for scale in scales), dense_bias_backward(grad_bias.flip(1), geometry.window)
+        first_tile += sizes[4]
+    return grad_qkv, scales.sum(0), _fold(geometry, tiles)
 
 
 def _backward_tiles(
@@ -349,30 +370,41 @@ def _backward_tiles(
 
 
 def _grad_table(geometry: Geometry, inputs: tuple[Tensor, ...], lse: Tensor, delta: Tensor) -> Tensor:
-    """Gradient of the bias table of the window in effect."""
+    """Gradient of the bias table."""
     from . import kernels
 
     constants, box = geometry.constants('bwd_dbias'), geometry.box
     rows, regions, *_ = geometry.tables()
     _, *places = geometry.bias_tables()
-    slots, first, order = box_pairs(box, geometry.device)
-    tokens, total = math.prod(box.size), 0
-    for ids, needs_mask in geometry.window_groups():
-        sizes, programs = _parts(geometry, 'bwd_dbias', len(ids), len(order))
-        tiles = lse.new_empty(len(order), geometry.heads, sizes[-1], tokens, tokens)
+    slots, first = box_pairs(box, geometry.device)
+    displacements, tokens = len(first) - 1, math.prod(box.size)
+    groups = [
+        (ids, needs_mask, *_parts(geometry, 'bwd_dbias', len(ids), displacements))
+        for ids, needs_mask in geometry.window_groups()
+    ]
+    all_tiles, first_tile = sum(sizes[-1] for _, _, sizes, _ in groups), 0
+    tiles = lse.new_empty(displacements, geometry.heads, all_tiles, tokens, tokens)
+    for ids, needs_mask, sizes, programs in groups:
         tables = rows, regions, *places, ids, slots, first
+        sizes = *sizes, first_tile, all_tiles
         launch(kernels.bwd_dbias, programs, *inputs, *tables, lse, delta, tiles, *sizes, EDGE=needs_mask, **constants)
-        total = total + tiles.sum(2)
-    in_order = torch.empty_like(total).index_copy_(0, order, total)
-    return _fold(in_order.transpose(0, 1), box.size, box.counts, geometry.window)
+        first_tile += sizes[4]
+    return _fold(geometry, tiles)
 
 
-def _fold(tiles: Tensor, box: Size, counts: Size, window: Size) -> Tensor:
-    """Sum gradients of the bias between boxes, (heads, displacements, tokens, tokens), onto the table of a window."""
-    offsets = dense_bias_backward(tiles.flatten(0, 1).flip(1), box)  # of each displacement, by offset within boxes
-    offsets = offsets.view(-1, *(2 * n - 1 for n in counts), *(2 * side - 1 for side in box))
-    covered = tuple(n * side for n, side in zip(counts, box, strict=True))
-    return crop_bias_table(add_overlapping(offsets, box).flatten(1), covered, window)
+def _fold(geometry: Geometry, tiles: Tensor) -> Tensor:
+    """Sum gradients of logits (displacements, heads, parts, tokens, tokens) onto the bias table."""
+    from . import kernels
+
+    members = bias_members(geometry.window, geometry.table, geometry.box, geometry.slots, geometry.device)
+    entries, most = members.shape
+    grad_table = tiles.new_empty(geometry.heads, entries)
+    block = max(1, BLOCK_OF_PLACES // most)
+    launch(
+        kernels.fold_bias, -(-entries // block) * geometry.heads, tiles, members, grad_table, geometry.heads,
+        tiles.shape[-3], entries, TILE=tiles.shape[-1] ** 2, MEMBERS=most, BLOCK_M=block, num_warps=4,
+    )  # fmt: skip
+    return grad_table
 
 
 def _register() -> None:

@@ -458,6 +458,8 @@ def bwd_dbias(
     heads,
     windows,
     splits,
+    first_tile,
+    all_tiles,
     SLOTS: tl.constexpr,
     PLACES: tl.constexpr,
     RUN: tl.constexpr,
@@ -510,15 +512,39 @@ def bwd_dbias(
         logits = _logits(q, k, tile_bias, q_region, k_region, 1, EDGE, PRECISION)
         p = tl.exp2(logits - lse_i[:, None])
         total += p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta_i[:, None])
-    _store_tile(grad_tiles, total, BLOCK_M)
+    _store_tile(grad_tiles, total, (displacement * heads + head) * all_tiles + first_tile + part, BLOCK_M)
 
 
 @triton.jit
-def _store_tile(grad_tiles, tile, BLOCK: tl.constexpr):
-    """Write the sum of a program at its place."""
+def _store_tile(grad_tiles, tile, number, BLOCK: tl.constexpr):
+    """Write the sum of a program."""
     offs = tl.arange(0, BLOCK)
-    grad_tiles += tl.program_id(0).to(tl.int64) * (BLOCK * BLOCK)
+    grad_tiles += number.to(tl.int64) * (BLOCK * BLOCK)
     tl.store(grad_tiles + offs[:, None] * BLOCK + offs[None, :], tile)
+
+
+@triton.jit
+def fold_bias(
+    grad_tiles, members, grad_table, heads, splits, entries, TILE: tl.constexpr, MEMBERS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Sum gradients of logits (tiles, heads, splits, TILE) onto the bias table (heads, entries).
+
+    `members` (entries, MEMBERS) are the numbers over (tiles, TILE) that an entry belongs to, -1 for none. Programs:
+    (blocks of entries, heads). Without atomic additions: the order of the sum is always the same.
+    """
+    program = tl.program_id(0)
+    head = program % heads
+    offs = program // heads * BLOCK_M + tl.arange(0, BLOCK_M)
+    ptrs = members + offs[:, None] * MEMBERS + tl.arange(0, MEMBERS)[None, :]
+    member = tl.load(ptrs, mask=(offs < entries)[:, None], other=-1)
+    mask = member >= 0
+    first = ((member // TILE) * heads + head).to(tl.int64) * splits
+    ptrs = grad_tiles + first * TILE + member % TILE
+    total = tl.zeros([BLOCK_M, MEMBERS], tl.float32)
+    for split in range(splits):
+        total += tl.load(ptrs + split * TILE, mask=mask, other=0.0)
+    tl.store(grad_table + head * entries + offs, tl.sum(total, 1), mask=offs < entries)
 
 
 @triton.jit
@@ -585,6 +611,8 @@ def window_backward(
     heads,
     windows,
     splits,
+    first_tile,
+    all_tiles,
     WHOLE: tl.constexpr,
     EDGE: tl.constexpr,
     DIM: tl.constexpr,
@@ -637,4 +665,4 @@ def window_backward(
         grad_k = _normalize_backward(grad_k, k.to(tl.float32), k_norm)
         _store_rows(grad_ptr + heads * DIM, grad_k, row, stride, DIM, BLOCK_DIM, LARGE)
     tl.store(grad_scale + program, tl.sum(total_scale, 0) * (1 / LOG2_E))
-    _store_tile(grad_tiles, total, BLOCK_M)
+    _store_tile(grad_tiles, total, head * all_tiles + first_tile + part, BLOCK_M)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..windows import PADDING, Size, pad_to_windows, partition, token_regions
+from .tiles import next_power_of_2
 
 
 class Box(NamedTuple):
@@ -46,6 +47,7 @@ class BiasTables(NamedTuple):
     k_places: Tensor  # (slots,) int32: with that of the query, the place of a query and a key
 
 
+@functools.cache
 def tile_window(window_size: Size, tokens: int) -> Box:
     """Cut a window into boxes of so many places, a power of 2 from 4 on, with the fewest outside of the window."""
     sides = [1 << i for i in range(tokens.bit_length())]
@@ -149,20 +151,50 @@ class BoxPairs(NamedTuple):
     """Pairs of a box of queries and one of keys, those that lie equally far apart one after another."""
 
     slots: Tensor  # (pairs, 2) int32: first slot of each box
-    first: Tensor  # (displacements + 1,) int32: where the pairs of a displacement begin
-    order: Tensor  # (displacements,) int64: their numbers, over 2 * n - 1 for each axis, those of the most pairs first
+    first: Tensor  # (displacements + 1,) int32: where the pairs of a displacement begin, those of the most pairs first
 
 
 @functools.lru_cache(maxsize=64)
 def box_pairs(box: Box, device: torch.device) -> BoxPairs:
     """All pairs of boxes of a window."""
+    boxes, offsets = _displacements(box)
     places = torch.cartesian_prod(*(torch.arange(n) for n in box.counts)).view(-1, 3)
-    offsets = (places[:, None] - places[None] + torch.tensor(box.counts) - 1).flatten(0, 1)
-    number = (offsets[:, 0] * (2 * box.counts[1] - 1) + offsets[:, 1]) * (2 * box.counts[2] - 1) + offsets[:, 2]
-    counts = number.bincount()
-    order = counts.argsort(descending=True, stable=True)
-    by_displacement = order.argsort()[number].argsort(stable=True)
-    boxes = torch.cartesian_prod(*(torch.arange(len(places)),) * 2)[by_displacement]
-    tables = boxes * math.prod(box.size), F.pad(counts[order].cumsum(0), (1, 0))
+    pairs = (places[:, None] - places[None]).flatten(0, 1)
+    number = (pairs[:, None] == offsets).all(-1).int().argmax(1)
+    tables = boxes[number.argsort(stable=True)] * math.prod(box.size), F.pad(number.bincount().cumsum(0), (1, 0))
     with torch.inference_mode(False):
-        return BoxPairs(*(t.int().to(device, copy=True) for t in tables), order.to(device, copy=True))
+        return BoxPairs(*(t.int().to(device, copy=True) for t in tables))
+
+
+def _displacements(box: Box) -> tuple[Tensor, Tensor]:
+    """Pairs of boxes (pairs, 2), and displacements (n, 3) of boxes of queries from those of keys, most pairs first."""
+    offsets = torch.cartesian_prod(*(torch.arange(1 - n, n) for n in box.counts)).view(-1, 3)
+    pairs = (torch.tensor(box.counts) - offsets.abs()).prod(1)
+    boxes = torch.cartesian_prod(*(torch.arange(math.prod(box.counts)),) * 2)
+    return boxes, offsets[pairs.argsort(descending=True, stable=True)]
+
+
+@functools.lru_cache(maxsize=64)
+def bias_members(window_size: Size, table_size: Size, box: Box | None, slots: int, device: torch.device) -> Tensor:
+    """Numbers of the tiles of logits that belong to each entry of the bias table, -1 for none: (entries, n) int32.
+
+    Tiles are those of the displacements of boxes, or without a box that of a window.
+    """
+    if box is None:
+        entries = dense_entries(window_size, table_size, slots, torch.device('cpu')).long().view(slots, slots)
+        entries[math.prod(window_size) :] = -1  # of what is no query
+    else:
+        _, offsets = _displacements(box)
+        tokens = torch.cartesian_prod(*(torch.arange(n) for n in box.size)).view(-1, 3)
+        offsets = offsets[:, None, None] * torch.tensor(box.size) + tokens[:, None] - tokens[None]
+        sizes = torch.tensor(table_size)
+        strides = torch.tensor([(2 * table_size[1] - 1) * (2 * table_size[2] - 1), 2 * table_size[2] - 1, 1])
+        entries = ((offsets + sizes - 1) * strides).sum(-1)
+        entries = torch.where((offsets.abs() < torch.tensor(window_size)).all(-1), entries, -1)
+    order = entries.flatten().argsort(stable=True)
+    order = order[(entries < 0).sum() :]
+    counts = entries.flatten()[order].bincount(minlength=math.prod(2 * t - 1 for t in table_size))
+    members = torch.full((len(counts), next_power_of_2(int(counts.max()))), -1)
+    members[torch.arange(members.shape[1]) < counts[:, None]] = order
+    with torch.inference_mode(False):
+        return members.int().to(device, copy=True)

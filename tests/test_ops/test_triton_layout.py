@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from swinv2_mm.ops.triton import layout, tiles
-from swinv2_mm.ops.windows import fit_window, relative_position_index
+from swinv2_mm.ops.windows import (
+    crop_bias_table_backward,
+    dense_bias_backward,
+    fit_window,
+    relative_position_index,
+)
 
 CPU = torch.device('cpu')
 WINDOWS = [(1, 7, 7), (1, 12, 12), (1, 8, 8), (8, 7, 7), (4, 3, 5), (1, 1, 49), (1, 49, 1), (2, 5, 9)]
@@ -115,16 +120,47 @@ def test_entries_of_the_bias_of_one_tile(window):
 @pytest.mark.parametrize('counts', [(1, 3, 3), (1, 1, 1), (2, 1, 3)])
 def test_pairs_of_boxes_by_displacement(counts):
     box = layout.Box((1, 4, 4), counts, 4)
-    slots, first, order = layout.box_pairs(box, CPU)
+    slots, first = layout.box_pairs(box, CPU)
     boxes = list(itertools.product(*map(range, counts)))
     assert sorted(map(tuple, (slots // 16).tolist())) == list(itertools.product(range(len(boxes)), repeat=2))
-    lengths = first.diff()
-    assert lengths.tolist() == sorted(lengths.tolist(), reverse=True)
-    for place, number in enumerate(order.tolist()):
-        offsets = {
-            tuple(a - b for a, b in zip(boxes[q // 16], boxes[k // 16], strict=True))
-            for q, k in slots[first[place] : first[place + 1]].tolist()
-        }
-        assert len(offsets) == 1
-        steps = [d + n - 1 for d, n in zip(offsets.pop(), counts, strict=True)]
-        assert number == (steps[0] * (2 * counts[1] - 1) + steps[1]) * (2 * counts[2] - 1) + steps[2]
+    lengths = first.diff().tolist()
+    assert lengths == sorted(lengths, reverse=True)
+    _, displacements = layout._displacements(box)
+    for number, displacement in enumerate(displacements.tolist()):
+        for q, k in slots[first[number] : first[number + 1]].tolist():
+            assert [a - b for a, b in zip(boxes[q // 16], boxes[k // 16], strict=True)] == displacement
+
+
+@pytest.mark.parametrize(
+    ('window', 'box'), [((1, 7, 6), ((1, 4, 2), (1, 2, 3), 2)), ((3, 4, 5), ((2, 1, 4), (2, 4, 2), 4))]
+)
+@pytest.mark.parametrize('larger', [0, 2])
+def test_members_sum_tiles_of_displacements_to_the_gradient_of_the_bias_table(window, box, larger):
+    """Against the gradient of the whole (N, N) bias, and for a table of a larger window too."""
+    box, table = layout.Box(*box), tuple(w + larger for w in window)
+    generator = torch.Generator().manual_seed(0)
+    tokens, size = math.prod(window), math.prod(box.size)
+    whole = torch.randn(1, tokens, tokens, generator=generator, dtype=torch.float64)
+    numbers = {tuple(d): number for number, d in enumerate(layout._displacements(box)[1].tolist())}
+    tiles_of = torch.zeros(len(numbers), size, size, dtype=torch.float64)
+    for i, query in enumerate(itertools.product(*map(range, window))):
+        for j, key in enumerate(itertools.product(*map(range, window))):
+            at = tuple(a // s - b // s for a, b, s in zip(query, key, box.size, strict=True))
+            rows = [
+                ((p[0] % box.size[0]) * box.size[1] + p[1] % box.size[1]) * box.size[2] + p[2] % box.size[2]
+                for p in (query, key)
+            ]
+            tiles_of[numbers[at], rows[0], rows[1]] += whole[0, i, j]
+    members = layout.bias_members(window, table, box, 0, CPU)
+    found = torch.where(members >= 0, tiles_of.flatten()[members], 0.0).sum(1)
+    expected = crop_bias_table_backward(dense_bias_backward(whole.flip(1), window), table, window)
+    torch.testing.assert_close(found, expected[0])
+
+
+def test_members_of_windows_of_one_tile():
+    window, slots = (2, 3, 4), 32
+    whole = torch.randn(1, 24, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tile = torch.nn.functional.pad(whole[0], (0, 8, 0, 8), value=math.nan)
+    members = layout.bias_members(window, window, None, slots, CPU)
+    found = torch.where(members >= 0, tile.flatten()[members], 0.0).sum(1)
+    torch.testing.assert_close(found, dense_bias_backward(whole.flip(1), window)[0])

@@ -24,6 +24,7 @@ from ..windows import (
 from .launch import launch
 from .layout import (
     BiasTables,
+    Box,
     TokenTables,
     bias_members,
     bias_tables,
@@ -143,7 +144,7 @@ class Geometry:
         else:
             self.box = tile_window(self.window, box_tokens(self.head_dim, self.dtype))
             self.keys = math.prod(self.box.counts) * math.prod(self.box.size)
-        self.slots = self.keys if self.is_one_tile else -(-self.keys // MOST_QUERIES) * MOST_QUERIES
+        self.slots = self.keys if self.is_one_tile else slots_of(self.box)
 
     def kernels(self) -> tuple[str, ...]:
         """Kernels with tiles that run for such windows."""
@@ -230,10 +231,23 @@ def _is_tf32_allowed() -> bool:
     return setting.allow_tf32
 
 
-def lse_shape(qkv: Tensor, window_size: Size) -> tuple[int, int]:
-    """(tokens, heads), or (0, heads) where windows are one tile whatever the map: their backward pass needs none."""
-    keeps_none = is_one_tile(math.prod(window_size), qkv.shape[-1], qkv.dtype)
-    return 0 if keeps_none else math.prod(qkv.shape[:-3]), qkv.shape[-2]
+def lse_shape(qkv: Tensor, window_size: Size) -> tuple[int, int, int]:
+    """(windows, heads, slots); no windows where they are one tile at any size, whose backward pass needs no `lse`.
+
+    Windows that a map shrinks need fewer slots. So the shape has no conditions on its size, which is not known when a
+    model is compiled.
+    """
+    heads, head_dim = qkv.shape[-2:]
+    if is_one_tile(math.prod(window_size), head_dim, qkv.dtype):
+        return 0, heads, 0
+    windows = math.prod(-(-s // w) for s, w in zip(qkv.shape[1:-3], window_size, strict=True))
+    window = (1,) * (MAX_AXES - len(window_size)) + tuple(window_size)
+    return len(qkv) * windows, heads, slots_of(tile_window(window, box_tokens(head_dim, qkv.dtype)))
+
+
+def slots_of(box: Box) -> int:
+    """Slots of a window in the tables, with those that fill the last tile of queries."""
+    return -(-math.prod(box.counts) * math.prod(box.size) // MOST_QUERIES) * MOST_QUERIES
 
 
 def triton_forward(
@@ -242,13 +256,14 @@ def triton_forward(
     """Attention within windows, without autograd; arguments as of `swinv2_mm.ops.window_attention`.
 
     Returns:
-        Its result, and what `lse_shape` says: for each token and head the logarithm to the base 2 of the sum of the
-        exponentials of its logits, in float32.
+        Its result, and for each slot of a window and head the logarithm to the base 2 of the sum of the exponentials of
+        its logits, in float32 and in the shape of `lse_shape`.
     """
     geometry = Geometry(qkv, window_size, shift_size)
     qkv, logit_scale = qkv.contiguous(), logit_scale.contiguous()
     out = qkv.new_empty(*qkv.shape[:-3], geometry.heads * geometry.head_dim)
-    lse = qkv.new_empty(lse_shape(qkv, window_size), dtype=torch.float32)
+    # no kernel writes slots beyond its last tile: without a query, they give no weights
+    lse = qkv.new_full(lse_shape(qkv, window_size), math.inf, dtype=torch.float32)
     bias = geometry.expand_bias(bias_table)
     if geometry.is_one_tile:
         _forward_one_tile(geometry, qkv, logit_scale, bias, out)
@@ -269,7 +284,7 @@ def _forward_tiles(
     for ids, needs_mask in geometry.window_groups():
         programs = geometry.batch * len(ids) * blocks * geometry.heads
         inputs = qkv, units, logit_scale, bias, rows, regions, *places, ids
-        sizes = len(ids), geometry.tokens, geometry.heads
+        sizes = len(ids), len(rows), geometry.tokens, geometry.heads
         launch(kernels.forward, programs, *inputs, out, lse, *sizes, EDGE=needs_mask, **constants)
 
 
@@ -354,7 +369,7 @@ def _backward_tiles(
     _, *places = geometry.bias_tables()
     heads = geometry.heads
     for ids, needs_mask in geometry.window_groups():
-        sizes, tables = (len(ids), geometry.tokens, heads), (bias, rows, regions, *places, ids)
+        sizes, tables = (len(ids), len(rows), geometry.tokens, heads), (bias, rows, regions, *places, ids)
         constants, blocks = _blocks(geometry, 'bwd_dq')
         scales.append(lse.new_empty(geometry.batch * len(ids) * blocks, heads))
         inputs = grad_out, qkv, units, logit_scale, *tables, out, lse
@@ -386,9 +401,9 @@ def _grad_table(geometry: Geometry, inputs: tuple[Tensor, ...], lse: Tensor, del
     tiles = lse.new_empty(displacements, geometry.heads, all_tiles, tokens, tokens)
     for ids, needs_mask, sizes, programs in groups:
         tables = rows, regions, *places, ids, slots, first
-        sizes = *sizes, first_tile, all_tiles
+        sizes = sizes[0], len(rows), *sizes[1:], first_tile, all_tiles
         launch(kernels.bwd_dbias, programs, *inputs, *tables, lse, delta, tiles, *sizes, EDGE=needs_mask, **constants)
-        first_tile += sizes[4]
+        first_tile += sizes[5]
     return _fold(geometry, tiles)
 
 

@@ -74,20 +74,10 @@ def _store_rows(ptr, tile, rows, stride, DIM: tl.constexpr, BLOCK_DIM: tl.conste
 
 
 @triton.jit
-def _load_numbers(ptr, rows, stride, other, LARGE: tl.constexpr, MASKED: tl.constexpr):
-    """A number of each token, `other` where there is none."""
-    ptrs = ptr + _offsets(rows, stride, LARGE)
-    return tl.load(ptrs, mask=rows >= 0, other=other) if MASKED else tl.load(ptrs)
-
-
-@triton.jit
-def _load_bias(bias, rows, columns, RUN: tl.constexpr, KEYS: tl.constexpr):
-    """Bias of a tile of logits. RUN keys that follow each other, along the dimension KEYS, are a run of memory."""
-    offs = rows[:, None] + columns[None, :]
-    if KEYS == 1:
-        offs = tl.max_contiguous(tl.multiple_of(offs, (1, RUN)), (1, RUN))
-    else:
-        offs = tl.max_contiguous(tl.multiple_of(offs, (RUN, 1)), (RUN, 1))
+def _load_bias(bias, q_places, k_places, RUN: tl.constexpr):
+    """Bias of a tile of logits (queries, keys). RUN keys that follow each other are a run of memory."""
+    offs = q_places[:, None] + k_places[None, :]
+    offs = tl.max_contiguous(tl.multiple_of(offs, (1, RUN)), (1, RUN))
     return tl.load(bias + offs).to(tl.float32)
 
 
@@ -127,6 +117,12 @@ def _window_of(place, window_ids, num_windows, tokens):
     Counted over samples, and for each of them over the windows in `window_ids`.
     """
     return tl.load(window_ids + place % num_windows), (place // num_windows).to(tl.int64) * tokens
+
+
+@triton.jit
+def _first_slot(place, window, head, num_windows, all_windows, heads, SLOTS: tl.constexpr):
+    """Where the slots of a window and head begin in `lse` and `delta`."""
+    return (((place // num_windows).to(tl.int64) * all_windows + window) * heads + head) * SLOTS
 
 
 @triton.jit
@@ -202,6 +198,7 @@ def forward(
     out,
     lse,
     num_windows,
+    all_windows,
     tokens,
     heads,
     SLOTS: tl.constexpr,
@@ -222,7 +219,9 @@ def forward(
     BLOCKS: tl.constexpr = (KEYS + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
     head, block = program % heads, program // heads % BLOCKS
-    window, sample = _window_of(program // heads // BLOCKS, window_ids, num_windows, tokens)
+    place = program // heads // BLOCKS
+    window, sample = _window_of(place, window_ids, num_windows, tokens)
+    first_slot = _first_slot(place, window, head, num_windows, all_windows, heads, SLOTS)
     stride = 3 * heads * DIM
     rows += window * SLOTS
     regions += window * SLOTS
@@ -244,7 +243,7 @@ def forward(
         k_rows = tl.load(rows + k_slots)
         k = _load_rows(k_ptr, k_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
         v = _load_rows(v_ptr, k_rows, stride, DIM, BLOCK_DIM, LARGE, MASKED)
-        tile_bias = _load_bias(bias, q_place, tl.load(k_places + k_slots), RUN, 1)
+        tile_bias = _load_bias(bias, q_place, tl.load(k_places + k_slots), RUN)
         k_region = tl.load(regions + k_slots) if EDGE else k_rows
         logits = _logits(q, k, tile_bias, q_region, k_region, 1, EDGE, PRECISION)
         m_new = tl.maximum(m_i, tl.max(logits, 1))
@@ -256,8 +255,8 @@ def forward(
     _store_rows(
         out + (sample * heads + head) * DIM, acc * (1.0 / l_i)[:, None], q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE
     )
-    lse += sample * heads + head
-    tl.store(lse + _offsets(q_rows, heads, LARGE), m_i + tl.log2(l_i), mask=q_rows >= 0)
+    # what is no query has no weights in the backward pass
+    tl.store(lse + first_slot + q_slots, tl.where(q_rows >= 0, m_i + tl.log2(l_i), float('inf')))
 
 
 @triton.jit
@@ -278,6 +277,7 @@ def bwd_dq(
     grad_qkv,
     grad_scale,
     num_windows,
+    all_windows,
     tokens,
     heads,
     SLOTS: tl.constexpr,
@@ -303,7 +303,9 @@ def bwd_dq(
     BLOCKS: tl.constexpr = (KEYS + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
     head, block = program % heads, program // heads % BLOCKS
-    window, sample = _window_of(program // heads // BLOCKS, window_ids, num_windows, tokens)
+    place = program // heads // BLOCKS
+    window, sample = _window_of(place, window_ids, num_windows, tokens)
+    first_slot = _first_slot(place, window, head, num_windows, all_windows, heads, SLOTS)
     stride = 3 * heads * DIM
     rows += window * SLOTS
     regions += window * SLOTS
@@ -318,7 +320,7 @@ def bwd_dq(
     q = _load_rows(q_unit_ptr, q_rows, 2 * heads * DIM, DIM, BLOCK_DIM, LARGE, True)
     do = _load_rows(grad_out + (sample * heads + head) * DIM, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, True)
     o = _load_rows(out + (sample * heads + head) * DIM, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, True)
-    lse_i = _load_numbers(lse + sample * heads + head, q_rows, heads, float('inf'), LARGE, True)
+    lse_i = tl.load(lse + first_slot + q_slots)
     delta_i = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     # Powers of 2 with which float16 holds the gradients of a query's logits, however small they are
     exponent = tl.max(tl.abs(do.to(tl.float32)), 1).to(tl.int32, bitcast=True) & 0x7F800000
@@ -334,7 +336,7 @@ def bwd_dq(
         k_rows = tl.load(rows + k_slots)
         k = _load_rows(k_ptr, k_rows, 2 * heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
         v = _load_rows(v_ptr, k_rows, stride, DIM, BLOCK_DIM, LARGE, MASKED)
-        tile_bias = _load_bias(bias, q_place, tl.load(k_places + k_slots), RUN, 1)
+        tile_bias = _load_bias(bias, q_place, tl.load(k_places + k_slots), RUN)
         k_region = tl.load(regions + k_slots) if EDGE else k_rows
         logits = _logits(q, k, tile_bias, q_region, k_region, 1, EDGE, PRECISION)
         p = tl.exp2(logits - lse_i[:, None])
@@ -343,8 +345,7 @@ def bwd_dq(
         ds = p * (dp - (delta_i * power)[:, None])
         row_sum += tl.sum(ds, 1)
         grad_q = tl.dot(ds.to(k.dtype), k, grad_q, input_precision=PRECISION)
-    delta += sample * heads + head
-    tl.store(delta + _offsets(q_rows, heads, LARGE), delta_i + row_sum * inverse_power, mask=q_rows >= 0)
+    tl.store(delta + first_slot + q_slots, delta_i + row_sum * inverse_power)
     grad_q = (grad_q - row_sum[:, None] * mean_k) * (inverse_power * scale)[:, None]
     raw = _load_rows(q_ptr, q_rows, stride, DIM, BLOCK_DIM, LARGE, True).to(tl.float32)
     inverse_norm = _inverse_norm(raw)
@@ -369,6 +370,7 @@ def bwd_dk_dv(
     delta,
     grad_qkv,
     num_windows,
+    all_windows,
     tokens,
     heads,
     SLOTS: tl.constexpr,
@@ -393,7 +395,9 @@ def bwd_dk_dv(
     BLOCKS: tl.constexpr = (KEYS + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
     head, block = program % heads, program // heads % BLOCKS
-    window, sample = _window_of(program // heads // BLOCKS, window_ids, num_windows, tokens)
+    place = program // heads // BLOCKS
+    window, sample = _window_of(place, window_ids, num_windows, tokens)
+    first_slot = _first_slot(place, window, head, num_windows, all_windows, heads, SLOTS)
     stride, unit_stride = 3 * heads * DIM, 2 * heads * DIM
     rows += window * SLOTS
     regions += window * SLOTS
@@ -415,9 +419,8 @@ def bwd_dk_dv(
         q_rows = tl.load(rows + q_slots)
         q = _load_rows(q_ptr, q_rows, unit_stride, DIM, BLOCK_DIM, LARGE, MASKED)
         do = _load_rows(do_ptr, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
-        lse_i = _load_numbers(lse + sample * heads + head, q_rows, heads, float('inf'), LARGE, MASKED)
-        delta_i = _load_numbers(delta + sample * heads + head, q_rows, heads, 0.0, LARGE, MASKED)
-        tile_bias = _load_bias(bias, k_place, tl.load(q_places + q_slots), RUN, 0)
+        lse_i, delta_i = tl.load(lse + first_slot + q_slots), tl.load(delta + first_slot + q_slots)
+        tile_bias = tl.trans(_load_bias(bias, tl.load(q_places + q_slots), k_place, RUN))
         q_region = tl.load(regions + q_slots) if EDGE else q_rows
         logits = _logits(k, q, tile_bias, k_region, q_region, 0, EDGE, PRECISION)
         p = tl.exp2(logits - lse_i[None, :])
@@ -454,6 +457,7 @@ def bwd_dbias(
     delta,
     grad_tiles,
     num_windows,
+    all_windows,
     tokens,
     heads,
     windows,
@@ -488,10 +492,11 @@ def bwd_dbias(
     total = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
     q_place = tl.load(q_places + tl.load(pairs + 2 * first) + offs)
     k_place = tl.load(k_places + tl.load(pairs + 2 * first + 1) + offs)
-    tile_bias = _load_bias(bias, q_place, k_place, RUN, 1)
+    tile_bias = _load_bias(bias, q_place, k_place, RUN)
     place, pair = part, first
     for _ in range(((windows - part + splits - 1) // splits) * (last - first + 1)):
         window, sample = _window_of(place, window_ids, num_windows, tokens)
+        first_slot = _first_slot(place, window, head, num_windows, all_windows, heads, SLOTS)
         q_slots, k_slots = tl.load(pairs + 2 * pair) + offs, tl.load(pairs + 2 * pair + 1) + offs
         place = tl.where(pair == last, place + splits, place)
         pair = tl.where(pair == last, first, pair + 1)
@@ -503,10 +508,9 @@ def bwd_dbias(
         v = _load_rows(v_ptr, k_rows, stride, DIM, BLOCK_DIM, LARGE, MASKED)
         do_ptr = grad_out + (sample * heads + head) * DIM
         do = _load_rows(do_ptr, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
-        lse_i = _load_numbers(lse + sample * heads + head, q_rows, heads, float('inf'), LARGE, MASKED)
-        delta_i = _load_numbers(delta + sample * heads + head, q_rows, heads, 0.0, LARGE, MASKED)
+        lse_i, delta_i = tl.load(lse + first_slot + q_slots), tl.load(delta + first_slot + q_slots)
         if not WHOLE:  # boxes at the end of a window hold places that are no tokens
-            tile_bias = _load_bias(bias, tl.load(q_places + q_slots), tl.load(k_places + k_slots), RUN, 1)
+            tile_bias = _load_bias(bias, tl.load(q_places + q_slots), tl.load(k_places + k_slots), RUN)
         q_region = tl.load(regions + window * SLOTS + q_slots) if EDGE else q_rows
         k_region = tl.load(regions + window * SLOTS + k_slots) if EDGE else k_rows
         logits = _logits(q, k, tile_bias, q_region, k_region, 1, EDGE, PRECISION)

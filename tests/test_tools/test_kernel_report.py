@@ -242,7 +242,7 @@ def test_floors_of_one_block():
 def compiled_by_name(jobs, processes):
     """Kernels of four warps that the compiler might have made, with products if they have tiles of logits."""
     once, loop = Counter(issue=100, other=100), Counter(integer=40, exp=18, ex2=16, issue=58, mufu=144)
-    elementwise = ('normalize', 'expand_bias')
+    elementwise = ('normalize', 'expand_bias', 'fold_bias')
     return {
         job: aot_compile.Kernel(96, 8, 1024, 4, job.kernel not in elementwise, once, Counter(), loop) for job in jobs
     }

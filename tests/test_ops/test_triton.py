@@ -305,6 +305,33 @@ def test_inputs_that_are_not_contiguous():
     assert all(torch.equal(ours[name], expected[name]) for name in NAMES)
 
 
+@pytest.mark.parametrize('head_dim', [16, 40])  # windows that are one tile, and several
+def test_an_empty_batch_has_gradients_of_zeros(head_dim):
+    qkv, scale, table = draw((5, 6), heads=2, window=(4, 4), head_dim=head_dim)
+    ours = run((qkv[:0], scale, table), (4, 4), (2, 2), 'triton', torch.bfloat16)
+    assert ours['out'].shape == (0, 5, 6, 2 * head_dim)
+    assert not any(ours[name].any() for name in NAMES)
+
+
+@pytest.mark.parametrize('head_dim', [16, 40])
+@pytest.mark.parametrize('types', [(torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)])
+def test_types_of_scale_and_table_need_not_be_those_of_the_map(head_dim, types):
+    dtype, other = types
+    qkv, scale, table = draw((5, 6), heads=1, window=(4, 4), head_dim=head_dim)
+    inputs = [
+        t.detach().to(DEVICE, d).requires_grad_()
+        for t, d in ((qkv, dtype), (scale.clamp(max=2), other), (table, other))
+    ]
+    out = triton_backend.triton_window_attention(*inputs, (4, 4), (2, 2))
+    out.sum().backward()  # whose gradient is one number, expanded
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    expected = reference_window_attention(*exact, (4, 4), (2, 2))
+    expected.sum().backward()
+    assert [out.dtype, *(t.grad.dtype for t in inputs)] == [dtype, dtype, other, other]
+    for found, wanted in zip((out, *(t.grad for t in inputs)), (expected, *(t.grad for t in exact)), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=0.05, atol=0.05 * float(wanted.detach().abs().max()))
+
+
 @pytest.mark.parametrize('block', [32, 16])
 def test_the_operators_keep_their_contract_with_torch(take, block):
     take(block, block, block)

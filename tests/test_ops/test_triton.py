@@ -530,6 +530,8 @@ def test_all_kernels_compile_for_a_gpu_and_fit_its_shared_memory(tmp_path):
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     kernels = json.loads((tmp_path / 'kernels.json').read_text())
-    assert {name for name, *_ in kernels} >= set(tiles.KERNELS)
+    assert {name for name, *_ in kernels} >= {*tiles.KERNELS, 'post_norm_forward', 'post_norm_backward'}
     assert not [kernel for kernel in kernels if kernel[-1]['programs_per_sm'] < 1]
-    assert not [kernel for kernel in kernels if kernel[-1]['stack'] > 64]  # bytes of registers that are spilled
+    # bytes of registers that a thread spills; a whole window is too much for them on all GPUs but Hopper
+    limits = {'window_backward': 160}
+    assert not [kernel for kernel in kernels if kernel[-1]['stack'] > limits.get(kernel[0], 64)]

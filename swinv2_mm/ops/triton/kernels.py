@@ -34,7 +34,7 @@ def _scale(logit_scale, head):
 def _inverse_norm(tile):
     """1 / L2 norm of each row, 1 for a row of zeros."""
     squares = tl.sum(tile * tile, 1)
-    return tl.where(squares < 1e-24, 1.0, tl.rsqrt(squares))
+    return tl.rsqrt(tl.where(squares < 1e-24, 1.0, squares))
 
 
 @triton.jit

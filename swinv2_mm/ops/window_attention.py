@@ -81,7 +81,8 @@ def window_attention(
     Args:
         qkv: (B, *S, 3, heads, head_dim), in image order.
         logit_scale: (heads, 1, 1), the logarithm of the scale; its exponential is cut off at 100.
-        bias_table: (heads, prod(2 * window - 1)), added to the logits by relative position (see `LogCPB`).
+        bias_table: (heads, prod(2 * window - 1)), added to the logits by relative position (see `LogCPB`). For maps in
+            half precision, 'triton' is made for biases from 0 to 16: it rounds their distance to 8 to float16.
         window_size: Tokens of a window along each axis of `*S`.
         shift_size: How far the windows are shifted along each axis, from 0 to the window size less 1.
         backend: 'triton', 'sdpa' or 'reference', or 'auto' for the first of these that can run. It takes 'triton' only

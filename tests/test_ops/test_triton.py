@@ -306,6 +306,32 @@ def test_inputs_that_are_not_contiguous():
 
 
 @pytest.mark.parametrize('head_dim', [16, 40])  # windows that are one tile, and several
+@pytest.mark.parametrize('name', ['logit_scale', 'bias_table'])
+def test_nan_in_parameters_is_nan_in_the_output(head_dim, name):
+    qkv, scale, table = draw((4, 4), heads=1, window=(4, 4), head_dim=head_dim)
+    (scale if name == 'logit_scale' else table)[:] = math.nan
+    ours = run((qkv, scale, table), (4, 4), (0, 0), 'triton', torch.bfloat16)
+    assert all(ours[result].isnan().all() for result in ('out', 'qkv'))
+
+
+@pytest.mark.parametrize('head_dim', [16, 40])
+@pytest.mark.parametrize(('values', 'gradients'), [(1e6, 1.0), (1.0, 1e-12), (1.0, 1e12)])
+def test_bfloat16_may_be_large_and_gradients_of_any_size(head_dim, values, gradients):
+    qkv, scale, table = draw_scaled((5, 6), 1, (4, 4), head_dim, torch.bfloat16)
+    qkv[..., 2, :, :] *= values
+    inputs = [t.to(DEVICE) for t in (qkv.bfloat16(), scale, table)]
+    grad = gradients * torch.randn(1, 5, 6, head_dim, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    results = []
+    for attention_of, dtype in ((BACKENDS['triton'], torch.bfloat16), (reference_window_attention, torch.float64)):
+        leaves = [t.detach().to(dtype if i == 0 else t.dtype).requires_grad_() for i, t in enumerate(inputs)]
+        out = attention_of(*leaves, (4, 4), (2, 2))
+        results.append([out, *torch.autograd.grad(out, leaves, grad.to(dtype))])
+    for found, wanted in zip(*results, strict=True):
+        limit = 0.05 * float(wanted.detach().abs().max())
+        torch.testing.assert_close(found.double(), wanted.double(), rtol=0.05, atol=limit)
+
+
+@pytest.mark.parametrize('head_dim', [16, 40])
 def test_an_empty_batch_has_gradients_of_zeros(head_dim):
     qkv, scale, table = draw((5, 6), heads=2, window=(4, 4), head_dim=head_dim)
     ours = run((qkv[:0], scale, table), (4, 4), (2, 2), 'triton', torch.bfloat16)

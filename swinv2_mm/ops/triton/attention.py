@@ -1,7 +1,7 @@
 """Window attention by the Triton kernels of `kernels.py`, forward and backward, as operators of torch's library.
 
 Nothing is copied into windows, and nothing is kept for the backward pass but the inputs, the result, and `lse`: one
-number for each token and head.
+number for each slot of a window and head, and none for windows of one tile.
 """
 
 import importlib
@@ -185,20 +185,20 @@ class Geometry:
     def normalize(self, qkv: Tensor, logit_scale: Tensor, parts: int) -> tuple[Tensor, Tensor]:
         """Unit vectors of scaled queries and keys, or of keys (parts = 1): (tokens, parts, heads, head_dim).
 
-        The second result repeats those of the queries in bfloat16, if that is the type of the map.
+        The second result repeats them in bfloat16 if that is the type of the map, for the products of the backward
+        pass: the other factor might not fit into float16.
         """
         from . import kernels
 
-        tokens = self.batch * self.tokens
         is_rounded = parts == 2 and self.dtype == torch.bfloat16
-        units = qkv.new_empty(tokens, parts, self.heads, self.head_dim, dtype=self.unit_dtype)
-        q_units = qkv.new_empty(tokens, self.heads, self.head_dim) if is_rounded else units
-        vectors = tokens * parts * self.heads
+        units = qkv.new_empty(self.batch * self.tokens, parts, self.heads, self.head_dim, dtype=self.unit_dtype)
+        rounded_units = torch.empty_like(units, dtype=self.dtype) if is_rounded else units
+        vectors = self.batch * self.tokens * parts * self.heads
         launch(
-            kernels.normalize, -(-vectors // BLOCK_OF_VECTORS), qkv, logit_scale, units, q_units, vectors, self.heads,
-            PARTS=parts, ROUNDED=is_rounded, **self._dims(), BLOCK_M=BLOCK_OF_VECTORS, num_warps=4,
+            kernels.normalize, -(-vectors // BLOCK_OF_VECTORS), qkv, logit_scale, units, rounded_units, vectors,
+            self.heads, PARTS=parts, ROUNDED=is_rounded, **self._dims(), BLOCK_M=BLOCK_OF_VECTORS, num_warps=4,
         )  # fmt: skip
-        return units, q_units
+        return units, rounded_units
 
     def _dims(self) -> dict[str, int]:
         return {'DIM': self.head_dim, 'BLOCK_DIM': max(SMALLEST, next_power_of_2(self.head_dim))}
@@ -363,7 +363,7 @@ def _backward_tiles(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import kernels
 
-    units, q_units = geometry.normalize(qkv, logit_scale, parts=2)
+    units, rounded_units = geometry.normalize(qkv, logit_scale, parts=2)
     delta, grad_qkv, scales = torch.empty_like(lse), torch.empty_like(qkv), []
     rows, regions, *_ = geometry.tables()
     _, *places = geometry.bias_tables()
@@ -372,13 +372,14 @@ def _backward_tiles(
         sizes, tables = (len(ids), len(rows), geometry.tokens, heads), (bias, rows, regions, *places, ids)
         constants, blocks = _blocks(geometry, 'bwd_dq')
         scales.append(lse.new_empty(geometry.batch * len(ids) * blocks, heads))
-        inputs = grad_out, qkv, units, logit_scale, *tables, out, lse
+        inputs = grad_out, qkv, units, rounded_units, logit_scale, *tables, out, lse
+        constants |= {'EDGE': needs_mask, 'ROUNDED': rounded_units is not units}
         outputs = delta, grad_qkv, scales[-1]
-        launch(kernels.bwd_dq, scales[-1].numel(), *inputs, *outputs, *sizes, EDGE=needs_mask, **constants)
+        launch(kernels.bwd_dq, scales[-1].numel(), *inputs, *outputs, *sizes, **constants)
         constants, blocks = _blocks(geometry, 'bwd_dk_dv')
         programs = geometry.batch * len(ids) * blocks * heads
-        inputs = grad_out, qkv, units, q_units, *tables, lse, delta
-        constants |= {'EDGE': needs_mask, 'ROUNDED': q_units is not units}
+        inputs = grad_out, qkv, units, rounded_units, *tables, lse, delta
+        constants |= {'EDGE': needs_mask, 'ROUNDED': rounded_units is not units}
         launch(kernels.bwd_dk_dv, programs, *inputs, grad_qkv, *sizes, **constants)
     grad_table = _grad_table(geometry, (grad_out, qkv, units, bias), lse, delta)
     return grad_qkv, sum(scale.sum(0) for scale in scales), grad_table

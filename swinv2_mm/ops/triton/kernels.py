@@ -1,14 +1,14 @@
-"""Triton kernels of window attention: the forward pass and all gradients, none of which writes an N x N matrix.
+"""Triton kernels of window attention: the forward pass and all gradients.
 
 The feature map stays in image order. `layout.py` numbers the tokens of a window by slots and gives the kernels tables:
-`rows`, where the token of a slot lies in the map (-1 for none); `regions`, equal for tokens that lay together before
-the roll (-1 for none); and two numbers per slot whose sum is the place of a query and a key in the bias. So no kernel
-computes with coordinates, and none depends on the number of axes.
+`rows`, where the token of a slot lies in the map (-1 for none), and `regions`, equal for tokens that lay together
+before the roll (-1 for none). So no kernel computes with coordinates, and none depends on the number of axes.
 
 Windows of up to 64 tokens fit into one tile (`window_forward`, `window_backward`): a program keeps the bias of a head
-and goes over windows. Larger ones are taken in tiles of BLOCK_M queries and BLOCK_N keys as in FlashAttention-2. Their
-queries and keys are divided by their norms beforehand (`normalize`), in float16 for half-precision maps: unit vectors
-in bfloat16 would be off in the third digit, times a scale of up to 100.
+and goes over windows. Larger ones are taken in tiles of BLOCK_M queries and BLOCK_N keys as in FlashAttention-2, and
+their N x N matrices are never written. There, two numbers per slot add up to the place of a query and a key in the
+bias. The loops read unit vectors that `normalize` has made, in float16 for half-precision maps: unit vectors in
+bfloat16 would be off in the third digit, times a scale of up to 100.
 
 Logits are in units of log2(e), so that the softmax is exp2(logits - m_i): the factor is in the scale and in the bias
 before they meet. What is no key has the logit -inf. EDGE is for windows at the edges of a rolled or padded map, the
@@ -26,8 +26,15 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
+def _clamped_exp(logit_scale):
+    """Scale of logits; NaN stays NaN, which `tl.minimum` would replace."""
+    logit_scale = logit_scale.to(tl.float32)
+    return tl.exp(tl.where(logit_scale > MAX_LOGIT_SCALE, MAX_LOGIT_SCALE, logit_scale))
+
+
+@triton.jit
 def _scale(logit_scale, head):
-    return tl.exp(tl.minimum(tl.load(logit_scale + head).to(tl.float32), MAX_LOGIT_SCALE))
+    return _clamped_exp(tl.load(logit_scale + head))
 
 
 @triton.jit
@@ -141,7 +148,7 @@ def expand_bias(
     ptrs = bias_table + head * stride_head + entry * stride_entry
     values = (tl.load(ptrs, mask=entry >= 0, other=0.0).to(tl.float32) - CENTER) * LOG2_E
     if bias.dtype.element_ty == tl.float16:
-        values = tl.minimum(tl.maximum(values, -65504.0), 65504.0)
+        values = tl.where(values > 65504.0, 65504.0, tl.where(values < -65504.0, -65504.0, values))
     values = tl.where(entry >= 0, values, float('-inf'))
     tl.store(bias + head.to(tl.int64) * places + offs, values.to(bias.dtype.element_ty), mask=offs < places)
 
@@ -151,7 +158,7 @@ def normalize(
     qkv,
     logit_scale,
     units,
-    q_units,
+    rounded_units,
     vectors,
     heads,
     PARTS: tl.constexpr,
@@ -162,8 +169,8 @@ def normalize(
 ):
     """Write `units` (tokens, PARTS, heads, DIM): unit vectors of scaled queries and of keys, or of keys only.
 
-    ROUNDED: the queries' are also written to `q_units` (tokens, heads, DIM), in the type of the map. Programs: blocks
-    of `vectors` = tokens * PARTS * heads.
+    ROUNDED: they are also written to `rounded_units`, in the type of the map. Programs: blocks of `vectors` =
+    tokens * PARTS * heads.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     place = (first % (PARTS * heads)).to(tl.int32) + tl.arange(0, BLOCK_M)  # of the first one's token and on
@@ -174,14 +181,13 @@ def normalize(
     tile = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     factor = _inverse_norm(tile)
     if PARTS == 2:
-        scale = tl.load(logit_scale + place, mask=place < heads, other=0.0).to(tl.float32)
-        factor *= tl.where(place < heads, tl.exp(tl.minimum(scale, MAX_LOGIT_SCALE)) * LOG2_E, 1.0)
+        scale = _clamped_exp(tl.load(logit_scale + place, mask=place < heads, other=0.0))
+        factor *= tl.where(place < heads, scale * LOG2_E, 1.0)
     tile *= factor[:, None]
-    ptrs = units + (token * (PARTS * heads) + place)[:, None] * DIM + dims[None, :]
-    tl.store(ptrs, tile.to(units.dtype.element_ty), mask=mask)
+    offs = (token * (PARTS * heads) + place)[:, None] * DIM + dims[None, :]
+    tl.store(units + offs, tile.to(units.dtype.element_ty), mask=mask)
     if ROUNDED:
-        ptrs = q_units + (token * heads + place)[:, None] * DIM + dims[None, :]
-        tl.store(ptrs, tile.to(q_units.dtype.element_ty), mask=mask & (place < heads)[:, None])
+        tl.store(rounded_units + offs, tile.to(rounded_units.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -264,6 +270,7 @@ def bwd_dq(
     grad_out,
     qkv,
     units,
+    rounded_units,
     logit_scale,
     bias,
     rows,
@@ -284,6 +291,7 @@ def bwd_dq(
     KEYS: tl.constexpr,
     PLACES: tl.constexpr,
     RUN: tl.constexpr,
+    ROUNDED: tl.constexpr,
     WHOLE: tl.constexpr,
     EDGE: tl.constexpr,
     DIM: tl.constexpr,
@@ -311,6 +319,7 @@ def bwd_dq(
     regions += window * SLOTS
     q_ptr, v_ptr = qkv + sample * stride + head * DIM, qkv + sample * stride + (2 * heads + head) * DIM
     k_ptr = units + (sample * (2 * heads) + heads + head) * DIM
+    rounded_ptr = rounded_units + (sample * (2 * heads) + heads + head) * DIM
     bias += head.to(tl.int64) * PLACES
     scale = _scale(logit_scale, head)
 
@@ -322,10 +331,6 @@ def bwd_dq(
     o = _load_rows(out + (sample * heads + head) * DIM, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, True)
     lse_i = tl.load(lse + first_slot + q_slots)
     delta_i = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    # Powers of 2 with which float16 holds the gradients of a query's logits, however small they are
-    exponent = tl.max(tl.abs(do.to(tl.float32)), 1).to(tl.int32, bitcast=True) & 0x7F800000
-    power, inverse_power = (0x7F000000 - exponent).to(tl.float32, bitcast=True), exponent.to(tl.float32, bitcast=True)
-    do = (do.to(tl.float32) * power[:, None]).to(do.dtype)
     q_place = tl.load(q_places + q_slots)
     q_region = tl.load(regions + q_slots) if EDGE else q_rows
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -342,11 +347,13 @@ def bwd_dq(
         p = tl.exp2(logits - lse_i[:, None])
         mean_k = tl.dot(p.to(k.dtype), k, mean_k, input_precision=PRECISION)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        ds = p * (dp - (delta_i * power)[:, None])
+        ds = p * (dp - delta_i[:, None])
         row_sum += tl.sum(ds, 1)
+        if ROUNDED:  # float16 might not hold the gradients of logits, which bfloat16 holds
+            k = _load_rows(rounded_ptr, k_rows, 2 * heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
         grad_q = tl.dot(ds.to(k.dtype), k, grad_q, input_precision=PRECISION)
-    tl.store(delta + first_slot + q_slots, delta_i + row_sum * inverse_power)
-    grad_q = (grad_q - row_sum[:, None] * mean_k) * (inverse_power * scale)[:, None]
+    tl.store(delta + first_slot + q_slots, delta_i + row_sum)
+    grad_q = (grad_q - row_sum[:, None] * mean_k) * scale
     raw = _load_rows(q_ptr, q_rows, stride, DIM, BLOCK_DIM, LARGE, True).to(tl.float32)
     inverse_norm = _inverse_norm(raw)
     tl.store(grad_scale + program, tl.sum(tl.sum(grad_q * raw, 1) * inverse_norm, 0))
@@ -359,7 +366,7 @@ def bwd_dk_dv(
     grad_out,
     qkv,
     units,
-    q_units,
+    rounded_units,
     bias,
     rows,
     regions,
@@ -403,6 +410,7 @@ def bwd_dk_dv(
     regions += window * SLOTS
     q_ptr = units + (sample * (2 * heads) + head) * DIM
     k_ptr, v_ptr = q_ptr + heads * DIM, qkv + sample * stride + (2 * heads + head) * DIM
+    rounded_ptr = rounded_units + (sample * (2 * heads) + head) * DIM
     do_ptr = grad_out + (sample * heads + head) * DIM
     bias += head.to(tl.int64) * PLACES
 
@@ -427,11 +435,8 @@ def bwd_dk_dv(
         grad_v = tl.dot(p.to(do.dtype), do, grad_v, input_precision=PRECISION)
         ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta_i[None, :])
         if ROUNDED:  # float16 might not hold the gradients of logits, which bfloat16 holds
-            q_rounded_ptr = q_units + (sample * heads + head) * DIM
-            q_rounded = _load_rows(q_rounded_ptr, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
-        else:
-            q_rounded = q
-        grad_k = tl.dot(ds.to(q_rounded.dtype), q_rounded, grad_k, input_precision=PRECISION)
+            q = _load_rows(rounded_ptr, q_rows, unit_stride, DIM, BLOCK_DIM, LARGE, MASKED)
+        grad_k = tl.dot(ds.to(q.dtype), q, grad_k, input_precision=PRECISION)
     raw = _load_rows(qkv + sample * stride + (heads + head) * DIM, k_rows, stride, DIM, BLOCK_DIM, LARGE, True)
     raw = raw.to(tl.float32)
     grad_k = _normalize_backward(grad_k * (1 / LOG2_E), raw, _inverse_norm(raw))

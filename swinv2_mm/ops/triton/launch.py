@@ -32,7 +32,7 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
 
 @contextlib.contextmanager
 def recorded(run: bool = False) -> Iterator[list[Launch]]:
-    """Collect launches, and `run` them or not; if they do not run, the tensors may be on the meta device."""
+    """Collect the launches of all threads, and `run` them or not: without, tensors may be on the meta device."""
     launches: list[Launch] = []
     _recorders.append((launches, run))
     try:

@@ -12,6 +12,7 @@ So the place of a query and a key is the sum of a number of the query and one of
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,17 @@ from torch import Tensor
 
 from ..windows import PADDING, Size, pad_to_windows, partition, token_regions
 from .tiles import next_power_of_2
+
+
+def _on_cpu(function: Callable) -> Callable:
+    """Make tables on the CPU whatever the default device is; they are moved at the end."""
+
+    @functools.wraps(function)
+    def run(*args):
+        with torch.device('cpu'):
+            return function(*args)
+
+    return run
 
 
 class Box(NamedTuple):
@@ -70,6 +82,7 @@ def slot_positions(window_size: Size, box: Box, slots: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
+@_on_cpu
 def token_tables(
     map_size: Size, window_size: Size, shift_size: Size, box: Box | None, slots: int, device: torch.device
 ) -> TokenTables:
@@ -98,6 +111,7 @@ def _in_slots(window_size: Size, box: Box, slots: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
+@_on_cpu
 def bias_tables(window_size: Size, table_size: Size, box: Box, slots: int, device: torch.device) -> BiasTables:
     """Tables of the bias of windows of three axes, for a bias table that may be of a larger window."""
     w0, w1, w2 = window_size
@@ -110,9 +124,9 @@ def bias_tables(window_size: Size, table_size: Size, box: Box, slots: int, devic
     k_places = ((p2 // run * w2 * s0 + p0) * s1 + p1) * run + p2 % run
     # places that are no keys have a column of their own if their place along the last axis does not tell
     is_key = (p0 < w0) & (p1 < w1) & (p2 < columns * run)
-    empty = columns * w2 * s0 * s1 * run + p2 % run
     has_empty = not is_key[: math.prod(box.counts) * math.prod(box.size)].all()
-    k_places = torch.where(is_key, k_places, empty if has_empty else 0)
+    empty = has_empty * columns * w2 * s0 * s1 * run + torch.arange(slots) % run
+    k_places = torch.where(is_key, k_places, empty)
     entries = _bias_entries(window_size, table_size, columns, run)
     if has_empty:
         entries = F.pad(entries, (0, w2 * s0 * s1 * run), value=-1)
@@ -134,6 +148,7 @@ def _bias_entries(window_size: Size, table_size: Size, columns: int, run: int) -
 
 
 @functools.lru_cache(maxsize=64)
+@_on_cpu
 def dense_entries(window_size: Size, table_size: Size, block: int, device: torch.device) -> Tensor:
     """Entry of the bias table for each query and key of a window of one tile, -1 for none: (block * block,) int32."""
     positions = torch.cartesian_prod(*(torch.arange(w) for w in window_size)).view(-1, 3)
@@ -155,6 +170,7 @@ class BoxPairs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
+@_on_cpu
 def box_pairs(box: Box, device: torch.device) -> BoxPairs:
     """All pairs of boxes of a window."""
     boxes, offsets = _displacements(box)
@@ -175,6 +191,7 @@ def _displacements(box: Box) -> tuple[Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=64)
+@_on_cpu
 def bias_members(window_size: Size, table_size: Size, box: Box | None, slots: int, device: torch.device) -> Tensor:
     """Numbers of the tiles of logits that belong to each entry of the bias table, -1 for none: (entries, n) int32.
 

@@ -1,7 +1,7 @@
 """What the backbones use of mmengine and mmcv.
 
 Benchmarks also run on machines that have neither. There the backbones are plain PyTorch modules: they have the same
-layers, but no config, no `init_cfg` and no drop path.
+layers, but no config, no `init_cfg`, no `init_weights` and no drop path: `SwinTransformerV2(..., drop_path_rate=0.0)`.
 """
 
 import logging
@@ -31,6 +31,10 @@ else:
             super().__init__()
             if init_cfg is not None:
                 check_dependencies()
+
+        def init_weights(self) -> None:
+            """Raise the error that names what is not installed."""
+            check_dependencies()
 
     class MODELS:
         """A registry that registers nothing."""

@@ -23,6 +23,9 @@ if 'TORCH_EXTENSIONS_DIR' not in os.environ:
     # which all others wait forever.
     EXTENSIONS = tempfile.TemporaryDirectory(prefix='torch_extensions')
     os.environ['TORCH_EXTENSIONS_DIR'] = EXTENSIONS.name
+# where `auto` keeps what it has found out about a GPU
+CACHE = tempfile.TemporaryDirectory(prefix='cache')
+os.environ['XDG_CACHE_HOME'] = CACHE.name
 torch.set_num_threads(min(torch.get_num_threads(), int(os.environ.get('OMP_NUM_THREADS', 2))))
 
 from tool_runs import REPOSITORY, make_shapes, no_trace  # noqa: E402  a helper beside the tests

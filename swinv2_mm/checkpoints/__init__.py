@@ -1,6 +1,6 @@
 """Loading of every public Swin V2 checkpoint. Importing it makes mmengine read checkpoints as data alone."""
 
-from ..version import HAS_OPENMMLAB
+from ..version import HAS_OPENMMLAB, check_dependencies
 from .errors import CheckpointError, UnsafeCheckpointError
 
 __all__ = ['CheckpointError', 'UnsafeCheckpointError']
@@ -10,3 +10,9 @@ if HAS_OPENMMLAB:
 
     register_loaders()
     __all__ += ['load_swinv2_state_dict']
+else:
+
+    def __getattr__(name: str) -> None:
+        if name in ('load_swinv2_state_dict', 'register_loaders'):
+            check_dependencies()
+        raise AttributeError(name)

@@ -1,6 +1,6 @@
 """Hooks and the optimizer constructors, registered in `swinv2_mm.registry`; needs no toolbox."""
 
-from ..version import HAS_OPENMMLAB
+from ..version import HAS_OPENMMLAB, check_dependencies
 
 if HAS_OPENMMLAB:  # else there is `engine.memory` only
     from .hooks import AtomicCheckpointHook, ReproducibleResumeHook
@@ -12,3 +12,14 @@ if HAS_OPENMMLAB:  # else there is `engine.memory` only
         'ReproducibleResumeHook',
         'SwinV2OptimWrapperConstructor',
     ]
+else:
+
+    def __getattr__(name: str) -> None:
+        if name in (
+            'AtomicCheckpointHook',
+            'LearningRateDecayOptimWrapperConstructor',
+            'ReproducibleResumeHook',
+            'SwinV2OptimWrapperConstructor',
+        ):
+            check_dependencies()
+        raise AttributeError(name)

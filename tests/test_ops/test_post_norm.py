@@ -305,6 +305,7 @@ def test_other_backends_do_without_it(monkeypatch, backend):
     """'auto' too, as long as it does not take 'triton'."""
     monkeypatch.setattr(post_norm, 'can_run', lambda x, branch: None)
     monkeypatch.setattr(post_norm, 'add_post_norm', None)
+    monkeypatch.setattr(selfcheck, 'why_not_post_norm', lambda branch: 'they are wrong')
     build(backend=backend)(draw(2, 3, 5, 16)[0])
     assert build(backend='triton')._is_fused(*draw(2, 3, 5, 16)[:2], nn.LayerNorm(16))
 

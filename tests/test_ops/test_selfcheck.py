@@ -15,6 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip('triton')
+import triton
 
 from swinv2_mm.ops import sdpa, window_attention
 from swinv2_mm.ops import selfcheck as command
@@ -68,6 +69,7 @@ def use(monkeypatch, tmp_path):
 def new_process(monkeypatch):
     monkeypatch.setattr(selfcheck, '_verdicts', {})
     selfcheck._warn_once.cache_clear()
+    selfcheck._warn_unchecked_once.cache_clear()
 
 
 def auto_takes_triton(dtype=torch.float32, head_dim=16, attention=window_attention):
@@ -123,17 +125,27 @@ def test_in_half_precision_errors_that_rounding_does_not_explain_are_found(use, 
 
 
 def test_kernels_that_do_not_compile_are_left_out(use, caplog):
-    use(Kernels(error=RuntimeError('out of resource:\n  shared memory')))
+    use(Kernels(error=triton.TritonError('out of resource:\n  shared memory')))
     assert not auto_takes_triton()
-    assert 'in windows of 2x2: RuntimeError: out of resource: shared memory, on ' in warnings(caplog)[0]
+    assert 'in windows of 2x2: TritonError: out of resource: shared memory, on ' in warnings(caplog)[0]
 
 
 def test_without_memory_for_the_check_nothing_is_concluded(use, caplog):
     use(Kernels(error=torch.cuda.OutOfMemoryError('full')))
     assert not auto_takes_triton()
-    assert not warnings(caplog)
-    use(Kernels())
+    assert not selfcheck.cache_file().exists()
+    use(Kernels())  # in another process
     assert auto_takes_triton()
+    (warning,) = warnings(caplog)
+    assert 'in this process: its kernels could not be checked in windows of 2x2: OutOfMemoryError: full' in warning
+
+
+def test_a_process_that_could_not_check_does_not_change_its_mind(use):
+    """Blocks that are computed again in the backward pass take the kernels of the forward pass."""
+    kernels = use(Kernels(error=torch.cuda.OutOfMemoryError('full')))
+    assert not auto_takes_triton()
+    kernels.error = 0.0
+    assert not auto_takes_triton()
 
 
 def test_a_yardstick_of_nan_allows_nothing(use, monkeypatch):
@@ -297,7 +309,7 @@ def test_the_command_prints_errors_of_all_cases_and_its_verdicts_replace_former_
     ('error', 'printed'),
     [
         (1.0, 'out is off by 1.0e+00 (allowed '),
-        (RuntimeError('no such instruction'), 'RuntimeError: no such instruction'),
+        (triton.TritonError('no such instruction'), 'TritonError: no such instruction'),
     ],
 )
 def test_the_command_fails_if_a_result_is_wrong(few, capsys, error, printed):
@@ -316,7 +328,9 @@ def test_the_command_gives_no_verdict_on_what_it_could_not_check(few, monkeypatc
     few(Kernels(error=full))
     monkeypatch.setattr(post_norm, 'check', Kernels(error=full))
     assert command.main([]) == 0
-    assert capsys.readouterr().out.endswith('| bf16 | 16 | 1x2x2 | no | not checked: too little GPU memory |\n')
+    assert capsys.readouterr().out.endswith(
+        '| bf16 | 16 | 1x2x2 | no | not checked in windows of 1x2x2: OutOfMemoryError: full |\n'
+    )
     assert not selfcheck.cache_file().exists()
 
 

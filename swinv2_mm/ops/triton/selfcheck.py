@@ -7,6 +7,7 @@ device, version, dtype and head size is kept in the user's cache.
 import contextlib
 import functools
 import hashlib
+import importlib
 import json
 import logging
 import math
@@ -33,6 +34,10 @@ RESULTS = 'out', 'grad of qkv', 'grad of logit_scale', 'grad of bias_table'
 ROUNDING = {torch.float32: 4e-6, torch.float16: 0.008, torch.bfloat16: 0.016}
 
 _verdicts: dict[tuple, str] = {}  # of this process, so that later calls neither read a file nor wait for the GPU
+
+
+class NotCheckedError(Exception):
+    """Something else than the kernels failed in the check, which says nothing of them: it is not kept."""
 
 
 class Deviation(NamedTuple):
@@ -71,9 +76,12 @@ def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> 
                 # in a thread of its own, none of the caller's autocast, modes, hooks and transforms is active
                 with ThreadPoolExecutor(1) as pool:
                     fault = pool.submit(check, device, dtype, head_dim).result()
-            except torch.cuda.OutOfMemoryError:
-                return 'there is too little GPU memory to check its kernels'
-            keep({key: fault})
+                keep({key: fault})
+            except NotCheckedError as error:
+                # for this process all the same: a block that is computed again must take the same kernels
+                _verdicts[case] = str(error)
+                _warn_unchecked_once(str(error))
+                return 'its kernels could not be checked'
         _verdicts[case] = fault
         if fault:
             _warn_once(key, fault)
@@ -97,6 +105,13 @@ def _warn_once(key: str, fault: str) -> None:
     )
 
 
+@functools.cache
+def _warn_unchecked_once(error: str) -> None:
+    logging.getLogger('swinv2_mm').warning(
+        "attention_backend='auto' does not take 'triton' in this process: its kernels could not be checked %s", error
+    )
+
+
 def cache_file() -> Path:
     """Where verdicts are kept."""
     folder = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
@@ -110,7 +125,8 @@ def describe(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> 
         name = f'{torch.cuda.get_device_name(device)} ({".".join(map(str, torch.cuda.get_device_capability(device)))})'
     versions = f'torch {torch.__version__}, triton {triton._triton_version()}, kernels {_digest()}'
     kind = f'heads of up to {head_dim} channels' if head_dim else 'post-norm'
-    return f'{name}, {versions}, {dtype}{" in TF32" * _is_tf32(dtype)}, {kind}'
+    is_tf32 = bool(head_dim) and _is_tf32(dtype)  # the post-norm has no products
+    return f'{name}, {versions}, {dtype}{" in TF32" * is_tf32}, {kind}'
 
 
 @functools.cache
@@ -167,7 +183,7 @@ def examine(
         The deviation of each result, and what is wrong with them, or ''.
 
     Raises:
-        torch.cuda.OutOfMemoryError: The device has too little memory for the comparison.
+        NotCheckedError: The comparison failed for another reason, such as too little memory.
     """
     compare = functools.partial(_compare, window, is_shifted, head_dim, dtype, device)
     return _judge(compare, f'in windows of {"x".join(map(str, window))}')
@@ -176,10 +192,11 @@ def examine(
 def _judge(compare: Callable[[], dict[str, Deviation]], where: str) -> tuple[dict[str, Deviation], str]:
     try:
         deviations = compare()
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:  # of the compiler, or of a launch
-        return {}, f'{where}: {type(error).__name__}: {" ".join(str(error).split())[:300]}'
+    except Exception as error:
+        fault = f'{where}: {type(error).__name__}: {" ".join(str(error).split())[:300]}'
+        if isinstance(error, importlib.import_module('triton').TritonError):  # of the compiler
+            return {}, fault
+        raise NotCheckedError(fault) from error
     # NaN is not allowed
     faults = ', '.join(f'{name} is off by {d}' for name, d in deviations.items() if not d.error <= d.allowed)
     return deviations, f'{where}: {faults}' if faults else ''

@@ -89,7 +89,7 @@ def assert_as_exact_as_sdpa(inputs, window, shift, dtype=torch.float32):
         # of up to 100. The gradient of the scale is a sum over tokens of q * grad_q, which cancels for the most part.
         rounding = {torch.float32: 4e-6, torch.float16: 0.008, torch.bfloat16: 0.016}[dtype]
         if name == 'logit_scale':
-            rounding = 1e-4 if dtype == torch.float32 else 0.016
+            rounding = 1e-4 if dtype == torch.float32 else 0.03
         assert error < 3 * allowed + rounding, (name, error, allowed)
     return ours
 

@@ -324,8 +324,8 @@ def test_all_rows_are_printed_written_and_drawn(benchmark, tmp_path):
 
 
 @pytest.mark.usefixtures('settings')
-def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config, 'force_disable_caches', False)
+@torch._inductor.config.patch(force_disable_caches=False)
+def test_a_run_that_was_stopped_goes_on(tmp_path):
     options = ['--shapes', 'nano', '--contenders', 'ours sdpa eager', '--repeats', '1', '--batch', '2', '--resume', '.']
     call(tmp_path, 'analysis_tools/benchmark_backbone.py', *options, '--modes', 'step')
     (first,) = tmp_path.iterdir()

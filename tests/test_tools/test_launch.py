@@ -1,6 +1,7 @@
 """The checks before a start: each mistake gives one line and exit code 2. What the scripts for processes start."""
 
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -337,6 +338,9 @@ def test_port_in_use_matters_on_the_first_machine_alone(monkeypatch):
         checks.check_processes(preflight=None)  # torchrun's processes: it has opened the port by then
         monkeypatch.setenv('NODE_RANK', '1')
         checks.check_processes(preflight=1)
+    with socket.socket() as holder:  # not the port above, which a process that was started meanwhile may still hold
+        holder.bind(('', 0))
+        port = holder.getsockname()[1]
     checks.check_port(port)
 
 

@@ -102,7 +102,7 @@ def triton_window_attention(
     sequential: bool = False,
 ) -> Tensor:
     """See `swinv2_mm.ops.window_attention`; attention weights are never in memory, sequential or not."""
-    # the operator takes three times as long on the host; modes and subclasses see nothing else
+    # the operator takes longer on the host; modes and subclasses see nothing else
     if is_compiling() or type(qkv) is not Tensor or _python_dispatch._get_current_dispatch_mode() is not None:
         return torch.ops.swinv2_mm.triton_window_attention(qkv, logit_scale, bias_table, window_size, shift_size)[0]
     return TritonAttention.apply(qkv, logit_scale, bias_table, window_size, shift_size)

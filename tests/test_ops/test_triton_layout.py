@@ -126,8 +126,7 @@ def test_pairs_of_boxes_by_displacement(counts):
     assert sorted(map(tuple, (slots // 16).tolist())) == list(itertools.product(range(len(boxes)), repeat=2))
     lengths = first.diff().tolist()
     assert lengths == sorted(lengths, reverse=True)
-    _, displacements = layout._displacements(box)
-    for number, displacement in enumerate(displacements.tolist()):
+    for number, displacement in enumerate(layout._displacements(box).tolist()):
         for q, k in slots[first[number] : first[number + 1]].tolist():
             assert [a - b for a, b in zip(boxes[q // 16], boxes[k // 16], strict=True)] == displacement
 
@@ -142,7 +141,7 @@ def test_members_sum_tiles_of_displacements_to_the_gradient_of_the_bias_table(wi
     generator = torch.Generator().manual_seed(0)
     tokens, size = math.prod(window), math.prod(box.size)
     whole = torch.randn(1, tokens, tokens, generator=generator, dtype=torch.float64)
-    numbers = {tuple(d): number for number, d in enumerate(layout._displacements(box)[1].tolist())}
+    numbers = {tuple(d): number for number, d in enumerate(layout._displacements(box).tolist())}
     tiles_of = torch.zeros(len(numbers), size, size, dtype=torch.float64)
     for i, query in enumerate(itertools.product(*map(range, window))):
         for j, key in enumerate(itertools.product(*map(range, window))):

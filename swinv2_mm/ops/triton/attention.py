@@ -34,7 +34,6 @@ from .layout import (
     token_tables,
 )
 from .tiles import (
-    KERNELS,
     SMALLEST,
     box_tokens,
     choose_tiles,
@@ -145,10 +144,6 @@ class Geometry:
             self.box = tile_window(self.window, box_tokens(self.head_dim, self.dtype))
             self.keys = math.prod(self.box.counts) * math.prod(self.box.size)
         self.slots = self.keys if self.is_one_tile else slots_of(self.box)
-
-    def kernels(self) -> tuple[str, ...]:
-        """Kernels with tiles that run for such windows."""
-        return KERNELS[4:] if self.is_one_tile else KERNELS[:4]
 
     def tables(self) -> TokenTables:
         """Where the tokens of all windows lie."""
@@ -342,19 +337,14 @@ def _backward_one_tile(
     constants = geometry.constants('window_backward')
     rows, regions, *_ = geometry.tables()
     grad_qkv = torch.empty_like(qkv)
-    groups = [
-        (ids, needs_mask, *_parts(geometry, 'window_backward', len(ids)))
-        for ids, needs_mask in geometry.window_groups()
-    ]
-    all_tiles, first_tile = sum(sizes[-1] for _, _, sizes, _ in groups), 0
+    groups, all_tiles = _parts_of_groups(geometry, 'window_backward')
     scales = qkv.new_empty(all_tiles, geometry.heads, dtype=torch.float32)
     tiles = qkv.new_empty(geometry.heads, all_tiles, geometry.slots, geometry.slots, dtype=torch.float32)
-    for ids, needs_mask, sizes, programs in groups:
+    for ids, needs_mask, first_tile, sizes, programs in groups:
         inputs = grad_out, qkv, logit_scale, bias, rows, regions, ids
         outputs = grad_qkv, scales[first_tile:], tiles
         sizes = *sizes, first_tile, all_tiles
         launch(kernels.window_backward, programs, *inputs, *outputs, *sizes, EDGE=needs_mask, **constants)
-        first_tile += sizes[4]
     return grad_qkv, scales.sum(0), _fold(geometry, tiles)
 
 
@@ -394,18 +384,27 @@ def _grad_table(geometry: Geometry, inputs: tuple[Tensor, ...], lse: Tensor, del
     _, *places = geometry.bias_tables()
     slots, first = box_pairs(box, geometry.device)
     displacements, tokens = len(first) - 1, math.prod(box.size)
-    groups = [
-        (ids, needs_mask, *_parts(geometry, 'bwd_dbias', len(ids), displacements))
-        for ids, needs_mask in geometry.window_groups()
-    ]
-    all_tiles, first_tile = sum(sizes[-1] for _, _, sizes, _ in groups), 0
+    groups, all_tiles = _parts_of_groups(geometry, 'bwd_dbias', displacements)
     tiles = lse.new_empty(displacements, geometry.heads, all_tiles, tokens, tokens)
-    for ids, needs_mask, sizes, programs in groups:
+    for ids, needs_mask, first_tile, sizes, programs in groups:
         tables = rows, regions, *places, ids, slots, first
         sizes = sizes[0], len(rows), *sizes[1:], first_tile, all_tiles
         launch(kernels.bwd_dbias, programs, *inputs, *tables, lse, delta, tiles, *sizes, EDGE=needs_mask, **constants)
-        first_tile += sizes[5]
     return _fold(geometry, tiles)
+
+
+def _parts_of_groups(geometry: Geometry, kernel: str, tiles: int = 1) -> tuple[list[tuple], int]:
+    """Launches of a kernel that sums tiles, and the number of its parts.
+
+    Returns:
+        For each of `window_groups` its items, the first of its parts, and its `_parts`; and the number of all parts.
+    """
+    groups, first = [], 0
+    for ids, needs_mask in geometry.window_groups():
+        sizes, programs = _parts(geometry, kernel, len(ids), tiles)
+        groups.append((ids, needs_mask, first, sizes, programs))
+        first += sizes[-1]
+    return groups, first
 
 
 def _fold(geometry: Geometry, tiles: Tensor) -> Tensor:

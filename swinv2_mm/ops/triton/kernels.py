@@ -118,6 +118,14 @@ def _window_logits(q, k, q_factor, k_factor, bias, regions, EDGE: tl.constexpr, 
 
 
 @triton.jit
+def _block_of_program(heads, KEYS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Head, block of BLOCK_M tokens and place of the window of a program of (windows, blocks, heads)."""
+    BLOCKS: tl.constexpr = (KEYS + BLOCK_M - 1) // BLOCK_M
+    program = tl.program_id(0)
+    return program % heads, program // heads % BLOCKS, program // heads // BLOCKS
+
+
+@triton.jit
 def _window_of(place, window_ids, num_windows, tokens):
     """Window of a program or of a turn of its loop, and where its sample begins, in tokens.
 
@@ -222,10 +230,7 @@ def forward(
 ):
     """Attention of BLOCK_M queries. Programs: (windows, blocks of queries, heads)."""
     MASKED: tl.constexpr = EDGE or not WHOLE
-    BLOCKS: tl.constexpr = (KEYS + BLOCK_M - 1) // BLOCK_M
-    program = tl.program_id(0)
-    head, block = program % heads, program // heads % BLOCKS
-    place = program // heads // BLOCKS
+    head, block, place = _block_of_program(heads, KEYS, BLOCK_M)
     window, sample = _window_of(place, window_ids, num_windows, tokens)
     first_slot = _first_slot(place, window, head, num_windows, all_windows, heads, SLOTS)
     stride = 3 * heads * DIM
@@ -308,10 +313,7 @@ def bwd_dq(
     Programs and loop as in `forward`.
     """
     MASKED: tl.constexpr = EDGE or not WHOLE
-    BLOCKS: tl.constexpr = (KEYS + BLOCK_M - 1) // BLOCK_M
-    program = tl.program_id(0)
-    head, block = program % heads, program // heads % BLOCKS
-    place = program // heads // BLOCKS
+    head, block, place = _block_of_program(heads, KEYS, BLOCK_M)
     window, sample = _window_of(place, window_ids, num_windows, tokens)
     first_slot = _first_slot(place, window, head, num_windows, all_windows, heads, SLOTS)
     stride = 3 * heads * DIM
@@ -356,7 +358,7 @@ def bwd_dq(
     grad_q = (grad_q - row_sum[:, None] * mean_k) * scale
     raw = _load_rows(q_ptr, q_rows, stride, DIM, BLOCK_DIM, LARGE, True).to(tl.float32)
     inverse_norm = _inverse_norm(raw)
-    tl.store(grad_scale + program, tl.sum(tl.sum(grad_q * raw, 1) * inverse_norm, 0))
+    tl.store(grad_scale + tl.program_id(0), tl.sum(tl.sum(grad_q * raw, 1) * inverse_norm, 0))
     grad_q = _normalize_backward(grad_q, raw, inverse_norm)
     _store_rows(grad_qkv + sample * stride + head * DIM, grad_q, q_rows, stride, DIM, BLOCK_DIM, LARGE)
 
@@ -399,10 +401,7 @@ def bwd_dk_dv(
     Its tiles of logits are (keys, queries): both products take them as they are.
     """
     MASKED: tl.constexpr = EDGE or not WHOLE
-    BLOCKS: tl.constexpr = (KEYS + BLOCK_M - 1) // BLOCK_M
-    program = tl.program_id(0)
-    head, block = program % heads, program // heads % BLOCKS
-    place = program // heads // BLOCKS
+    head, block, place = _block_of_program(heads, KEYS, BLOCK_M)
     window, sample = _window_of(place, window_ids, num_windows, tokens)
     first_slot = _first_slot(place, window, head, num_windows, all_windows, heads, SLOTS)
     stride, unit_stride = 3 * heads * DIM, 2 * heads * DIM

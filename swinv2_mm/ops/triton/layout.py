@@ -173,21 +173,21 @@ class BoxPairs(NamedTuple):
 @_on_cpu
 def box_pairs(box: Box, device: torch.device) -> BoxPairs:
     """All pairs of boxes of a window."""
-    boxes, offsets = _displacements(box)
+    offsets = _displacements(box)
     places = torch.cartesian_prod(*(torch.arange(n) for n in box.counts)).view(-1, 3)
     pairs = (places[:, None] - places[None]).flatten(0, 1)
     number = (pairs[:, None] == offsets).all(-1).int().argmax(1)
+    boxes = torch.cartesian_prod(*(torch.arange(len(places)),) * 2)
     tables = boxes[number.argsort(stable=True)] * math.prod(box.size), F.pad(number.bincount().cumsum(0), (1, 0))
     with torch.inference_mode(False):
         return BoxPairs(*(t.int().to(device, copy=True) for t in tables))
 
 
-def _displacements(box: Box) -> tuple[Tensor, Tensor]:
-    """Pairs of boxes (pairs, 2), and displacements (n, 3) of boxes of queries from those of keys, most pairs first."""
+def _displacements(box: Box) -> Tensor:
+    """Displacements (n, 3) of boxes of queries from those of keys, those of the most pairs first."""
     offsets = torch.cartesian_prod(*(torch.arange(1 - n, n) for n in box.counts)).view(-1, 3)
     pairs = (torch.tensor(box.counts) - offsets.abs()).prod(1)
-    boxes = torch.cartesian_prod(*(torch.arange(math.prod(box.counts)),) * 2)
-    return boxes, offsets[pairs.argsort(descending=True, stable=True)]
+    return offsets[pairs.argsort(descending=True, stable=True)]
 
 
 @functools.lru_cache(maxsize=64)
@@ -201,7 +201,7 @@ def bias_members(window_size: Size, table_size: Size, box: Box | None, slots: in
         entries = dense_entries(window_size, table_size, slots, torch.device('cpu')).long().view(slots, slots)
         entries[math.prod(window_size) :] = -1  # of what is no query
     else:
-        _, offsets = _displacements(box)
+        offsets = _displacements(box)
         tokens = torch.cartesian_prod(*(torch.arange(n) for n in box.size)).view(-1, 3)
         offsets = offsets[:, None, None] * torch.tensor(box.size) + tokens[:, None] - tokens[None]
         sizes = torch.tensor(table_size)

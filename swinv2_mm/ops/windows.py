@@ -245,14 +245,9 @@ def dense_bias_backward(grad: Tensor, window_size: Size) -> Tensor:
 
     Axis by axis, without a scatter to colliding addresses: fast and in the same order on every run.
     """
-    grad = add_overlapping(grad.unflatten(2, window_size).unflatten(1, window_size), (1,) * len(window_size))
+    grad = grad.unflatten(2, window_size).unflatten(1, window_size)
+    for axis in range(len(window_size), 0, -1):
+        *sizes, length = grad.shape
+        sizes[axis] += length - 1
+        grad = torch.ops.aten.unfold_backward(grad, sizes, axis, length, 1)
     return grad.flip(*range(1, grad.dim())).flatten(1)
-
-
-def add_overlapping(pieces: Tensor, steps: Size) -> Tensor:
-    """Sum pieces (n, *P, *L), of sizes `L`, that lie `steps` apart along each axis: (n, *((P - 1) * step + L))."""
-    for axis, step in reversed(list(enumerate(steps, start=1))):
-        *sizes, length = pieces.shape
-        sizes[axis] = (sizes[axis] - 1) * step + length
-        pieces = torch.ops.aten.unfold_backward(pieces, sizes, axis, length, step)
-    return pieces

@@ -12,7 +12,7 @@ from nano import closest, train_a_step
 from tool_runs import TOOLS, load_tool
 
 from swinv2_mm.checkpoints import releases
-from swinv2_mm.engine import launch
+from swinv2_mm.cli import launch
 
 pytest.importorskip('mmdet')
 from nano_det import narrow, shrink, shrink_model, write_shapes

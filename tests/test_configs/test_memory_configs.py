@@ -7,7 +7,7 @@ import pytest
 from mmengine.config import Config
 
 import swinv2_mm  # noqa: F401  makes its names known to mmengine
-from swinv2_mm.engine import classes, launch, unused
+from swinv2_mm.cli import classes, launch, unused
 from swinv2_mm.registry import MODEL_WRAPPERS, RUNNERS, STRATEGIES
 
 CONFIGS = Path(__file__).parents[2] / 'configs'

@@ -11,7 +11,7 @@ from nano import closest, smaller_backbone, train_a_step
 from nano_seg import shrink, write_ade20k
 
 from swinv2_mm.checkpoints import releases
-from swinv2_mm.engine import launch
+from swinv2_mm.cli import launch
 
 pytest.importorskip('mmseg')
 

@@ -12,7 +12,7 @@ from nano import closest, smaller_backbone, train_a_step
 from nano_video import shrink, write_kinetics400
 
 from swinv2_mm.checkpoints import releases
-from swinv2_mm.engine import launch
+from swinv2_mm.cli import launch
 
 pytest.importorskip('mmaction')
 

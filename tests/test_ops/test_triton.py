@@ -32,7 +32,7 @@ from swinv2_mm.ops.triton import kernels, selfcheck, tiles
 from swinv2_mm.ops.triton.launch import recorded
 
 module = sys.modules['swinv2_mm.ops.window_attention']  # the package shows the function under this name
-COMPILE = Path(__file__).parents[1] / 'compile_kernels.py'
+COMPILE = Path(__file__).parents[1] / 'helpers/compile_kernels.py'
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 BACKENDS = {
     'reference': reference_window_attention,

@@ -14,16 +14,16 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
-from tool_runs import REPOSITORY, TOOLS, call, refuse, run
+from tool_runs import BENCHMARKS, REPOSITORY, call, refuse, run
 
-from swinv2_mm.engine.memory import BackboneMemory, MemoryTracker, cuda_casts, cuda_chunks
+from swinv2_mm.cli.memory import BackboneMemory, MemoryTracker, cuda_casts, cuda_chunks
 from swinv2_mm.models import SwinTransformerV2
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 pytest.importorskip('mmaction')
 
-TOOL, BENCHMARK = 'analysis_tools/plan_memory.py', 'analysis_tools/benchmark_memory.py'
+TOOL, BENCHMARK = 'analysis_tools/plan_memory.py', BENCHMARKS / 'benchmark_memory.py'
 CONFIGS = REPOSITORY / 'configs'
 LEAVES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob('*/*.py') if path.parent.name != '_base_')
 VARYING = ('cascade_mask_rcnn', 'objects365')  # train at several sizes
@@ -32,9 +32,9 @@ GIB = 2**30
 
 @pytest.fixture(scope='module')
 def plan():
-    sys.path.insert(0, str(TOOLS / 'analysis_tools'))  # the tools import each other by name
+    sys.path.insert(0, str(BENCHMARKS))  # the tools import each other by name
     yield importlib.import_module('plan_memory')
-    sys.path.remove(str(TOOLS / 'analysis_tools'))
+    sys.path.remove(str(BENCHMARKS))
 
 
 def read(name: str) -> Config:

@@ -23,7 +23,7 @@ PAGES = sorted(
 )
 FENCE = re.compile(r'^( *)```(\w*)[^\n]*\n(.*?)^\1```', re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r'(?:(?<=\n\n)|\A)((?: {4}\S[^\n]*\n(?:\n(?= {4}))?)+)')
-SHELL = 'cd', 'git', 'export', 'tensorboard', 'mim', 'jupyter'  # programs that are not ours
+SHELL = 'apt-get', 'cd', 'export', 'git', 'jupyter', 'mim', 'source', 'tensorboard'  # programs that are not ours
 LAUNCHERS = {
     'dist_train.sh': 'train.py',
     'dist_test.sh': 'test.py',
@@ -119,12 +119,22 @@ def parse(script: Path, arguments: list[str]) -> None:
     assert end.type is ParsedError, errors.getvalue()
 
 
+def launched(program: str, arguments: list[str]) -> list[str]:
+    """Arguments that a launcher hands to train.py or test.py."""
+    if 'slurm' in program:
+        _, _, config, folder_or_checkpoint, *rest = arguments
+        return [config, *(['--work-dir'] if 'train' in program else []), folder_or_checkpoint, *rest]
+    gpus = arguments.pop(1 if 'train' in program else 2)
+    assert gpus.isdecimal()
+    return arguments
+
+
 def check(words: list[str]) -> None:
     """Hold one command against what it calls."""
     while re.fullmatch(r'\w+=.*', words[0]):
         words = words[1:]
     program, *arguments = words
-    if program in SHELL or program == 'apt-get':
+    if program in SHELL:
         return
     if program == 'make':
         makefile = (REPOSITORY / 'Makefile').read_text()
@@ -146,11 +156,7 @@ def check(words: list[str]) -> None:
         parse(REPOSITORY / arguments[0], arguments[1:])
     elif Path(program).name in LAUNCHERS:
         assert os.access(REPOSITORY / program, os.X_OK)
-        config = next(i for i, word in enumerate(arguments) if word.endswith('.py'))
-        assert re.fullmatch(r'\d+|GPUS', arguments[config + 1] if 'test' not in program else arguments[config + 2])
-        rest = [word for i, word in enumerate(arguments) if i >= config]
-        rest.pop(2 if 'test' in program else 1)
-        parse(REPOSITORY / 'tools' / LAUNCHERS[Path(program).name], rest)
+        parse(REPOSITORY / 'tools' / LAUNCHERS[Path(program).name], launched(program, arguments))
     elif program.endswith('.sh'):
         assert os.access(REPOSITORY / program, os.X_OK)
     else:

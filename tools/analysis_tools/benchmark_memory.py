@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swinv2_mm.command_line import one_line_errors
+from swinv2_mm.command_line import check_outputs, one_line_errors
 from swinv2_mm.engine.memory import (
     MemoryTracker,
     ZeroLoss,
@@ -304,7 +304,7 @@ def check(args: argparse.Namespace) -> None:
     """Find what would fail later.
 
     Raises:
-        FileNotFoundError: A folder for results does not exist.
+        OSError: A file for results cannot be written.
         ValueError: An argument cannot be.
     """
     if args.repeats < 1:
@@ -325,15 +325,13 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f'--task {args.task} without a GPU reads the memory of a process from /proc, which needs Linux'
         )
-    for path in (args.json, args.plot):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise FileNotFoundError(f'there is no folder {Path(path).parent} for {Path(path).name}')
+    check_outputs(args.json, args.plot)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    with one_line_errors(FileNotFoundError, ValueError):
+    with one_line_errors(OSError, ValueError):
         check(args)
     torch.manual_seed(0)
 

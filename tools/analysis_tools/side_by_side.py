@@ -32,6 +32,7 @@ import torch._dynamo
 import torch._inductor.config
 from torch import Tensor, nn
 
+from swinv2_mm.command_line import check_outputs
 from swinv2_mm.engine.memory import resident
 from swinv2_mm.models.sizes import ARCHS
 
@@ -755,7 +756,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Find what would fail later.
 
     Raises:
-        FileNotFoundError: A folder for results does not exist.
+        OSError: Results cannot be written.
         ValueError: An argument cannot be.
     """
     unknown = [name for name in args.shapes if name not in SHAPES]
@@ -769,9 +770,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError('without a GPU, peak memory is read from /proc, which Linux alone has')
     if args.resume and not args.resume.is_dir():
         raise FileNotFoundError(f'there is no folder {args.resume} for the results of --resume')
-    for path in (args.json, args.plot):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise FileNotFoundError(f'there is no folder {Path(path).parent} for {Path(path).name}')
+    check_outputs(args.json, args.plot, args.resume and args.resume / 'x.json')
 
 
 def run(args: argparse.Namespace, cases: Iterable[Callable[[], Case]]) -> None:

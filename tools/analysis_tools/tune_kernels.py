@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from swinv2_mm.command_line import one_line_errors
+from swinv2_mm.command_line import check_outputs, one_line_errors
 from swinv2_mm.ops.reference import reference_window_attention
 from swinv2_mm.ops.sdpa import sdpa_window_attention
 from swinv2_mm.ops.triton import attention as triton_backend
@@ -257,6 +257,7 @@ def check(args: argparse.Namespace) -> list[tuple[int, ...]]:
     """Windows that were asked for.
 
     Raises:
+        OSError: A file for results cannot be written.
         ValueError: A number or a window cannot be, or there is nothing to run the kernels on.
     """
     if not triton_backend.HAS_TRITON:
@@ -265,6 +266,7 @@ def check(args: argparse.Namespace) -> list[tuple[int, ...]]:
         raise ValueError('there is no GPU to tune kernels for; TRITON_INTERPRET=1 tries the tool out without one')
     if args.candidates < 0:
         raise ValueError(f'--candidates must be at least 0, got {args.candidates}')
+    check_outputs(args.out, args.times)
     windows = []
     for text in args.windows:
         sides = text.split('x')
@@ -279,7 +281,7 @@ def check(args: argparse.Namespace) -> list[tuple[int, ...]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns 1 if a kernel has no tiles that work."""
     args = parse_args(argv)
-    with one_line_errors(ValueError):
+    with one_line_errors(OSError, ValueError):
         windows = check(args)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'interpreter'
     stored = json.loads(args.out.read_text()).get(device, {}) if args.out.exists() and not args.again else {}

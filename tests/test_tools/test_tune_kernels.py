@@ -9,7 +9,7 @@ from tool_runs import TOOLS, call, load_tool, run
 
 from swinv2_mm.ops.triton import attention as triton_backend
 from swinv2_mm.ops.triton import tiles
-from swinv2_mm.ops.triton.launch import Launch, recorded
+from swinv2_mm.ops.triton.launch import Launch, compile_launches, recorded
 from swinv2_mm.ops.triton.tiles import TileConfig
 
 TOOL = 'analysis_tools/tune_kernels.py'
@@ -127,8 +127,9 @@ class Compiled:
     ],
 )
 def test_tiles_that_cannot_run_say_why(compiled, reason):
-    fine = Launch(Kernel(Compiled(0)), 1, (), {})
-    assert tune_kernels.reject([fine, Launch(Kernel(compiled), 2, (), {'num_warps': 4})]) == reason
+    arguments = (torch.empty(1),), {'num_warps': 4}
+    results = compile_launches([Launch(Kernel(kernel), 1, *arguments) for kernel in (Compiled(0), compiled)])
+    assert [tune_kernels.reject(result) for result in results] == [None, reason]
 
 
 @pytest.mark.usefixtures('made_up_times')

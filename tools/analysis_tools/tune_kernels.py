@@ -19,8 +19,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -31,7 +31,7 @@ from swinv2_mm.ops.reference import reference_window_attention
 from swinv2_mm.ops.sdpa import sdpa_window_attention
 from swinv2_mm.ops.triton import attention as triton_backend
 from swinv2_mm.ops.triton import tiles
-from swinv2_mm.ops.triton.launch import Launch, launch, recorded
+from swinv2_mm.ops.triton.launch import Launch, compile_launches, launch, recorded
 from swinv2_mm.ops.triton.tiles import TileConfig
 
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
@@ -123,7 +123,8 @@ class Problem:
     def launches(self, kernel: str, run: bool = False) -> list[Launch]:
         """What a forward and a backward pass launch of a kernel; `run` says whether it runs."""
         with recorded(run) as launches:
-            self.run()
+            out, lse = triton_backend.triton_forward(*self.inputs, *self.sizes)
+            triton_backend.triton_backward(self.grad_out, *self.inputs, out, lse, *self.sizes)
         return [launch for launch in launches if launch.kernel.__name__ == kernel]
 
     def kernels(self) -> list[str]:
@@ -162,33 +163,33 @@ def candidates(kernel: str, problem: Problem, count: int) -> list[TileConfig]:
 
 def compile_all(problem: Problem, kernel: str, chosen: Sequence[TileConfig]) -> dict[TileConfig, str | None]:
     """Compile a kernel with all of these tiles in parallel; gives what is wrong with each, or None."""
-    found: dict[TileConfig, list[Launch] | Exception] = {}
+    found: dict[TileConfig, str | None] = {}
+    launches: list[tuple[TileConfig, Launch]] = []
     for tile in chosen:
+        found[tile] = None
         with using(kernel, tile):
             try:
-                found[tile] = problem.launches(kernel)
+                launches += [(tile, launch) for launch in problem.launches(kernel)]
             except Exception as error:  # tiles that the host code cannot take either
-                found[tile] = error
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler runs without Python's lock
-        return dict(zip(found, pool.map(reject, found.values()), strict=True))
+                found[tile] = first_line(error)
+    compiled = compile_launches(launch for _, launch in launches)
+    for (tile, _), result in zip(launches, compiled, strict=True):
+        found[tile] = found[tile] or reject(result)
+    return found
 
 
-def reject(launches: list[Launch] | Exception) -> str | None:
-    """Compile what would be launched, and tell why it should not be: no machine code, too large, or spills."""
-    if isinstance(launches, Exception):
-        return first_line(launches)
-    for kernel, programs, args, constants in launches:
-        try:
-            compiled = kernel.warmup(*args, grid=(programs,), **constants)
-            if compiled is None:  # the interpreter compiles nothing
-                continue
-            compiled._init_handles()  # loads it: registers and shared memory are known then
-        except Exception as error:  # of Triton, LLVM, the assembler or the driver
-            return first_line(error)
-        spilled = 4 * compiled.n_spills
-        if spilled > SPILLED:
-            return f'spills {spilled} bytes'
-    return None
+def reject(compiled: Any) -> str | None:
+    """Tell why a kernel that was compiled should not be launched: an error instead of it, too large, or spills."""
+    if compiled is None:  # the interpreter compiles nothing
+        return None
+    if isinstance(compiled, Exception):
+        return first_line(compiled)
+    try:
+        compiled._init_handles()  # loads it: registers and shared memory are known then
+    except Exception as error:  # of the driver
+        return first_line(error)
+    spilled = 4 * compiled.n_spills
+    return f'spills {spilled} bytes' if spilled > SPILLED else None
 
 
 def first_line(error: Exception) -> str:

@@ -50,7 +50,7 @@ def spoil(monkeypatch, is_spoilt):
     def spoilt(problem):
         results = run(problem)
         if is_spoilt():
-            results['grad v'][..., 0] = torch.nan
+            results['grad of v'][..., 0] = torch.nan
         return results
 
     monkeypatch.setattr(tune_kernels.Problem, 'run', spoilt)
@@ -68,7 +68,7 @@ def test_the_fastest_right_tiles_are_kept(monkeypatch, tmp_path):
     stored = {'another GPU': {'forward 64 32 torch.float16': [64, 64, 4, 2]}}
     (tmp_path / 'tiles.json').write_text(json.dumps(stored))
     printed = call(tmp_path, TOOL, *options)
-    assert f'{kernel}: {fastest} is left out: gives another grad v' in printed
+    assert f'{kernel}: {fastest} is left out: gives another grad of v' in printed
     assert f'| 4x4 | float32 | {kernel} | 3 |' in printed
     del times[fastest]
     kept = json.loads((tmp_path / 'tiles.json').read_text())

@@ -45,6 +45,7 @@ from swinv2_mm.engine.memory import (
 )
 from swinv2_mm.models import SwinTransformerV2
 from swinv2_mm.models.sizes import ARCHS
+from swinv2_mm.ops.files import write_whole
 
 GIB = 2**30
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -337,9 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def keep(rows: list[dict]) -> None:
         if args.json:
-            part = Path(f'{args.json}.part')  # whole or not at all
-            part.write_text(json.dumps(rows, indent=1) + '\n')
-            part.replace(args.json)
+            write_whole(args.json, json.dumps(rows, indent=1) + '\n')
 
     if args.task == 'sizes':
         rows = sizes(args.arch, args.window, args.sizes, args.repeats)

@@ -42,7 +42,7 @@ check() {
     [[ ! $TINY ]] || return
     ! "$PYTHON" -c 'import pytest' || run tests env PYTHONPATH="$PYTHONPATH:$ROOT/tests" \
         "$PYTHON" -m pytest --noconftest -p no:cacheprovider -m 'not slow' "$ROOT/tests/test_ops/test_triton.py"
-    run selfcheck_in_full "$PYTHON" -m swinv2_mm.ops.selfcheck
+    run selfcheck_in_full "$PYTHON" -m swinv2_mm.ops.selfcheck --resume "$DIR/selfcheck.json"
 }
 tune() {
     [[ $TINY || -e $DIR/tiles.json || ! -e $TILES ]] || cp "$TILES" "$DIR"

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from swinv2_mm.command_line import check_outputs
 from swinv2_mm.engine.memory import resident
 from swinv2_mm.models.sizes import ARCHS
+from swinv2_mm.ops.files import write_whole
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 MIB = 2**20
@@ -690,9 +691,7 @@ def write_json(rows: list[Row], peak: float, path: str | Path) -> None:
         command=shlex.join(sys.argv),
         rows=[asdict(row) for row in rows],
     )
-    part = Path(f'{path}.part')  # whole or not at all
-    part.write_text(json.dumps(content, indent=1) + '\n')
-    part.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + '\n')
 
 
 def plot(rows: list[Row], path: str) -> None:

@@ -79,8 +79,8 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-# Schedule: 500 steps of 8 images. Training from scratch takes a much larger learning rate than fine-tuning, and the same
-# for all parts.
+# Schedule: 500 steps of 8 images. Training from scratch takes a much larger learning rate than fine-tuning, for all
+# parts.
 max_epochs = 5
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 optim_wrapper = dict(optimizer=dict(lr=2e-3, betas=(0.9, 0.98)), clip_grad=dict(max_norm=5))

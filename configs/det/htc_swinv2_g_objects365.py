@@ -3,9 +3,9 @@
 #   tools/dist_train.sh configs/det/htc_swinv2_g_objects365.py 8
 # The paper's input "[800, 1024]" is read as the range of the shorter side. The longer side is not stated; 1600 is that
 # of Swin V1's HTC++. No InstaBoost, which needs masks (not stated), and no semantic branch, because Objects365 has no
-# semantic segmentation maps. What else is not stated is as in htc_swinv2_g.py. htc_swinv2_g.py starts from the last
-# checkpoint. It loads all but the mask branch, the semantic branch and the classifiers (80 classes instead of 365),
-# which are initialized at random.
+# semantic segmentation maps. What else is not stated is as in htc_swinv2_g.py. The training on COCO, htc_swinv2_g.py,
+# loads the last checkpoint except for the mask branch, the semantic branch and the classifiers (80 classes instead of
+# 365), which are initialized at random.
 _base_ = './htc_swinv2_g.py'
 from swinv2_mm.scope import add_scope
 

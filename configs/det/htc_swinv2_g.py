@@ -1,7 +1,7 @@
 # HTC++ on SwinV2-G (A2.2): 1536x1536, window 32, lr 6e-4 for 96 images, 45,000 steps; sequential self-attention in the
 # first two stages, which any backend but the reference has everywhere, and activation checkpointing (Sec. 3.4). The
 # paper's third saver is ZeRO-1; here parameters and gradients are split too, which leaves room on 8 GPUs of 40 GB
-# (docs/large_training.md). The paper has 61.7 box AP and 53.3 mask AP on val (Table 3), from the last checkpoint of
+# (docs/large_models.md). The paper has 61.7 box AP and 53.3 mask AP on val (Table 3), from the last checkpoint of
 # htc_swinv2_g_objects365.py:
 #   tools/dist_train.sh configs/det/htc_swinv2_g.py 8 --cfg-options load_from=CHECKPOINT
 _base_ = ['./htc_swinv2_l.py', '../_base_/memory/fsdp.py']

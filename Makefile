@@ -27,6 +27,7 @@ lint:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+# the variable switches off mkdocs-material's notice about MkDocs 2
 docs:  ## the manual as a web site: site/index.html
 	$(VENV)/bin/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || \
 		$(VENV)/bin/python -m pip install --quiet --editable '.[docs]' 'setuptools<81'

@@ -23,6 +23,7 @@ PAGES = sorted(
 )
 FENCE = re.compile(r'^( *)```(\w*)[^\n]*\n(.*?)^\1```', re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r'(?:(?<=\n\n)|\A)((?: {4}\S[^\n]*\n(?:\n(?= {4}))?)+)')
+GAP = '…'  # for names and numbers in a message
 SHELL = 'apt-get', 'cd', 'export', 'git', 'jupyter', 'mim', 'source', 'tensorboard'  # programs that are not ours
 LAUNCHERS = {
     'dist_train.sh': 'train.py',
@@ -93,6 +94,32 @@ def test_links_lead_to_files_and_titles():
             if title:
                 titles = re.findall(r'^#+ (.*)$', FENCE.sub('', path.read_text()), re.MULTILINE)
                 assert title in map(anchor, titles), f'{page}: {target}'
+
+
+# ---------------------------------------------------------------- error messages
+
+
+def strings(path: Path) -> list[str]:
+    """All texts of a module, with a gap for each value that is formatted into one."""
+
+    def join(node: ast.expr) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return ''.join(map(join, node.values))
+        if isinstance(node, ast.BinOp):
+            return join(node.left) + join(node.right)
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else GAP
+
+    return [join(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.expr)]
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
+    page = (REPOSITORY / 'docs/troubleshooting.md').read_text().split('## Messages of other packages')[0]
+    messages = re.findall(r'^### `(.*)`$', page, re.MULTILINE)
+    files = [path for folder in ('swinv2_mm', 'tools') for path in (REPOSITORY / folder).rglob('*.py')]
+    known = '\n'.join(text for path in files for text in strings(path) if text != GAP)
+    gone = [m for m in messages if not re.search('.*'.join(map(re.escape, m.split(GAP))), known)]
+    assert messages
+    assert not gone, f'no code has these messages any more: {gone}'
 
 
 # ---------------------------------------------------------------- commands

@@ -276,8 +276,8 @@ def test_proposals_keep_their_pixels_in_bfloat16():
     assert {tuple(b) for b in boxes.round(decimals=2).tolist()} <= known
 
 
-def test_the_page_on_large_training_changes_nothing_but_the_number_of_gpus(tmp_path):
-    page = (CONFIGS.parents[1] / 'docs/large_training.md').read_text()
+def test_the_page_on_large_models_changes_nothing_but_the_number_of_gpus(tmp_path):
+    page = (CONFIGS.parents[1] / 'docs/large_models.md').read_text()
     leaf = tmp_path / 'leaf.py'
     leaf.write_text(re.search(r"```python\n(_base_ = 'swinv2_mm::.*?)```", page, re.DOTALL)[1])
     base, cfg = read('htc_swinv2_g'), Config.fromfile(leaf)

@@ -1,6 +1,6 @@
-"""Code in interpreters that have not imported this package: forked from one that has imported what it must import.
+"""Run code in an interpreter that has not imported this package, for tests of imports.
 
-An interpreter of its own takes seconds for torch; what is imported beyond that is what tests look at.
+It is forked from one that has imported torch, mmengine and mmcv: a new interpreter takes seconds for them.
 """
 
 import functools

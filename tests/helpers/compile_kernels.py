@@ -1,6 +1,6 @@
-"""Compile all Triton kernels for heads of all sizes, and write what they take of an SM to a JSON file.
+"""Compile all Triton kernels for heads of all sizes, and write their use of an SM to a JSON file.
 
-Tests interpret kernels, so that this has a process of its own: python tests/compile_kernels.py OUT
+Tests interpret the kernels, so this runs in its own process: python tests/helpers/compile_kernels.py OUT
 """
 
 import itertools

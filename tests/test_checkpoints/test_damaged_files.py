@@ -19,10 +19,10 @@ from pathlib import Path
 import layouts
 import pytest
 import torch
+from loading import ALL_STAGES, ARCH, coords_table, detector_config, official_weights, source_backbone
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from safetensors.torch import save_file
-from test_roads import ALL_STAGES, ARCH, coords_table, detector_config, official_weights, source_backbone
 
 from swinv2_mm.checkpoints import CheckpointError
 from swinv2_mm.models import SwinTransformerV2

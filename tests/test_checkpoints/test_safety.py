@@ -15,10 +15,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.logging import HistoryBuffer, MessageHub
-from mmengine.runner import CheckpointLoader
-from test_roads import (
+from loading import (
     PRETRAINED,
     ROADS,
     by_load_checkpoint,
@@ -30,6 +27,9 @@ from test_roads import (
     start_training,
     train_once,
 )
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.runner import CheckpointLoader
 from tool_runs import call, refuse
 
 from swinv2_mm import config_path

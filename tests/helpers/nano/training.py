@@ -1,13 +1,14 @@
-"""A small model trained on one or several processes, without anything random, so that all ways to do it must agree.
+"""Trainings of a nano model on one or several processes without randomness: all of them must agree.
 
-It is smooth: with sums in another order a training differs by rounding and no more, where a detector decides anew which
-proposals it keeps. What one process does for the joint batch of several is to take their images one by one and to
-accumulate the gradients.
+The model is smooth. If sums are taken in another order, a training differs by rounding only; a detector would select
+other proposals. One process trains on the joint batch of several: it takes their images one by one and accumulates the
+gradients.
 """
 
 import importlib
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ import swinv2_mm  # noqa: F401
 from swinv2_mm.checkpoints.files import read_checkpoint
 from swinv2_mm.cli import launch
 
-MEMORY = Path(__file__).parents[2] / 'configs/_base_/memory'
+MEMORY = Path(__file__).parents[3] / 'configs/_base_/memory'
 START = 'start.pth'
 IMAGES = 8
 STEPS, SAVED, FALL = 6, 4, 5  # of the optimizer; until the first checkpoint; until the learning rate falls
@@ -191,6 +192,16 @@ class Notes(Hook):
         notes = all_gather_object(dict(losses=self.losses, norms=self.norms, **held(runner)))
         if get_rank() == 0:
             torch.save(notes, Path(runner.work_dir) / 'notes.pth')
+
+
+@HOOKS.register_module()
+class StallInSecondEpoch(Hook):
+    """Write a file `stalled_RANK` at the first step of the second epoch, and wait there to be killed."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if runner.epoch == 1:
+            Path(f'stalled_{os.environ["RANK"]}').touch()
+            time.sleep(3600)
 
 
 def held(runner) -> dict[str, int]:

@@ -15,7 +15,7 @@ def draw(size, heads=3, window=(4, 4), dtype=torch.float32, head_dim=32):
     """One sample: qkv, logit_scale with values at and beyond its clamp, bias_table."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(1, *size, 3, heads, head_dim, generator=generator, dtype=dtype)
-    # float32 cannot tell ln 100 from what is just beyond it, where the gradient ends
+    # float32 rounds ln 100, where the gradient of the clamp ends: stay below it
     clamp = math.log(100) if dtype == torch.float64 else 4.605
     scale = torch.tensor([clamp, 2.3, 5.0, 0.0][:heads], dtype=dtype).view(-1, 1, 1)
     table = 16 * torch.rand(heads, math.prod(2 * w - 1 for w in window), generator=generator, dtype=dtype)
@@ -23,7 +23,7 @@ def draw(size, heads=3, window=(4, 4), dtype=torch.float32, head_dim=32):
 
 
 def draw_small(size, window, heads=2, dim=3, batch=1, dtype=torch.float64, seed=0):
-    """The same in float64, small enough for `brute_force_attention`."""
+    """As `draw`, in float64 and small enough for `brute_force_attention`."""
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(batch, *size, 3, heads, dim, dtype=dtype, generator=generator)
     logit_scale = torch.tensor([1.0, 5.0], dtype=dtype)[:heads].view(-1, 1, 1)  # the second is beyond ln 100
@@ -82,6 +82,6 @@ def place(token: tuple[int, ...], padded: tuple[int, ...], window: tuple[int, ..
 
 @functools.cache
 def expected_of_pairs(size, window, shift):
-    """`brute_force_attention` of a batch of two, computed once since it is slow."""
+    """Expected output of a batch of two, cached because the loop over token pairs is slow."""
     qkv, scale, table = draw_small(size, window, batch=2)
     return torch.stack([brute_force_attention(sample, scale, table, window, shift) for sample in qkv])

@@ -8,7 +8,16 @@ import layouts
 import oracles
 import pytest
 import torch
-from loading import ALL_STAGES, ARCH, PRETRAINED, detector_config, features, official_weights, same, source_backbone
+from loading_paths import (
+    ALL_STAGES,
+    ARCH,
+    PRETRAINED,
+    detector_config,
+    features,
+    official_weights,
+    same,
+    source_backbone,
+)
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint

@@ -8,7 +8,7 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from loading import ALL_STAGES, official_weights, source_backbone
+from loading_paths import ALL_STAGES, official_weights, source_backbone
 from mmengine.runner import load_checkpoint
 
 from swinv2_mm.checkpoints import CheckpointError

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from loading import (
+from loading_paths import (
     ALL_STAGES,
+    LOADING_PATHS,
     PRETRAINED,
-    ROADS,
     by_init_detector,
     by_load_checkpoint,
     by_resume,
@@ -90,9 +90,9 @@ def test_the_window_of_pretraining_matters():
     assert not any(torch.equal(a, b) for a, b in zip(right, wrong, strict=True))
 
 
-@pytest.mark.parametrize('road', ROADS)
+@pytest.mark.parametrize('road', LOADING_PATHS)
 def test_an_official_file_arrives(road, official, folder):
-    assert_arrived(ROADS[road](official, folder), source_backbone())
+    assert_arrived(LOADING_PATHS[road](official, folder), source_backbone())
 
 
 # a whole detector, its backbone in three ways, and all that a training stores
@@ -102,7 +102,7 @@ OWN_ROADS = ('init_detector', 'load_state_dict_of_the_dict', 'load_checkpoint', 
 @pytest.mark.parametrize('road', OWN_ROADS)
 def test_our_own_checkpoint_arrives_with_the_window_of_its_first_training(road, trained, folder):
     """Pre-trained at 6, trained at 8, now used at 12: the bias is still that of 6."""
-    backbone = (ROADS | dict(resume=by_resume))[road](trained, folder, window_size=12)
+    backbone = (LOADING_PATHS | dict(resume=by_resume))[road](trained, folder, window_size=12)
     weights = backbone_part(trained)
     assert not torch.equal(weights['patch_embed.proj.weight'], source_backbone().patch_embed.proj.weight)
     assert_arrived(backbone, twin(weights, window_size=12))

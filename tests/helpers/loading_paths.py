@@ -1,16 +1,16 @@
-"""Ways to load a checkpoint into a backbone, as users do, and the checkpoints: official ones and ours."""
+"""Every way in which users load a checkpoint into a backbone, and the checkpoints: official ones and ours."""
 
 import contextlib
 import functools
 import http.server
 import itertools
-import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from layouts import coords_table
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner, load_checkpoint
@@ -31,13 +31,6 @@ COUNT = itertools.count()
 
 
 # ---------------------------------------------------------------- files
-
-
-def coords_table(window: int, pretrained: int) -> Tensor:
-    """The `relative_coords_table` of the official code: (1, 2 * window - 1, 2 * window - 1, 2)."""
-    offsets = torch.arange(-(window - 1), window, dtype=torch.float32) / (pretrained - 1) * 8
-    table = torch.stack(torch.meshgrid(offsets, offsets, indexing='ij'), -1)
-    return (table.sign() * (table.abs() + 1).log2() / math.log2(8))[None]
 
 
 def source_backbone(**options) -> SwinTransformerV2:
@@ -75,7 +68,7 @@ def folder_with_shapes(folder: Path, shapes: Path) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------- roads: (file, folder, options) -> backbone
+# ---------------------------------------------------------------- loading paths: (file, folder, options) -> backbone
 
 
 class Stop(Exception):
@@ -100,7 +93,7 @@ def detector_config(folder: Path, **backbone) -> Config:
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
     cfg.work_dir = str(folder / 'work')
-    cfg.experiment_name = f'roads-{next(COUNT)}'  # mmengine keeps logs and scopes by this name
+    cfg.experiment_name = f'loading-{next(COUNT)}'  # mmengine keeps logs and scopes by this name
     cfg.log_level = 'ERROR'
     return cfg
 
@@ -224,7 +217,7 @@ def by_converter(path, folder, **options):
     return by_load_checkpoint(written, folder, **options)
 
 
-ROADS = {road.__name__.removeprefix('by_'): road for road in (
+LOADING_PATHS = {load.__name__.removeprefix('by_'): load for load in (
     by_load_state_dict_of_the_dict,
     by_load_checkpoint,
     by_http,

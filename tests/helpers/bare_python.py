@@ -60,7 +60,7 @@ def _ask(request: str) -> int:
 
 @functools.cache
 def _server() -> subprocess.Popen:
-    """The process to fork from; it ends with this one, which holds its input open."""
+    """The process to fork from; it ends with this one, which keeps its input open."""
     return subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd='/'
     )

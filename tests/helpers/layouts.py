@@ -1,7 +1,7 @@
 """Writers of the public checkpoint layouts of SwinV2, from the weights of our backbone.
 
 Derived from the key names of each source, and from nothing in `swinv2_mm.checkpoints`: what is read there is written
-here a second time. `test_layouts.py` holds the writers against the real models of timm, transformers and torchvision.
+here a second time. `test_layouts.py` checks the writers against the real models of timm, transformers and torchvision.
 """
 
 import functools
@@ -23,7 +23,7 @@ Window = int | tuple[int, int]
 
 
 def canonical(backbone: nn.Module) -> Weights:
-    """The weights alone: names of the official code, except for the output norms."""
+    """The weights without buffers, by their official names; only the names of the output norms are ours."""
     return {k: v.clone() for k, v in backbone.state_dict().items() if not k.endswith('pretrained_window_size')}
 
 
@@ -52,7 +52,7 @@ def position_index(window: Window) -> Tensor:
 
 
 def attention_mask(size: int, window: int) -> Tensor:
-    """(windows, N, N) of a square map whose windows are shifted by half: -100 between tokens that were far apart."""
+    """(windows, N, N) of a square feature map, windows shifted by half: -100 between tokens that were far apart."""
     row = torch.arange(size)
     region = (row >= size - window).int() + (row >= size - window // 2).int()
     regions = (region[:, None] * 3 + region).view(size // window, window, size // window, window)
@@ -63,7 +63,7 @@ def attention_mask(size: int, window: int) -> Tensor:
 def stored_buffers(
     weights: Weights, windows: Sequence[Window], pretrained: Sequence[Window], image_size: int | None = None
 ) -> Weights:
-    """Tables of every block and, for an image size, the masks of odd blocks whose map is larger than the window."""
+    """Tables of every block and, for an image size, masks of odd blocks with several windows."""
     buffers = {}
     for name in weights:
         if not name.endswith('attn.logit_scale'):
@@ -360,7 +360,7 @@ def save(writer, model, path):
 
 
 def in_file(writer, weights):
-    """Those of our weights that a file of this layout holds."""
+    """Those of our weights that a file of this layout has."""
     kept = {
         'msra_dense': ('norm0', 'norm1', 'norm2', 'norm3'),
         'hf_backbone': (),

@@ -44,7 +44,7 @@ def source_backbone(**options) -> SwinTransformerV2:
 
 
 def official_weights(backbone: nn.Module, windows: tuple[int, ...] = PRETRAINED) -> dict[str, Tensor]:
-    """What a file of the official code holds under 'model', from a training with these windows."""
+    """The entry 'model' of a file of the official code, from a training with these windows."""
     weights = {}
     for name, value in backbone.state_dict().items():
         if name.startswith('norm3.'):
@@ -83,7 +83,7 @@ class StopHook(Hook):
 
 
 def detector_config(folder: Path, **backbone) -> Config:
-    """The nano detector with features of all stages; `folder` holds shapes/ and takes what is written."""
+    """The nano detector with features of all stages; `folder` has shapes/; checkpoints and logs go there."""
     cfg = launch.load_config(str(NANO_CONFIGS / 'det.py'), dict(data_root=str(folder / 'shapes')))
     cfg.model.backbone.update(ALL_STAGES | backbone)
     cfg.model.neck.update(in_channels=[16, 32, 64, 128], start_level=1)
@@ -99,7 +99,7 @@ def detector_config(folder: Path, **backbone) -> Config:
 
 
 def start_training(cfg: Config) -> Runner:
-    """Do all that comes before the first iteration, but for the log of config and environment, which takes longest."""
+    """Run everything before the first iteration except the log of config and environment, which takes longest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Config, 'pretty_text', '')
         patch.setattr(Runner, '_log_env', lambda *args: None)
@@ -119,7 +119,7 @@ def train_once(folder: Path, load_from: Path | None = None) -> Path:
 
 
 def load_strictly_but_for_new_norms(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """`load_state_dict` of torch, which calls the output norms that no official file has missing."""
+    """`load_state_dict` of torch; only the output norms, which no official file has, may be missing."""
     missing, unexpected = module.load_state_dict(weights, strict=False)
     assert unexpected == []
     assert [name for name in missing if not name.startswith(('norm0.', 'norm1.', 'norm2.'))] == []
@@ -145,7 +145,7 @@ def by_http(path, folder, **options):
 
 @contextlib.contextmanager
 def serve(folder: Path) -> Iterator[str]:
-    """The files of a folder under an address of this machine."""
+    """Serve the files of a folder over HTTP; yields the address."""
     handler = functools.partial(QuietHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -29,7 +29,7 @@ class OnGpu(torch.Tensor):
 
 @contextlib.contextmanager
 def poisoned_memory():
-    """Whatever is allocated holds NaN."""
+    """Fill allocated memory with NaN."""
     former = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

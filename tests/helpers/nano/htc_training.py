@@ -20,7 +20,7 @@ SIZE, CHANNELS = 96, 64
 
 
 def write_data(folder: Path) -> Path:
-    """The images that are trained on, and the weights to start from, which otherwise depend on who draws them when."""
+    """Write the training images and the initial weights, so that all trainings start from the same ones."""
     make_shapes(folder, train=IMAGES, val=1, size=SIZE)
     torch.manual_seed(0)
     model = MODELS.build(config(folder, folder).model)

@@ -30,7 +30,7 @@ def shrink_data(cfg: Config) -> Config:
 
 
 def write_video(path: Path, frames: int = 12, size: tuple[int, int] = (64, 48), seed: int = 0) -> Path:
-    """A film in which a bright square moves over a background of its own, in .avi or .mp4.
+    """Write a video, .avi or .mp4: a bright square moves over a random background.
 
     decord reads none that is narrower than 64 pixels.
     """
@@ -49,7 +49,7 @@ def write_video(path: Path, frames: int = 12, size: tuple[int, int] = (64, 48), 
 
 
 def write_kinetics400(folder: Path, frames: int = 12) -> Path:
-    """Two films for training and three for validation, and the lists that name them with their classes.
+    """Write two videos for training, three for validation, and the lists of their classes.
 
     Clips of 32 frames, every second one, start at different frames if there are more than 64.
     """

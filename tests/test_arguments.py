@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import oracles
+import peer_packages
 import pytest
 from mmengine.config import ConfigDict
 from mmengine.hooks import CheckpointHook, Hook
@@ -222,7 +222,7 @@ def arguments_in(path: Path, name: str) -> set[str]:
     ],
 )
 def test_every_argument_of_other_implementations_is_ours_or_has_a_way_out(path, name):
-    found = [folder / path for folder in (SITE, Path(oracles.PACKAGES)) if (folder / path).exists()]
+    found = [folder / path for folder in (SITE, Path(peer_packages.FOLDER)) if (folder / path).exists()]
     if not found:
         pytest.skip(f'{path.split("/")[0]} is not installed')
     names = arguments_in(found[0], name)

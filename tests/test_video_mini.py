@@ -12,7 +12,7 @@ import torch
 from decord import VideoReader
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
-from nano_video import shrink
+from nano.video import shrink
 from tool_runs import REPOSITORY, call, call_together, check_training, metrics
 
 from swinv2_mm.cli import launch

@@ -74,7 +74,7 @@ def test_ignored_pixels_are_fine(read):
 def test_a_missing_map_is_named(tmp_path):
     """By the configured data set, for an image whose label is not there."""
     from mmseg.registry import DATASETS
-    from nano_seg import write_ade20k
+    from nano.seg import write_ade20k
 
     from swinv2_mm import config_path
     from swinv2_mm.cli import launch

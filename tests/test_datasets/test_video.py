@@ -5,7 +5,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from nano_video import write_video
+from nano.video import write_video
 
 pytest.importorskip('mmaction')
 from mmengine.registry import DefaultScope

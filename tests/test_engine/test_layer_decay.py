@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from mmengine.dist import get_rank
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
+from nano import NANO_CONFIGS
 from processes import run_processes
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -21,7 +21,7 @@ import swinv2_mm  # noqa: F401
 from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
 from swinv2_mm.models.block import SwinBlock, SwinStage
 
-TINY = Path(__file__).parents[1] / 'helpers/tiny'
+TINY = NANO_CONFIGS
 ARCH = dict(embed_dims=16, depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8), extra_norm_every_n_blocks=2)
 SMALL = dict(embed_dims=16, depths=(1, 2), num_heads=(1, 2))
 # the layers of ARCH, from the input to the output

@@ -6,7 +6,7 @@ import math
 import oracles
 import pytest
 import torch
-from brute_force import brute_force_attention
+from attention_oracle import brute_force_attention
 from mmengine.registry import MODELS
 from torch import Tensor
 

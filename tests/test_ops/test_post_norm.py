@@ -17,7 +17,7 @@ pytest.importorskip('triton')
 import triton
 import triton.language as tl
 import triton_interpreter
-from test_triton import OnGpu, poisoned_memory
+from triton_interpreter import OnGpu, poisoned_memory
 
 from swinv2_mm.models.block import SwinBlock, recomputed
 from swinv2_mm.ops.triton import post_norm, post_norm_kernels, selfcheck
@@ -33,7 +33,7 @@ can_run = post_norm.can_run
 def interpreter(monkeypatch):
     """Without a GPU, the kernels run in Triton's interpreter."""
     if DEVICE == 'cpu':
-        triton_interpreter.mend(monkeypatch)
+        triton_interpreter.patch(monkeypatch)
 
 
 def draw(*shape, dtype=FP32, seed=0):

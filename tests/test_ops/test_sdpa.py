@@ -4,24 +4,14 @@ import math
 
 import pytest
 import torch
+from attention_oracle import NAMES, draw
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swinv2_mm.cli.memory import MemoryTracker
 from swinv2_mm.ops import sdpa, window_attention, windows
 
-NAMES = 'out', 'qkv', 'logit_scale', 'bias_table'
 # 49 to 1024 tokens, one and three axes; at 64 and 576 fused kernels are known to fail for masks
 WINDOWS = [(7, 7), (8, 8), (12,), (16, 16), (24, 24), (32, 32), (4, 7, 7)]
-
-
-def draw(size, heads=3, window=(4, 4), dtype=torch.float32, head_dim=32):
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(1, *size, 3, heads, head_dim, generator=generator, dtype=dtype)
-    # float32 cannot tell ln 100 from what is just beyond it, where the gradient ends
-    clamp = math.log(100) if dtype == torch.float64 else 4.605
-    scale = torch.tensor([clamp, 2.3, 5.0, 0.0][:heads], dtype=dtype).view(-1, 1, 1)
-    table = 16 * torch.rand(heads, math.prod(2 * w - 1 for w in window), generator=generator, dtype=dtype)
-    return qkv, scale, table
 
 
 def results(inputs, window, shift, backend, dtype, attention=window_attention):

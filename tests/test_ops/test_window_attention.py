@@ -1,13 +1,13 @@
 """Each backend against a loop over token pairs, and the promises of `window_attention`."""
 
-import functools
 import logging
 import math
 import sys
 
 import pytest
 import torch
-from brute_force import brute_force_attention
+from attention_oracle import brute_force_attention, expected_of_pairs
+from attention_oracle import draw_small as draw
 
 from swinv2_mm.ops import reference, window_attention
 
@@ -32,21 +32,6 @@ CASES = [
     ((2, 3, 2), (4, 4, 4), (2, 2, 2)),
     ((1, 4, 5), (1, 3, 3), (0, 1, 1)),
 ]
-
-
-def draw(size, window, heads=2, dim=3, batch=1, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(batch, *size, 3, heads, dim, dtype=dtype, generator=generator)
-    logit_scale = torch.tensor([1.0, 5.0], dtype=dtype)[:heads].view(-1, 1, 1)  # the second is beyond ln 100
-    table = torch.rand(heads, math.prod(2 * w - 1 for w in window), dtype=dtype, generator=generator) * 16
-    return qkv, logit_scale, table
-
-
-@functools.cache
-def expected_of_pairs(size, window, shift):
-    """A batch of two, by the loop over token pairs, which takes longer than all that is compared with it."""
-    qkv, scale, table = draw(size, window, batch=2)
-    return torch.stack([brute_force_attention(sample, scale, table, window, shift) for sample in qkv])
 
 
 @pytest.mark.parametrize('backend', BACKENDS)

@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from tool_runs import REPOSITORY, load_tool, no_trace
+from tool_runs import REPOSITORY, load_tool, restored_process
 
 PAGES = sorted(
     page
@@ -141,7 +141,7 @@ def parse(script: Path, arguments: list[str]) -> None:
 
     errors = io.StringIO()
     stop = mock.patch.object(argparse.ArgumentParser, 'parse_known_args', parse_known_args)
-    with stop, no_trace(), contextlib.redirect_stderr(errors), pytest.raises((ParsedError, SystemExit)) as end:
+    with stop, restored_process(), contextlib.redirect_stderr(errors), pytest.raises((ParsedError, SystemExit)) as end:
         load_tool(script).main(arguments)
     assert end.type is ParsedError, errors.getvalue()
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    with one_line_errors(FileNotFoundError, ValueError):
+    with one_line_errors(OSError, ValueError):
         check_arguments(args)
         contenders = choose(peers.contenders(DTYPES[args.dtype], ('torchvision',)), args.contenders)
     stages = [(name, stage) for name in args.shapes for stage in range(len(SHAPES[name].depths))]

@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     parser.add_argument('--ladder', action='store_true', help='measure what each step brought')
     args = parser.parse_args(argv)
-    with one_line_errors(FileNotFoundError, ValueError):
+    with one_line_errors(OSError, ValueError):
         check_arguments(args)
         dtype = DTYPES[args.dtype]
         contenders = ladder(dtype) if args.ladder else peers.contenders(dtype, ('transformers', 'torchvision'))

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swinv2_mm.cli.errors import one_line_errors
+from swinv2_mm.cli.errors import check_outputs, one_line_errors
 from swinv2_mm.cli.memory import (
     MemoryTracker,
     ZeroLoss,
@@ -45,6 +45,7 @@ from swinv2_mm.cli.memory import (
 )
 from swinv2_mm.models import SwinTransformerV2
 from swinv2_mm.models.sizes import ARCHS
+from swinv2_mm.ops.files import write_whole
 
 GIB = 2**30
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -304,7 +305,7 @@ def check(args: argparse.Namespace) -> None:
     """Find what would fail later.
 
     Raises:
-        FileNotFoundError: A folder for results does not exist.
+        OSError: A file for results cannot be written.
         ValueError: An argument cannot be.
     """
     if args.repeats < 1:
@@ -325,23 +326,19 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f'--task {args.task} without a GPU reads the memory of a process from /proc, which needs Linux'
         )
-    for path in (args.json, args.plot):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise FileNotFoundError(f'there is no folder {Path(path).parent} for {Path(path).name}')
+    check_outputs(args.json, args.plot)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    with one_line_errors(FileNotFoundError, ValueError):
+    with one_line_errors(OSError, ValueError):
         check(args)
     torch.manual_seed(0)
 
     def keep(rows: list[dict]) -> None:
         if args.json:
-            part = Path(f'{args.json}.part')  # whole or not at all
-            part.write_text(json.dumps(rows, indent=1) + '\n')
-            part.replace(args.json)
+            write_whole(args.json, json.dumps(rows, indent=1) + '\n')
 
     if args.task == 'sizes':
         rows = sizes(args.arch, args.window, args.sizes, args.repeats)

@@ -19,7 +19,7 @@ from side_by_side import DEVICE, MIB, machine, peak_memory
 from torch import Tensor
 from tune_kernels import milliseconds
 
-from swinv2_mm.cli.errors import one_line_errors
+from swinv2_mm.cli.errors import check_outputs, one_line_errors
 from swinv2_mm.ops.window_attention import BACKENDS, window_attention
 
 BATCH, HEADS, HEAD_DIM = 16, 6, 32
@@ -68,9 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--windows', type=int, nargs='+', default=WINDOWS, help='default: %(default)s')
     parser.add_argument('--json', type=Path, metavar='OUT', help='write the rows to this file')
     args = parser.parse_args(argv)
-    with one_line_errors(ValueError):
+    with one_line_errors(OSError, ValueError):
         if min(args.windows) < 1:
             raise ValueError(f'--windows must be at least 1, got {args.windows}')
+        check_outputs(args.json)
     dtype = torch.float16 if DEVICE == 'cuda' else torch.float32
     rows = []
     print('| tokens | backend | forward, ms | forward and backward, ms |\n|---|---|---|---|')

@@ -5,10 +5,11 @@
 #
 # STAGE: 1 self-check and tests, 2 tuning, 3 benchmarks, 4 memory, 5 profile; without it, all that are not complete run.
 # Each leaves JSON and text in OUT/check, OUT/tune, ..., and the tables of all in OUT/tables.md. A stage whose time is
-# over keeps what it has: call it again, and it goes on. Needs torch, Triton, timm, transformers and numpy, and nothing
-# of OpenMMLab. PYTHON names another interpreter; TINY=1 rehearses it all without a GPU, in Triton's interpreter.
+# over keeps what it has: call it again, and it goes on. The exit code is 1 if a stage that ran is not complete, and the
+# last line names it. Needs torch, Triton, timm, transformers and numpy, and nothing of OpenMMLab. PYTHON names another
+# interpreter; TINY=1 rehearses it all without a GPU, in Triton's interpreter.
 set -uo pipefail
-[[ ${1:-} && ${2:-1} =~ ^[1-5]$ ]] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[[ ${1:-} && ${2:-1} =~ ^[1-5]$ ]] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
 STAGES=(check tune benchmark memory profile)
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -41,7 +42,7 @@ check() {
     [[ ! $TINY ]] || return
     ! "$PYTHON" -c 'import pytest' || run tests env PYTHONPATH="$PYTHONPATH:$ROOT/tests/helpers" \
         "$PYTHON" -m pytest --noconftest -p no:cacheprovider -m 'not slow' "$ROOT/tests/test_ops/test_triton.py"
-    run selfcheck_in_full "$PYTHON" -m swinv2_mm.ops.selfcheck
+    run selfcheck_in_full "$PYTHON" -m swinv2_mm.ops.selfcheck --resume "$DIR/selfcheck.json"
 }
 tune() {
     [[ $TINY || -e $DIR/tiles.json || ! -e $TILES ]] || cp "$TILES" "$DIR"
@@ -65,13 +66,20 @@ profile() {
 }
 [[ ! ${IN_STAGE:-} ]] || { "$IN_STAGE"; exit "$(cat "$DIR"/*.code | sort -n | tail -1)"; }
 
+incomplete=()
 for number in ${2:-1 2 3 4 5}; do
     stage=${STAGES[number - 1]} DIR=$OUT/${STAGES[number - 1]}
     [[ ${2:-} || ! -e $DIR/complete ]] || continue
     mkdir -p "$DIR" && rm -f "$DIR/complete"
     "$PYTHON" "$ROOT/benchmarks/gpu_tables.py" --versions | tee "$DIR/versions.txt"
     [[ $TINY || ! -e $OUT/tune/tiles.json ]] || cp "$OUT/tune/tiles.json" "$TILES"
-    IN_STAGE=$stage timeout --kill-after=10 540 "$BASH" "$0" "$OUT" && touch "$DIR/complete" ||
-        echo "$stage is not complete: its time is over (call it again, and it goes on), or see $DIR/*.code and *.txt"
+    IN_STAGE=$stage timeout --kill-after=10 540 "$BASH" "$0" "$OUT"
+    case $? in
+        0) touch "$DIR/complete" ;;
+        124 | 137) incomplete+=("$stage (its time is over: call it again, and it goes on)") ;;
+        *) incomplete+=("$stage (failed: see $DIR/*.code and *.txt)") ;;
+    esac
 done
-"$PYTHON" "$ROOT/benchmarks/gpu_tables.py" "$OUT" > "$OUT/tables.md" && echo "tables: $OUT/tables.md"
+"$PYTHON" "$ROOT/benchmarks/gpu_tables.py" "$OUT" > "$OUT/tables.md" && echo "tables: $OUT/tables.md" ||
+    incomplete+=(tables)
+[[ ! ${incomplete[*]} ]] || { printf -v list ', %s' "${incomplete[@]}"; echo "not complete: ${list:2}"; exit 1; }

@@ -43,7 +43,7 @@ from side_by_side import DTYPES, SHAPES, Shape, default_batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swinv2_mm.cli.launch import one_line_errors
+from swinv2_mm.cli.errors import check_outputs, one_line_errors
 from swinv2_mm.ops.triton import attention
 from swinv2_mm.ops.triton.launch import Launch, recorded
 
@@ -343,13 +343,12 @@ def check(args: argparse.Namespace) -> None:
     """Find what would fail later.
 
     Raises:
-        FileNotFoundError: The folder for results does not exist.
+        OSError: The file for results cannot be written.
         ValueError: An argument cannot be, or Triton cannot compile here.
     """
     if args.jobs < 1:
         raise ValueError(f'--jobs must be at least 1, got {args.jobs}')
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise FileNotFoundError(f'there is no folder {Path(args.json).parent} for {Path(args.json).name}')
+    check_outputs(args.json)
     if not attention.HAS_TRITON:
         raise ValueError('the package triton is not installed: pip install triton')
     if os.environ.get('TRITON_INTERPRET') == '1':
@@ -365,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='processes (default: %(default)s)')
     parser.add_argument('--json', metavar='OUT', help='write all figures to this file')
     args = parser.parse_args(argv)
-    with one_line_errors(FileNotFoundError, ValueError):
+    with one_line_errors(OSError, ValueError):
         check(args)
     kernels, models = report(args.shapes, args.dtypes, args.archs, args.jobs)
     print_kernels(kernels)

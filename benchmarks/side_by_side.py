@@ -32,8 +32,10 @@ import torch._dynamo
 import torch._inductor.config
 from torch import Tensor, nn
 
+from swinv2_mm.cli.errors import check_outputs
 from swinv2_mm.cli.memory import resident
 from swinv2_mm.models.sizes import ARCHS
+from swinv2_mm.ops.files import write_whole
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 MIB = 2**20
@@ -689,9 +691,7 @@ def write_json(rows: list[Row], peak: float, path: str | Path) -> None:
         command=shlex.join(sys.argv),
         rows=[asdict(row) for row in rows],
     )
-    part = Path(f'{path}.part')  # whole or not at all
-    part.write_text(json.dumps(content, indent=1) + '\n')
-    part.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + '\n')
 
 
 def plot(rows: list[Row], path: str) -> None:
@@ -755,7 +755,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Find what would fail later.
 
     Raises:
-        FileNotFoundError: A folder for results does not exist.
+        OSError: Results cannot be written.
         ValueError: An argument cannot be.
     """
     unknown = [name for name in args.shapes if name not in SHAPES]
@@ -769,9 +769,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError('without a GPU, peak memory is read from /proc, which Linux alone has')
     if args.resume and not args.resume.is_dir():
         raise FileNotFoundError(f'there is no folder {args.resume} for the results of --resume')
-    for path in (args.json, args.plot):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise FileNotFoundError(f'there is no folder {Path(path).parent} for {Path(path).name}')
+    check_outputs(args.json, args.plot, args.resume and args.resume / 'x.json')
 
 
 def run(args: argparse.Namespace, cases: Iterable[Callable[[], Case]]) -> None:

@@ -23,6 +23,7 @@ BENCHMARKS = (
     'benchmark_memory',
     'benchmark_operator',
     'gpu_tables',
+    'kernel_report',
     'tune_kernels',
 )
 TOOLBOXES = {'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}

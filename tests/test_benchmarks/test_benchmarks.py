@@ -295,6 +295,28 @@ def test_mistakes_give_one_line(tool, benchmark, arguments, message, tmp_path):
     assert refuse(tmp_path, BENCHMARKS / f'{benchmark}.py', *arguments).startswith(f'error: {message}')
 
 
+@pytest.mark.parametrize(
+    ('path', 'message'),
+    [
+        ('no/x.json', 'there is no folder no for x.json: make it, or name another file'),
+        ('folder', 'folder is a folder: name a file in it'),
+        ('/proc/x.json', '/proc/x.json cannot be written: '),
+    ],
+)
+@pytest.mark.parametrize(
+    ('name', 'option'),
+    [
+        ('benchmark_operator', '--json'),
+        ('benchmark_memory', '--json'),
+        ('benchmark_backbone', '--plot'),
+        ('tune_kernels', '--times'),
+    ],
+)
+def test_results_that_cannot_be_written_are_named_before_anything_is_measured(name, option, path, message, tmp_path):
+    (tmp_path / 'folder').mkdir()
+    assert refuse(tmp_path, BENCHMARKS / f'{name}.py', option, path).startswith(f'error: {message}')
+
+
 @pytest.fixture
 def settings(tool, monkeypatch):
     """What a tool sets for its process is taken back; and no large product tells the peak of the machine."""

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 from bare_python import WITHOUT_OPENMMLAB
-from tool_runs import BENCHMARKS, call, refuse, run
+from tool_runs import BENCHMARKS, call, environment, refuse, run
 
 SCRIPT, TABLES = BENCHMARKS / 'gpu_run.sh', BENCHMARKS / 'gpu_tables.py'
 
@@ -17,6 +17,27 @@ def test_without_a_folder_or_with_a_stage_that_is_none_it_prints_how_it_is_calle
     assert result.returncode == 2
     assert 'benchmarks/gpu_run.sh OUT [STAGE]' in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_that_fails_is_named_in_the_last_line(tmp_path):
+    """Without a stage, the others run all the same."""
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/sh\ncase "$*" in *benchmark_memory*) exit 3;; esac\n')
+    python.chmod(0o755)
+    for stages, code in ((['4'], 1), (['3'], 0), ([], 1)):
+        result = subprocess.run(
+            [SCRIPT, 'out', *stages],
+            cwd=tmp_path,
+            env=environment(PYTHON=str(python), TINY='1'),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == code, result.stdout + result.stderr
+        failed = f'not complete: memory (failed: see {tmp_path}/out/memory/*.code and *.txt)'
+        assert (result.stdout.splitlines()[-1] == failed) == bool(code)
+    complete = {path.parent.name for path in (tmp_path / 'out').glob('*/complete')}
+    assert complete == {'check', 'tune', 'benchmark', 'profile'}
 
 
 def write(path, content):

@@ -285,7 +285,7 @@ def test_kernels_without_products_move_bytes(loaded, moved):
     ('args', 'message'),
     [
         (('--jobs', '0'), '--jobs must be at least 1, got 0'),
-        (('--json', 'none/out.json'), 'there is no folder none for out.json'),
+        (('--json', 'none/out.json'), 'there is no folder none for out.json: make it, or name another file'),
         ((), 'TRITON_INTERPRET=1 lets kernels be interpreted, and here they are compiled: unset it'),
     ],
 )

@@ -9,7 +9,7 @@ from tool_runs import BENCHMARKS, call, load_tool, run
 
 from swinv2_mm.ops.triton import attention as triton_backend
 from swinv2_mm.ops.triton import tiles
-from swinv2_mm.ops.triton.launch import Launch, recorded
+from swinv2_mm.ops.triton.launch import Launch, compile_launches, recorded
 from swinv2_mm.ops.triton.tiles import TileConfig
 
 TOOL = BENCHMARKS / 'tune_kernels.py'
@@ -50,7 +50,7 @@ def spoil(monkeypatch, is_spoilt):
     def spoilt(problem):
         results = run(problem)
         if is_spoilt():
-            results['grad v'][..., 0] = torch.nan
+            results['grad of v'][..., 0] = torch.nan
         return results
 
     monkeypatch.setattr(tune_kernels.Problem, 'run', spoilt)
@@ -68,7 +68,7 @@ def test_the_fastest_right_tiles_are_kept(monkeypatch, tmp_path):
     stored = {'another GPU': {'forward 64 32 torch.float16': [64, 64, 4, 2]}}
     (tmp_path / 'tiles.json').write_text(json.dumps(stored))
     printed = call(tmp_path, TOOL, *options)
-    assert f'{kernel}: {fastest} is left out: gives another grad v' in printed
+    assert f'{kernel}: {fastest} is left out: gives another grad of v' in printed
     assert f'| 4x4 | float32 | {kernel} | 3 |' in printed
     del times[fastest]
     kept = json.loads((tmp_path / 'tiles.json').read_text())
@@ -127,8 +127,9 @@ class Compiled:
     ],
 )
 def test_tiles_that_cannot_run_say_why(compiled, reason):
-    fine = Launch(Kernel(Compiled(0)), 1, (), {})
-    assert tune_kernels.reject([fine, Launch(Kernel(compiled), 2, (), {'num_warps': 4})]) == reason
+    arguments = (torch.empty(1),), {'num_warps': 4}
+    results = compile_launches([Launch(Kernel(kernel), 1, *arguments) for kernel in (Compiled(0), compiled)])
+    assert [tune_kernels.reject(result) for result in results] == [None, reason]
 
 
 @pytest.mark.usefixtures('made_up_times')

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..recording import at_compilation
 from ..reference import reference_window_attention
 from ..sdpa import sdpa_window_attention
+from ..tracing import assume_constant_result
 from ..windows import Size
 from . import attention as triton
 from . import post_norm
@@ -63,7 +63,7 @@ def why_not_post_norm(branch: Tensor) -> str | None:
     return _why_not(branch.device, branch.dtype, None)
 
 
-@at_compilation
+@assume_constant_result
 def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
     case = device, dtype, head_dim, _is_tf32(dtype)
     if case not in _verdicts:

@@ -96,6 +96,7 @@ def arguments_of(cls: type, more: Callable | None = None) -> dict[str, inspect.P
 
 
 def _collect(mro: Sequence[type], package: str) -> dict[str, inspect.Parameter]:
+    """Parameters of the first `__init__` in `mro`, and of later ones as far as it has `*args` and `**kwargs`."""
     mro = list(mro)
     while mro and '__init__' not in vars(mro[0]):
         del mro[0]
@@ -111,6 +112,7 @@ def _collect(mro: Sequence[type], package: str) -> dict[str, inspect.Parameter]:
 
 
 def _named(method: Callable, package: str) -> dict[str, inspect.Parameter]:
+    """Parameters of a method without `self`, `*args` and `**kwargs`; see `arguments_of` for their type hints."""
     _, *parameters = inspect.signature(method).parameters.values()  # without `self`
     found = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     if method.__module__.split('.')[0] == package:
@@ -138,7 +140,7 @@ def check_call(
         TypeError: An argument is unknown, missing, or of another type than its hint.
         ValueError: A number is out of range.
     """
-    unknown = [_hint(key, arguments, foreign) for key in kwargs if key not in arguments]
+    unknown = [_describe_unknown(key, arguments, foreign) for key in kwargs if key not in arguments]
     if unknown:
         raise TypeError(
             f'{name} has no argument {"; ".join(unknown)}. Its arguments are {", ".join(arguments) or "none"}'
@@ -151,7 +153,8 @@ def check_call(
         check_value(key, value, arguments[key].annotation)
 
 
-def _hint(key: str, arguments: Iterable[str], foreign: Mapping[str, str]) -> str:
+def _describe_unknown(key: str, arguments: Iterable[str], foreign: Mapping[str, str]) -> str:
+    """Name of an unknown argument, followed by what to write instead, if known."""
     if key in foreign:
         return f'{key} ({foreign[key]})'
     return key + did_you_mean(key, arguments)
@@ -165,6 +168,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _plain(name: str) -> str:
+    """Last part of a dotted name, without case and underscores, for `did_you_mean`."""
     return name.rpartition('.')[2].replace('_', '').lower()
 
 
@@ -205,6 +209,7 @@ def _base(kind: Any) -> Any:
 
 
 def _is(value: Any, base: Any) -> bool:
+    """Whether a value is of a kind of `KINDS`: bool is no number, and strings and dicts are no lists."""
     if base is Sequence and isinstance(value, (str, Mapping)):
         return False
     return isinstance(value, KINDS[base][0]) and (base is bool or not isinstance(value, bool))

@@ -78,6 +78,7 @@ def count_pairs(spatial_shape: Size, window_size: Size, shift_size: Size) -> int
 
 
 def _axis_groups(size: int, window: int, shift: int) -> list[AxisGroup]:
+    """Groups of the windows along one axis of `size` tokens."""
     padded = size + -size % window
     groups: dict[tuple, list[list[int]]] = {}  # (positions, wrapped) -> coords
     for start in range(0, padded, window):

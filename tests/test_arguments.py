@@ -160,7 +160,7 @@ def test_check_arguments_uses_only_hints_of_numbers_of_other_packages():
 
 def public_classes() -> dict[str, type]:
     """Classes available in a config: registered ones, and those given by their full path."""
-    for path in PACKAGE.glob('[med]*/*.py'):  # models, engine, datasets
+    for path in PACKAGE.glob('[mepd]*/*.py'):  # models, engine, parallel, datasets
         importlib.import_module(f'swinv2_mm.{path.parent.name}.{path.stem}')
     found = {}
     for node in vars(registry).values():

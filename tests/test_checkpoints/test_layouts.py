@@ -1,4 +1,4 @@
-"""Every public layout of SwinV2 weights, by every road: written files to the bit, real models by their features."""
+"""Every public layout of Swin V2 on every loading path: written files to the bit, real models by their features."""
 
 import functools
 import re
@@ -46,7 +46,7 @@ def arch_of(writer):
 
 
 def pretrained_of(writer):
-    """What the user has to say: nothing, where the file holds tables."""
+    """What the user has to pass: nothing, where the file has tables."""
     return PRETRAINED if writer in WITHOUT_TABLES else None
 
 
@@ -73,7 +73,7 @@ def save(writer, model, path):
 
 
 def in_file(writer, weights):
-    """Those of our weights that a file of this layout holds."""
+    """Those of our weights that a file of this layout has."""
     kept = {
         'msra_dense': ('norm0', 'norm1', 'norm2', 'norm3'),
         'hf_backbone': (),
@@ -112,24 +112,24 @@ def test_a_file_becomes_the_canonical_weights(writer, tmp_path):
 
 # every layout as a dict; as a file, where the name of the backbone and what is around the weights differ
 FILES = ('official', 'simmim_pretrained', 'msra_dense', 'hf_classifier')
-ROADS = [('load_state_dict', writer) for writer in WRITERS]
-ROADS += [(road, writer) for road in ('init_cfg_with_prefix', 'load_checkpoint') for writer in FILES]
-ROADS += [('init_cfg', 'mmpretrain'), ('init_cfg', 'torchvision')]
+LOADING_PATHS = [('load_state_dict', writer) for writer in WRITERS]
+LOADING_PATHS += [(path, writer) for path in ('init_cfg_with_prefix', 'load_checkpoint') for writer in FILES]
+LOADING_PATHS += [('init_cfg', 'mmpretrain'), ('init_cfg', 'torchvision')]
 
 
-@pytest.mark.parametrize(('road', 'writer'), ROADS)
-def test_every_road_leads_to_the_same_weights(writer, road, tmp_path):
+@pytest.mark.parametrize(('loading_path', 'writer'), LOADING_PATHS)
+def test_every_layout_on_every_loading_path(writer, loading_path, tmp_path):
     weights, model = source(writer)
     path = save(writer, model, tmp_path / 'file.pth')
     init_cfg = {
         'init_cfg': dict(type='Pretrained', checkpoint=path),
         'init_cfg_with_prefix': dict(type='Pretrained', checkpoint=path, prefix='backbone.'),
-    }.get(road)
+    }.get(loading_path)
     backbone = build(arch_of(writer), pretrained=pretrained_of(writer), init_cfg=init_cfg)
     fresh = layouts.canonical(backbone)
-    if road == 'load_checkpoint':
+    if loading_path == 'load_checkpoint':
         load_checkpoint(backbone, path)
-    elif road == 'load_state_dict':
+    elif loading_path == 'load_state_dict':
         backbone.load_state_dict(model)
     else:
         backbone.init_weights()
@@ -138,7 +138,7 @@ def test_every_road_leads_to_the_same_weights(writer, road, tmp_path):
 
 @pytest.mark.parametrize('stored', ['relative_coords_table', 'relative_position_index', 'attn_mask'])
 def test_buffers_that_older_releases_stored_are_no_obstacle(stored):
-    """Of transformers, on its hub: they are dropped, though not before the tables have told the windows."""
+    """Of transformers, on its hub: they are dropped, after the windows have been read from the tables."""
     weights, model = source('hf_classifier')
     for name, value in layouts.stored_buffers(weights, WINDOWS, PRETRAINED, IMAGE).items():
         if name.endswith(stored):
@@ -256,7 +256,7 @@ def assert_same_features(backbone, features, model, image=256):
     x = torch.randn(1, 3, image, image, generator=torch.Generator().manual_seed(1))
     expected, final_norm = features(model, x)
     for i, (ours, theirs) in enumerate(zip(backbone.eval()(x), expected, strict=True)):
-        assert theirs.std() > 0.1, 'the stage says nothing'
+        assert theirs.std() > 0.1, 'the features of the stage are constant'
         assert (ours - oracles.apply_output_norm(backbone, i, theirs)).abs().max() == 0.0, i
     if final_norm is not None:
         last = final_norm(expected[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -353,7 +353,7 @@ def test_columns_of_a_merging_are_those_of_unfold():
 
 
 def test_what_init_cfg_names_and_does_not_fit_is_named(tmp_path):
-    """For what else may be wrong and the other roads, see `test_damaged_files.py`."""
+    """For what else may be wrong and the other loading paths, see `test_damaged_files.py`."""
     _, model = source('official')
     del model['layers.2.blocks.1.attn.proj.weight']
     path = save('official', model, tmp_path / 'file.pth')
@@ -454,7 +454,7 @@ def pre_release_v2():
 
 
 @pytest.mark.parametrize(
-    ('model', 'says'),
+    ('model', 'message'),
     [
         (swin_v1, r'(?i)\bV1\b'),
         (torchvision_v1, r'(?i)\bV1\b'),
@@ -464,15 +464,15 @@ def pre_release_v2():
     ],
     ids=['Swin V1 of timm', 'Swin V1 of torchvision', 'ViT', 'swinv2_cr', 'anything'],
 )
-def test_files_of_other_models_are_refused_for_what_they_are(model, says, tmp_path):
+def test_files_of_other_models_are_refused_for_what_they_are(model, message, tmp_path):
     weights = model().state_dict()
     path = save('', weights, tmp_path / 'file.pth')
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         load_swinv2_state_dict(path)
     backbone = SwinTransformerV2(TINY, 4, 4, init_cfg=dict(type='Pretrained', checkpoint=path))
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         backbone.init_weights()
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         backbone.load_state_dict(weights)
 
 
@@ -486,7 +486,7 @@ def test_files_of_other_models_are_refused_for_what_they_are(model, says, tmp_pa
     ],
     ids=['channels', 'depths', 'heads', 'extra norms'],
 )
-def test_a_model_of_another_size_is_told_what_differs(arch, named):
+def test_error_names_what_differs_in_a_model_of_another_size(arch, named):
     _, model = source('official')
     with pytest.raises(CheckpointError, match=re.escape(named)):
         build(arch).load_state_dict(model)

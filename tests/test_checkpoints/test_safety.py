@@ -1,4 +1,4 @@
-"""No road executes anything that a checkpoint holds. Payloads that got through would leave a file behind."""
+"""No loading path executes anything in a checkpoint. A payload that was executed would leave a file behind."""
 
 import argparse
 import contextlib
@@ -18,9 +18,9 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.runner import CheckpointLoader
-from test_roads import (
+from test_loading_paths import (
+    LOADING_PATHS,
     PRETRAINED,
-    ROADS,
     by_load_checkpoint,
     by_resume,
     detector_config,
@@ -60,7 +60,7 @@ def marker(tmp_path):
 
 
 def load(path):
-    """What every road of mmengine's calls first."""
+    """What every loading path of mmengine calls first."""
     return CheckpointLoader.load_checkpoint(str(path), map_location='cpu')
 
 
@@ -171,16 +171,16 @@ def test_a_payload_is_found_wherever_it_is(place, state, marker, tmp_path):
 
 
 # the different ways to a file: ours, mmengine's loaders of files and addresses, and what is built upon them
-FILE_ROADS = ('load_state_dict_of_the_dict', 'load_checkpoint', 'http', 'init_cfg_with_prefix', 'init_model', 'resume')
+FILE_PATHS = ('load_state_dict_of_the_dict', 'load_checkpoint', 'http', 'init_cfg_with_prefix', 'init_model', 'resume')
 
 
-@pytest.mark.parametrize('road', FILE_ROADS)
-def test_a_payload_is_refused_on_every_road(road, state, weights, marker, tmp_path, folder):
+@pytest.mark.parametrize('loading_path', FILE_PATHS)
+def test_a_payload_is_refused_on_every_loading_path(loading_path, state, weights, marker, tmp_path, folder):
     payload = Call(os.system, f'touch {marker}')
     path = tmp_path / 'swinv2_tiny_patch4_window8_256.pth'  # a name that is known makes no difference
-    torch.save(state | {'optimizer': payload} if road == 'resume' else hide(payload, weights), path)
+    torch.save(state | {'optimizer': payload} if loading_path == 'resume' else hide(payload, weights), path)
     with pytest.raises(UnsafeCheckpointError, match=r'posix\.system'):
-        (ROADS | dict(resume=by_resume))[road](path, folder)
+        (LOADING_PATHS | dict(resume=by_resume))[loading_path](path, folder)
     assert not marker.exists()
 
 

@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from nano import closest, smaller_backbone, train_a_step
 from nano_seg import shrink, write_ade20k
 
-from swinv2_mm.checkpoints import releases
+from swinv2_mm.checkpoints import loaders
 from swinv2_mm.cli import launch
 
 pytest.importorskip('mmseg')
@@ -160,7 +160,8 @@ def test_starts_from_weights_of_its_size_and_windows(name):
         return
     told = backbone.pretrained_window_sizes
     assert backbone.arch in backbone.init_cfg.checkpoint
-    assert releases.find(backbone.init_cfg.checkpoint).windows == (told if isinstance(told, tuple) else (told,) * 4)
+    release = loaders.find_release(backbone.init_cfg.checkpoint)
+    assert release.windows == (told if isinstance(told, tuple) else (told,) * 4)
 
 
 def test_every_config_of_the_metafile_exists_and_none_is_left_out():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.runner import load_checkpoint
-from test_roads import ALL_STAGES, official_weights, source_backbone
+from test_loading_paths import ALL_STAGES, official_weights, source_backbone
 
 from swinv2_mm.checkpoints import CheckpointError
 from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
@@ -64,7 +64,7 @@ def test_patches_of_a_larger_image_have_the_same_embedding():
     torch.testing.assert_close(model.patch_embed.proj(resized), source.patch_embed.proj(patches), rtol=1e-4, atol=1e-5)
 
 
-# of layouts, precisions and roads: what is ours needs no renaming, a detector's file passes through the loaders
+# in place of all layouts and loading paths: our own keys are not converted, a file of a detector passes the loaders
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_a_file_of_our_own_is_adapted_too(dtype, tmp_path):
     source = source_backbone()
@@ -116,10 +116,10 @@ def test_other_channels_than_those_of_rgb_are_refused(theirs, ours):
     state = SwinTransformerV2(**ALL_STAGES, in_channels=theirs).state_dict()
     model = SwinTransformerV2(**ALL_STAGES, in_channels=ours)
     before = kernel_of(model).clone()
-    says = f'takes {theirs} channels and that of the model {ours}, .*set in_channels={theirs}, or .*' + re.escape(
+    message = f'takes {theirs} channels and that of the model {ours}, .*set in_channels={theirs}, or .*' + re.escape(
         f'{NAME} of shape (16, {ours}, 4, 4)'
     )
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         model.load_state_dict(state)
     assert torch.equal(kernel_of(model), before)
     # the other way out

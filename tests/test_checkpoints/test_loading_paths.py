@@ -1,7 +1,7 @@
-"""All roads that lead from a file to a backbone, with an official file and with a checkpoint of our own training.
+"""Every loading path from a file to a backbone, with an official file and with a checkpoint of our own training.
 
-The files are pre-trained with other windows than the backbone has, and the config does not say with which ones: a road
-that does not pass through the conversion loads nothing, or computes another position bias.
+The files are pre-trained with other windows than the backbone has, and the config does not have them: a loading path
+without the conversion loads nothing, or computes another position bias.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def coords_table(window: int, pretrained: int) -> Tensor:
 
 
 def source_backbone(**options) -> SwinTransformerV2:
-    """Random weights with the windows of PRETRAINED, said to the constructor; output norms as new but for the last."""
+    """Random weights with the windows of PRETRAINED, passed to the constructor; new output norms but for the last."""
     torch.manual_seed(0)
     backbone = SwinTransformerV2(**dict(ALL_STAGES, pretrained_window_sizes=PRETRAINED, **options)).eval()
     randomize(backbone)
@@ -62,7 +62,7 @@ def source_backbone(**options) -> SwinTransformerV2:
 
 
 def official_weights(backbone: nn.Module, windows: tuple[int, ...] = PRETRAINED) -> dict[str, Tensor]:
-    """What a file of the official code holds under 'model', from a training with these windows."""
+    """What a file of the official code has under 'model', from a training with these windows."""
     weights = {}
     for name, value in backbone.state_dict().items():
         if name.startswith('norm3.'):
@@ -81,7 +81,7 @@ def official_weights(backbone: nn.Module, windows: tuple[int, ...] = PRETRAINED)
 
 
 def backbone_part(path) -> dict[str, Tensor]:
-    """Weights of the backbone in a checkpoint of mmengine, read with torch alone."""
+    """Weights of the backbone in a checkpoint of mmengine, read with torch only."""
     weights = torch.load(path, weights_only=True)['state_dict']
     return {key.removeprefix('backbone.'): value for key, value in weights.items() if key.startswith('backbone.')}
 
@@ -92,7 +92,7 @@ def folder_with_shapes(folder: Path, shapes: Path) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------- roads: (file, folder, options) -> backbone
+# ---------------------------------------------------------------- loading paths: (file, folder, options) -> backbone
 
 
 class Stop(Exception):
@@ -115,7 +115,7 @@ def detector_config(folder: Path, **backbone) -> Config:
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
     cfg.work_dir = str(folder / 'work')
-    cfg.experiment_name = f'roads-{next(COUNT)}'  # mmengine keeps logs and scopes by this name
+    cfg.experiment_name = f'loading-{next(COUNT)}'  # mmengine keeps logs and scopes by this name
     cfg.log_level = 'ERROR'
     return cfg
 
@@ -239,7 +239,7 @@ def by_converter(path, folder, **options):
     return by_load_checkpoint(written, folder, **options)
 
 
-ROADS = {road.__name__.removeprefix('by_'): road for road in (
+LOADING_PATHS = {load.__name__.removeprefix('by_'): load for load in (
     by_load_state_dict_of_the_dict,
     by_load_checkpoint,
     by_http,
@@ -258,7 +258,7 @@ ROADS = {road.__name__.removeprefix('by_'): road for road in (
 
 
 def twin(weights: dict[str, Tensor], pretrained=PRETRAINED, **options) -> SwinTransformerV2:
-    """A backbone that is told the windows, and gets the weights without any loading code."""
+    """A backbone with the windows in its config, and weights that were copied without any loading code."""
     backbone = SwinTransformerV2(**dict(ALL_STAGES, pretrained_window_sizes=pretrained) | options).eval()
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
@@ -289,7 +289,7 @@ def assert_arrived(backbone: nn.Module, expected: SwinTransformerV2) -> None:
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory, shapes):
-    return folder_with_shapes(tmp_path_factory.mktemp('roads'), shapes)
+    return folder_with_shapes(tmp_path_factory.mktemp('loading_paths'), shapes)
 
 
 @pytest.fixture(scope='module')
@@ -310,19 +310,25 @@ def test_the_window_of_pretraining_matters():
     assert not any(torch.equal(a, b) for a, b in zip(right, wrong, strict=True))
 
 
-@pytest.mark.parametrize('road', ROADS)
-def test_an_official_file_arrives(road, official, folder):
-    assert_arrived(ROADS[road](official, folder), source_backbone())
+@pytest.mark.parametrize('loading_path', LOADING_PATHS)
+def test_an_official_file_arrives(loading_path, official, folder):
+    assert_arrived(LOADING_PATHS[loading_path](official, folder), source_backbone())
 
 
 # a whole detector, its backbone in three ways, and all that a training stores
-OWN_ROADS = ('init_detector', 'load_state_dict_of_the_dict', 'load_checkpoint', 'init_cfg_with_prefix', 'resume')
+OWN_LOADING_PATHS = (
+    'init_detector',
+    'load_state_dict_of_the_dict',
+    'load_checkpoint',
+    'init_cfg_with_prefix',
+    'resume',
+)
 
 
-@pytest.mark.parametrize('road', OWN_ROADS)
-def test_our_own_checkpoint_arrives_with_the_window_of_its_first_training(road, trained, folder):
+@pytest.mark.parametrize('loading_path', OWN_LOADING_PATHS)
+def test_our_own_checkpoint_arrives_with_the_window_of_its_first_training(loading_path, trained, folder):
     """Pre-trained at 6, trained at 8, now used at 12: the bias is still that of 6."""
-    backbone = (ROADS | dict(resume=by_resume))[road](trained, folder, window_size=12)
+    backbone = (LOADING_PATHS | dict(resume=by_resume))[loading_path](trained, folder, window_size=12)
     weights = backbone_part(trained)
     assert not torch.equal(weights['patch_embed.proj.weight'], source_backbone().patch_embed.proj.weight)
     assert_arrived(backbone, twin(weights, window_size=12))
@@ -382,16 +388,16 @@ def test_a_model_on_the_meta_device_takes_the_tensors_themselves():
 
 
 @pytest.mark.parametrize(
-    ('road', 'options'),
+    ('loading_path', 'options'),
     [('init_cfg', dict()), ('init_cfg', dict(begin_iter=1)), ('load_from', dict(update_buffers=True))],
     ids=str,
 )
-def test_the_averaged_copy_computes_with_the_window_of_pretraining(road, options, official, folder, tmp_path):
+def test_the_averaged_copy_computes_with_the_window_of_pretraining(loading_path, options, official, folder, tmp_path):
     """EMAHook copies the model before init_cfg is loaded, and never copies again."""
     cfg = detector_config(folder)
     cfg.work_dir = str(tmp_path)
     cfg.custom_hooks = [dict(type='EMAHook', **options)]
-    if road == 'load_from':
+    if loading_path == 'load_from':
         cfg.load_from = str(official)
     else:
         cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(official))
@@ -402,7 +408,7 @@ def test_the_averaged_copy_computes_with_the_window_of_pretraining(road, options
     assert same(features(averaged), features(twin(weights)))
     assert not same(features(averaged), features(twin(weights, None)))
 
-    # the file holds the averaged weights where others would look for them, and both when it is resumed
+    # the file has the averaged weights where others would look for them, and both when it is resumed
     saved = tmp_path / 'epoch_1.pth'
     assert_arrived(by_load_checkpoint(saved, folder), averaged)
     cfg.update(load_from=str(saved), resume=True)
@@ -417,7 +423,7 @@ def test_the_averaged_copy_computes_with_the_window_of_pretraining(road, options
 
 
 @pytest.mark.parametrize('wrapper', ['model', 'state_dict'])
-def test_resuming_from_weights_alone_says_to_use_load_from(wrapper, folder, tmp_path):
+def test_resuming_from_weights_only_says_to_use_load_from(wrapper, folder, tmp_path):
     weights = official_weights(source_backbone())
     if wrapper == 'state_dict':
         weights = {f'backbone.{name}': value for name, value in weights.items()}
@@ -441,7 +447,7 @@ class Net(nn.Module):
 
 
 def load_in_shards(official: dict[str, Tensor], nested: bool, original: bool, net: bool) -> tuple[dict, list | None]:
-    """Load an official file into a sharded model; returns what it holds and computes after that."""
+    """Load an official file into a sharded model; returns its state and its features after that."""
     torch.manual_seed(0)
     model, weights = SwinTransformerV2(**ALL_STAGES), official
     if net:

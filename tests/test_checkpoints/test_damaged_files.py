@@ -236,7 +236,7 @@ OTHER_OBJECTS = {
     'no state_dict': {'state_dict': None, 'meta': {}},
     'model that is a text': {'model': 'swinv2_tiny'},
     'model that is a list': {'model': [torch.ones(2)]},
-    'training state alone': {'optimizer': {'state': {}, 'param_groups': []}, 'epoch': 3},
+    'training state without weights': {'optimizer': {'state': {}, 'param_groups': []}, 'epoch': 3},
     'another network': {'state_dict': {'conv1.weight': torch.ones(8, 3, 7, 7), 'layer1.0.conv1.weight': torch.ones(8)}},
     'another detector': {
         'state_dict': {'backbone.conv1.weight': torch.ones(8, 3, 7, 7), 'bbox_head.weight': torch.ones(8)},
@@ -410,7 +410,7 @@ def add_windows() -> None:
     blocks = [name.removesuffix('logit_scale') for name in good() if name.endswith('logit_scale')]
     negative = {f'{block}cpb_mlp.pretrained_window_size': torch.tensor([-6, -6]) for block in blocks}
     all_negative = lambda: without(*no_tables)() | negative  # noqa: E731
-    add_weights('negative windows are stored alone', all_negative, 'pretrained_window_size must be')
+    add_weights('only negative windows', all_negative, 'pretrained_window_size must be')
     add_weights('no table tells the windows', without(*no_tables), 'pretrained_window_sizes')
 
 

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner, load_checkpoint
 from mmengine.runner.checkpoint import save_checkpoint
-from test_layouts import ARCH, PRETRAINED, arch_of, in_file, pretrained_of, save, source
+from test_layouts import ARCH, PRETRAINED, arch_of, pretrained_of, save, source, weights_in_file
 
 from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict
 from swinv2_mm.checkpoints.conversion import write_windows
@@ -66,13 +66,13 @@ def inflated(name, value, frames):
     ('writer', 'frames'),
     [('official', 1), ('official', 2), ('hf_backbone', 4), ('msra_dense', 2), ('mmpretrain', 2), ('torchvision', 4)],
 )
-def test_a_file_of_any_layout_is_inflated(writer, frames, tmp_path):
+def test_inflate_a_file_of_any_layout(writer, frames, tmp_path):
     weights, model = source(writer)
     path = save(writer, model, tmp_path / 'file.pth')
     backbone = build(arch_of(writer), pretrained=pretrained_of(writer), patch_size=(frames, 4, 4))
     fresh = layouts.canonical(backbone)
     load_checkpoint(backbone, path)
-    expected = in_file(writer, weights)
+    expected = weights_in_file(writer, weights)
     for name, value in layouts.canonical(backbone).items():
         assert torch.equal(value, inflated(name, expected[name], frames) if name in expected else fresh[name]), name
     assert set(expected) <= set(fresh)
@@ -81,7 +81,7 @@ def test_a_file_of_any_layout_is_inflated(writer, frames, tmp_path):
 
 @pytest.mark.parametrize('window', [8, 16])
 @torch.no_grad()
-def test_a_still_clip_has_the_features_of_timm(window, tmp_path):
+def test_inflate_a_still_clip_has_the_features_of_timm(window, tmp_path):
     """An independent image model, its own file, and the video model that comes of it, at another window too."""
     oracles.find_peers()
     from timm.models.swin_transformer_v2 import SwinTransformerV2 as Peer
@@ -99,7 +99,7 @@ def test_a_still_clip_has_the_features_of_timm(window, tmp_path):
         torch.testing.assert_close(ours, theirs[:, :, None].expand_as(ours), rtol=1e-6, atol=1e-6)
 
 
-def test_the_patches_are_those_of_mmactions_own_inflation(tmp_path):
+def test_inflate_patch_embed_as_mmaction(tmp_path):
     """Swin V1 has the same patch embedding: its file goes through mmaction's code, the same weights through ours."""
     pytest.importorskip('mmaction')
     from mmaction.models import SwinTransformer3D
@@ -151,7 +151,7 @@ def test_a_config_that_contradicts_the_file_is_an_error():
         build(pretrained=8).load_state_dict(model)
 
 
-def test_the_log_says_that_time_is_new():
+def test_inflate_logs_that_time_is_new():
     _, model = source('official')
     with layouts.recorded_log() as log:
         build().load_state_dict(model)
@@ -191,7 +191,7 @@ def test_a_video_checkpoint_moves_to_larger_windows_on_every_axis(tmp_path):
         torch.testing.assert_close(before().unflatten(1, (7, 15, 15)), middle, rtol=1e-6, atol=1e-6)
 
 
-def test_what_a_user_says_of_a_video_checkpoint_is_about_height_and_width(tmp_path):
+def test_write_windows_of_height_and_width_into_a_video_checkpoint(tmp_path):
     """As the converter and the drawing of the bias take it: one number per stage."""
     backbone = build(pretrained=with_time(3))
     assert windows_of(backbone) == with_time(3)
@@ -289,7 +289,7 @@ def test_inflate_an_image_file_for_a_recognizer(loading_path, tmp_path):
     assert windows_of(backbone) == with_time(4)
 
 
-def test_a_recognizer_remembers_the_windows_of_its_weights(tmp_path):
+def test_window_buffers_in_a_checkpoint_of_a_recognizer(tmp_path):
     """From images to a saved checkpoint, which needs no word in the config."""
     pytest.importorskip('mmaction')
     _, model = source('official')

@@ -72,7 +72,7 @@ def save(writer, model, path):
     return str(path)
 
 
-def in_file(writer, weights):
+def weights_in_file(writer, weights):
     """Those of our weights that a file of this layout has."""
     kept = {
         'msra_dense': ('norm0', 'norm1', 'norm2', 'norm3'),
@@ -81,7 +81,7 @@ def in_file(writer, weights):
     return {k: v for k, v in weights.items() if not k.startswith('norm') or k.split('.')[0] in kept}
 
 
-def assert_holds(backbone, expected, fresh):
+def assert_weights(backbone, expected, fresh):
     """Weights of the file, and for the norms that it lacks those of a new layer; windows of all blocks."""
     for name, value in layouts.canonical(backbone).items():
         assert torch.equal(value, expected.get(name, fresh[name])), name
@@ -92,11 +92,11 @@ def assert_holds(backbone, expected, fresh):
 
 
 @pytest.mark.parametrize('writer', WRITERS)
-def test_a_file_becomes_the_canonical_weights(writer, tmp_path):
+def test_load_swinv2_state_dict_of_every_layout(writer, tmp_path):
     weights, model = source(writer)
     loaded = load_swinv2_state_dict(save(writer, model, tmp_path / 'file.pth'))
     windows = {k: loaded.pop(k).tolist() for k in list(loaded) if k.endswith('pretrained_window_size')}
-    expected = in_file(writer, weights)
+    expected = weights_in_file(writer, weights)
     assert loaded.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(loaded[name], value), name
@@ -133,11 +133,11 @@ def test_every_layout_on_every_loading_path(writer, loading_path, tmp_path):
         backbone.load_state_dict(model)
     else:
         backbone.init_weights()
-    assert_holds(backbone, in_file(writer, weights), fresh)
+    assert_weights(backbone, weights_in_file(writer, weights), fresh)
 
 
 @pytest.mark.parametrize('stored', ['relative_coords_table', 'relative_position_index', 'attn_mask'])
-def test_buffers_that_older_releases_stored_are_no_obstacle(stored):
+def test_buffers_of_older_releases_are_dropped(stored):
     """Of transformers, on its hub: they are dropped, after the windows have been read from the tables."""
     weights, model = source('hf_classifier')
     for name, value in layouts.stored_buffers(weights, WINDOWS, PRETRAINED, IMAGE).items():
@@ -146,7 +146,7 @@ def test_buffers_that_older_releases_stored_are_no_obstacle(stored):
     backbone = build(pretrained=None if stored == 'relative_coords_table' else PRETRAINED)
     fresh = layouts.canonical(backbone)
     backbone.load_state_dict(model)
-    assert_holds(backbone, in_file('hf_classifier', weights), fresh)
+    assert_weights(backbone, weights_in_file('hf_classifier', weights), fresh)
 
 
 def test_norms_of_stages_that_are_not_returned_are_not_needed():
@@ -155,7 +155,7 @@ def test_norms_of_stages_that_are_not_returned_are_not_needed():
     fresh = layouts.canonical(backbone)
     backbone.load_state_dict(model)
     expected = {k: v for k, v in weights.items() if not k.startswith(('norm', 'layers.2.downsample', 'layers.3'))}
-    assert_holds(backbone, expected, fresh)
+    assert_weights(backbone, expected, fresh)
 
 
 @pytest.mark.parametrize(
@@ -172,14 +172,14 @@ def test_files_of_another_precision_load_as_float32(writer, suffix, dtype, tmp_p
     model = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.items()}
     path = str(tmp_path / f'file{suffix}')
     torch.save(model, path) if suffix == '.pth' else save_file(model, path)
-    rounded = {k: v.to(dtype).float() for k, v in in_file(writer, weights).items()}
+    rounded = {k: v.to(dtype).float() for k, v in weights_in_file(writer, weights).items()}
     loaded = load_swinv2_state_dict(path)
     for name, value in rounded.items():
         assert torch.equal(loaded[name].float(), value), name
     backbone = build(pretrained=PRETRAINED, init_cfg=dict(type='Pretrained', checkpoint=path))
     fresh = layouts.canonical(backbone)
     backbone.init_weights()
-    assert_holds(backbone, rounded, fresh)
+    assert_weights(backbone, rounded, fresh)
 
 
 # Real models
@@ -337,7 +337,7 @@ def test_buffers_are_those_that_timm_computes():
 
 
 @torch.no_grad()
-def test_columns_of_a_merging_are_those_of_unfold():
+def test_mmpretrain_columns_are_those_of_unfold():
     """What mmpretrain does: unfold, then a linear layer with permuted columns, is the official concatenation."""
     x = torch.randn(2, 3, 6, 4, dtype=torch.float64)
     reduction = torch.randn(6, 12, dtype=torch.float64)

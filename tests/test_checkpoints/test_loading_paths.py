@@ -105,7 +105,7 @@ class StopHook(Hook):
 
 
 def detector_config(folder: Path, **backbone) -> Config:
-    """The tiny detector with features of all stages; `folder` holds shapes/ and takes what is written."""
+    """The tiny detector with features of all stages; `folder` contains shapes/ and is written to."""
     cfg = launch.load_config(str(TINY / 'det.py'), dict(data_root=str(folder / 'shapes')))
     cfg.model.backbone.update(ALL_STAGES | backbone)
     cfg.model.neck.update(in_channels=[16, 32, 64, 128], start_level=1)

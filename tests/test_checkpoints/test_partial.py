@@ -158,9 +158,9 @@ def test_a_changed_backbone_loads_its_own_state(change, tmp_path):
     model.load_state_dict(expected)
     assert_same_state(model, expected)
 
-    torch.save({'state_dict': expected, 'meta': {}}, tmp_path / 'alone.pth')
+    torch.save({'state_dict': expected, 'meta': {}}, tmp_path / 'backbone.pth')
     model = changed(change)
-    load_checkpoint(model, str(tmp_path / 'alone.pth'), strict=True)
+    load_checkpoint(model, str(tmp_path / 'backbone.pth'), strict=True)
     assert_same_state(model, expected)
 
     whole = Net(source).state_dict()
@@ -239,7 +239,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize('part', PARTS)
-@pytest.mark.parametrize('make', [nn.Identity, Net], ids=['alone', 'in a model'])
+@pytest.mark.parametrize('make', [nn.Identity, Net], ids=['backbone', 'in a model'])
 def test_a_part_is_taken_as_by_torch(part, make, monkeypatch):
     def model(**options):
         backbone = add_lora(SwinTransformerV2(**ALL_STAGES | options), 'qkv')
@@ -295,7 +295,7 @@ def test_a_part_that_does_not_fit_is_an_error(name, value, message):
 
 
 def test_a_part_of_another_layout_is_an_error():
-    """Names that are not ours: nobody can say what was left out on purpose."""
+    """Names that are not ours: what was left out on purpose is unknown."""
     state = official_weights(source_backbone())
     del state[f'{BLOCK}mlp.fc2.bias']
     with pytest.raises(CheckpointError, match=r'missing: .*mlp\.fc2\.bias'):
@@ -360,7 +360,7 @@ def test_the_init_cfg_of_a_model_names_a_whole_backbone_too(prefix, tmp_path):
 
 @pytest.mark.parametrize('roots', [['model.backbone.'], ['teacher.backbone.', 'student.backbone.'], ['img_backbone.']])
 def test_a_backbone_that_lies_elsewhere_in_the_file_is_not_passed_over(roots, tmp_path):
-    """With the way out that the message gives, it is loaded."""
+    """It is loaded as the message proposes."""
     source = source_backbone()
     state = {f'{root}{name}': value for root in roots for name, value in source.state_dict().items()}
     torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'file.pth')

@@ -140,7 +140,7 @@ def test_windows_may_grow_in_steps(tmp_path):
 
 
 @torch.no_grad()
-def test_a_detector_remembers_the_windows_of_its_weights(tmp_path):
+def test_window_buffers_in_a_checkpoint_of_a_detector(tmp_path):
     """Trained at 16 from weights of 8, saved, and loaded by a config without the 8."""
     pytest.importorskip('mmdet')
     arch = dict(ARCH, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
@@ -205,7 +205,7 @@ def test_read_windows_of_released_files(windows, pretrained, dtype):
     assert read_windows(windows, pretrained, dtype) == square(*pretrained)
 
 
-def test_tables_of_a_file_in_half_precision_are_read_as_they_are(tmp_path):
+def test_read_windows_in_half_precision(tmp_path):
     weights = layouts.official(weights_of(TINY), (14, 14, 14, 7), (12, 12, 12, 6))
     save_file({k: v.half() for k, v in weights.items() if v.is_floating_point()}, tmp_path / 'model.safetensors')
     found = windows_in(load_swinv2_state_dict(str(tmp_path / 'model.safetensors')))
@@ -240,14 +240,14 @@ def linear(windows, scale):
     ],
     ids=['linear by 8', 'linear', 'natural', 'no whole window', 'reversed', 'axes swapped', 'NaN', 'zeros'],
 )
-def test_a_table_that_is_not_log_spaced_is_refused(table):
+def test_read_windows_refuses_a_table_that_is_not_log_spaced(table):
     weights = layouts.official(weights_of(TINY), (8,) * 4, (8,) * 4)
     weights['layers.1.blocks.0.attn.relative_coords_table'] = table
     with pytest.raises(CheckpointError, match=r'layers\.1\.blocks\.0\.attn\.relative_coords_table'):
         build(8, arch=TINY).load_state_dict(weights)
 
 
-def test_blocks_of_a_stage_must_agree():
+def test_read_windows_refuses_blocks_of_a_stage_that_disagree():
     weights = layouts.official(weights_of(), (8,) * 4, (8,) * 4)
     weights['layers.1.blocks.1.attn.relative_coords_table'] = layouts.coords_table(8, 6)
     with pytest.raises(CheckpointError, match=r'stage 1: 8 in layers\.1\.blocks\.0\..*, 6 in layers\.1\.blocks\.1\.'):
@@ -257,7 +257,7 @@ def test_blocks_of_a_stage_must_agree():
 # The order of the sources
 
 
-def test_what_the_config_leaves_open_comes_from_the_file(tmp_path):
+def test_resolve_pretrained_windows_from_the_file(tmp_path):
     path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4), TINY)
     for cfg_windows in (None, 0, (0, 8, 0, 0), (8, 8, 8, 4), ((8, 0), 8, 0, (0, 4))):
         assert windows_of(build(16, cfg_windows, arch=TINY, path=path)) == square(8, 8, 8, 4), cfg_windows
@@ -273,7 +273,7 @@ def test_what_the_config_leaves_open_comes_from_the_file(tmp_path):
         (((8, 8), (8, 8), (8, 8), (4, 5)), 'our own'),
     ],
 )
-def test_a_config_that_contradicts_the_file_is_an_error(cfg_windows, stored, tmp_path):
+def test_resolve_pretrained_windows_refuses_a_config_that_contradicts_the_file(cfg_windows, stored, tmp_path):
     path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4), TINY)
     if stored == 'our own':
         torch.save(build(16, arch=TINY, path=path).state_dict(), path)
@@ -286,7 +286,7 @@ def test_a_config_that_contradicts_the_file_is_an_error(cfg_windows, stored, tmp
     assert {value, '8' if stage == 0 else '4'} <= set(numbers), message
 
 
-def test_our_own_file_needs_no_config(tmp_path):
+def test_resolve_pretrained_windows_of_our_own_file(tmp_path):
     source = build(8, (8, 8, 8, 4), arch=TINY)
     torch.save(source.state_dict(), tmp_path / 'ours.pth')
     assert windows_in(load_swinv2_state_dict(str(tmp_path / 'ours.pth'))) == dict(enumerate(square(8, 8, 8, 4)))
@@ -294,7 +294,7 @@ def test_our_own_file_needs_no_config(tmp_path):
 
 
 @pytest.mark.parametrize('cfg_windows', [None, 8, (16, 16, 16, 8)])
-def test_a_name_that_contradicts_the_table_is_an_error(cfg_windows, tmp_path):
+def test_read_windows_refuses_a_name_that_contradicts_the_table(cfg_windows, tmp_path):
     """Somebody has renamed the file, so that neither is to be believed."""
     path = official_file(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', (8,) * 4, (8,) * 4, TINY)
     with pytest.raises(CheckpointError, match=r'stage 0: 8 .*relative_coords_table, 16 .*name of the file'):
@@ -302,7 +302,7 @@ def test_a_name_that_contradicts_the_table_is_an_error(cfg_windows, tmp_path):
 
 
 @pytest.mark.parametrize('cfg_windows', [8, (16, 16, 16, 16), (0, 0, 0, 16)])
-def test_a_config_that_contradicts_the_name_of_the_file_is_an_error(cfg_windows, tmp_path):
+def test_resolve_pretrained_windows_refuses_a_config_that_contradicts_the_name(cfg_windows, tmp_path):
     path = file_without_windows(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', TINY)
     with pytest.raises(CheckpointError, match=r'stage \d.*pretrained_window_sizes'):
         build(16, cfg_windows, arch=TINY, path=path)
@@ -312,7 +312,7 @@ def test_a_config_that_contradicts_the_name_of_the_file_is_an_error(cfg_windows,
 @pytest.mark.parametrize(
     'name', ['swinv2_tiny_window16_256.ms_in1k.safetensors', 'swinv2_tiny_patch4_window16_256.pth']
 )
-def test_windows_by_the_name_of_a_released_file(name, tmp_path):
+def test_read_windows_by_the_name_of_a_released_file(name, tmp_path):
     """For other names, see `test_loaders.py`."""
     weights = layouts.timm_new(weights_of(TINY))
     save = save_file if name.endswith('.safetensors') else torch.save
@@ -323,7 +323,7 @@ def test_windows_by_the_name_of_a_released_file(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['model.pth', 'swinv2_tiny_patch4_window7_224.pth'])
-def test_where_nothing_is_known_the_error_says_what_to_pass(name, tmp_path):
+def test_resolve_pretrained_windows_unknown_error_names_the_argument(name, tmp_path):
     path = file_without_windows(tmp_path / name, TINY)
     assert windows_in(load_swinv2_state_dict(str(path))) == {}
     for load in (lambda: build(8, arch=TINY, path=path), lambda: build(8, arch=TINY).load_state_dict(torch.load(path))):
@@ -331,7 +331,7 @@ def test_where_nothing_is_known_the_error_says_what_to_pass(name, tmp_path):
             load()
 
 
-def test_what_is_known_of_some_stages_alone_is_not_enough(tmp_path):
+def test_resolve_pretrained_windows_needs_all_stages(tmp_path):
     path = file_without_windows(tmp_path / 'model.pth', TINY)
     with pytest.raises(CheckpointError, match='pretrained_window_sizes') as error:
         build(8, (12, 12, 12, 0), arch=TINY, path=path)
@@ -341,7 +341,7 @@ def test_what_is_known_of_some_stages_alone_is_not_enough(tmp_path):
 # The log
 
 
-def test_the_log_tells_the_transfer_of_each_stage(tmp_path):
+def test_log_window_transfer_of_each_stage(tmp_path):
     path = official_file(tmp_path / 'model.pth', (12, 12, 12, 6), (12, 12, 12, 6), TINY)
     with layouts.recorded_log() as messages:
         build((24, 24, 24, 12), arch=TINY, path=path)
@@ -355,16 +355,16 @@ def test_the_log_tells_the_transfer_of_each_stage(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('window', 'says'), [(8, 'no extrapolation'), (7, 'no extrapolation'), (9, 'extrapolates by ')]
+    ('window', 'message'), [(8, 'no extrapolation'), (7, 'no extrapolation'), (9, 'extrapolates by ')]
 )
-def test_the_log_says_whether_there_is_any_extrapolation(window, says, tmp_path):
+def test_log_window_transfer_extrapolation(window, message, tmp_path):
     path = official_file(tmp_path / 'model.pth', (8,) * 4, (8,) * 4, TINY)
     with layouts.recorded_log() as messages:
         build(window, arch=TINY, path=path)
-    assert len([m for m in messages if says in m]) == 4
+    assert len([m for m in messages if message in m]) == 4
 
 
-def test_the_log_is_silent_without_loading():
+def test_log_window_transfer_not_without_loading():
     with layouts.recorded_log() as messages:
         build(8).init_weights()
     assert not [m for m in messages if 'SwinV2:' in m or 'stage' in m]

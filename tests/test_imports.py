@@ -61,6 +61,16 @@ def test_folders_import_only_what_lies_below_them():
             assert own <= allowed, f'{path.name} imports {own - allowed}'
 
 
+def test_modules_of_checkpoints_import_only_those_below_them():
+    order = ('layouts', 'conversion', 'backbone', 'pickles', 'files', 'loaders')
+    folder = PACKAGE / 'checkpoints'
+    assert {path.stem for path in folder.glob('*.py')} == {'__init__', *order}
+    for i, module in enumerate(order):
+        nodes = ast.walk(ast.parse((folder / f'{module}.py').read_text()))
+        siblings = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1}
+        assert siblings <= {None, *order[:i]}, module  # None: errors, from the package itself
+
+
 def test_ops_need_torch_alone():
     files = {path.relative_to(PACKAGE / 'ops').as_posix(): path for path in (PACKAGE / 'ops').rglob('*.py')}
     found = {name: imports(path) - {'.ops'} - sys.stdlib_module_names for name, path in files.items()}

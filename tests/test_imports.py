@@ -28,6 +28,7 @@ BENCHMARKS = (
 )
 TOOLBOXES = {'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}
 EXTENSIONS = {
+    'cli/inputs.py': {'mmdet'},
     'datasets/transforms.py': {'mmdet'},
     'datasets/video.py': {'mmaction'},
     'engine/video_visualization.py': {'mmaction'},

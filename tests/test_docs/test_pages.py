@@ -9,49 +9,16 @@ import io
 import os
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from doc_pages import CODE, COMMANDS, FENCE, LAUNCHERS, PAGES, blocks, launched
 from tool_runs import REPOSITORY, load_tool, restored_process
 
-PAGES = sorted(
-    page
-    for pattern in ('*.md', 'docs/**/*.md', 'tools/*.md', 'configs/*/*.md', 'projects/*/*.md')
-    for page in REPOSITORY.glob(pattern)
-)
-FENCE = re.compile(r'^( *)```(\w*)[^\n]*\n(.*?)^\1```', re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r'(?:(?<=\n\n)|\A)((?: {4}\S[^\n]*\n(?:\n(?= {4}))?)+)')
 GAP = '…'  # for names and numbers in a message
 SHELL = 'apt-get', 'cd', 'export', 'git', 'jupyter', 'mim', 'source', 'tensorboard'  # programs that are not ours
-LAUNCHERS = {
-    'dist_train.sh': 'train.py',
-    'dist_test.sh': 'test.py',
-    'slurm_train.sh': 'train.py',
-    'slurm_test.sh': 'test.py',
-}
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """Code blocks of a language, without their indentation."""
-    return [
-        '\n'.join(line.removeprefix(indent) for line in text.splitlines())
-        for indent, found, text in FENCE.findall(page.read_text())
-        if found == language
-    ]
-
-
-def commands(page: Path) -> Iterator[str]:
-    """Commands of the bash blocks, each on one line."""
-    for block in blocks(page, 'bash'):
-        for line in block.replace('\\\n', ' ').splitlines():
-            if shlex.split(line, comments=True):
-                yield ' '.join(line.split())
-
-
-COMMANDS = [(page.relative_to(REPOSITORY).as_posix(), command) for page in PAGES for command in commands(page)]
-CODE = [(page.relative_to(REPOSITORY).as_posix(), i) for page in PAGES for i in range(len(blocks(page, 'python')))]
 
 
 # ---------------------------------------------------------------- form
@@ -144,16 +111,6 @@ def parse(script: Path, arguments: list[str]) -> None:
     with stop, restored_process(), contextlib.redirect_stderr(errors), pytest.raises((ParsedError, SystemExit)) as end:
         load_tool(script).main(arguments)
     assert end.type is ParsedError, errors.getvalue()
-
-
-def launched(program: str, arguments: list[str]) -> list[str]:
-    """Arguments that a launcher hands to train.py or test.py."""
-    if 'slurm' in program:
-        _, _, config, folder_or_checkpoint, *rest = arguments
-        return [config, *(['--work-dir'] if 'train' in program else []), folder_or_checkpoint, *rest]
-    gpus = arguments.pop(1 if 'train' in program else 2)
-    assert gpus.isdecimal()
-    return arguments
 
 
 def check(words: list[str]) -> None:

@@ -1,0 +1,170 @@
+"""Every command and code block of the README and the docs, run at nano size in a folder laid out like this one."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import nano.det
+import nano.seg
+import nano.video
+import oracles
+import pytest
+import torch
+from doc_pages import CODE, COMMANDS, LAUNCHERS, blocks, launched
+from mmengine.config import Config
+from mmengine.registry import DATASETS, HOOKS, MODELS, DefaultScope
+from tool_runs import REPOSITORY, call
+
+from swinv2_mm.cli import launch
+from swinv2_mm.models import SwinTransformerV2
+from swinv2_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+for toolbox in ('mmdet', 'mmseg', 'mmaction'):
+    pytest.importorskip(toolbox)
+
+pytestmark = pytest.mark.slow
+TASKS = dict(
+    det=(nano.det.shrink, nano.det.write_shapes),
+    seg=(nano.seg.shrink, nano.seg.write_ade20k),
+    video=(nano.video.shrink, nano.video.write_kinetics400),
+)
+NANO = dict(nano.ARCH, depths=(1, 1, 1, 1))
+CHECKPOINT = 'nano.pth'
+RELEASE = re.compile(r'swinv2://\w+')
+# run by CI as they are, or by tests of their own: downloads, GPUs, many machines
+ELSEWHERE = (
+    r'(git|pip|make|source|cd|export) ',
+    r'\S*benchmarks/gpu_run\.sh ',
+    r'(TRITON_INTERPRET=1 )?python -m swinv2_mm\.ops\.selfcheck',
+    r'python tools/demo\.py',
+)
+# what makes a command small: of repeated options the last one counts
+SMALL = {
+    r'benchmark_(attention|backbone)\.py': '--shapes nano --repeats 1',
+    r'benchmark_loading\.py': '--arch tiny --layouts hf --formats pth',
+    r'benchmark_memory\.py --task sizes': '--sizes 64 96 --window 4',
+    r'benchmark_memory\.py --task (?!sizes)': '--task nano',
+    r'kernel_report\.py': '--shapes nano --json report.json',
+    r'tools/benchmark\.py': '--max-iter 1 --num-warmup 0',
+    r'make_shapes_coco\.py': '--train 2 --val 1 --size 96',
+    r'make_motion_clips\.py': '--train 4 --val 4',
+    r'study_window_transfer\.py': '--size 32 --window 2 --factors 1 2 --steps 2 --batch-size 2 --train-images 3'
+    ' --test-images 2 --seeds 4',
+}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    """A working folder with the repository's configs at nano size, data sets, and checkpoints for them."""
+    root = tmp_path_factory.mktemp('docs')
+    for task, (shrink, write_data) in TASKS.items():
+        (root / 'data' / task).mkdir(parents=True)
+        data = write_data(root / 'data' / task)
+        (root / 'configs' / task).mkdir(parents=True)
+        for path in (REPOSITORY / 'configs' / task).glob('*.py'):
+            place = data / ('objects365' if 'objects365' in path.name else 'coco') if task == 'det' else data
+            cfg = launch.load_config(str(path), dict(data_root=f'{place}/'))
+            (cfg if 'demo' in path.name else shrink(cfg)).dump(root / 'configs' / task / path.name)
+    backbone = oracles.randomize(SwinTransformerV2(NANO, window_size=8, pretrained_window_sizes=8))
+    torch.save(dict(state_dict=backbone.state_dict(), meta={}), root / CHECKPOINT)
+    return root
+
+
+@pytest.fixture(scope='module')
+def examples(folder) -> Path:
+    """The folder, with the data sets that the pages generate."""
+    for script, name in (('make_shapes_coco.py', 'shapes_coco'), ('make_motion_clips.py', 'motion_clips')):
+        if not (folder / 'data' / name).exists():
+            call(folder, f'misc/{script}', f'data/{name}', *small(script))
+    return folder
+
+
+def checkpoint_of(path: str, folder: Path) -> None:
+    """Write the checkpoint that a command expects from an earlier training: work_dirs/CONFIG/NAME.pth."""
+    target = folder / path
+    if target.exists():
+        return
+    cfg = Config.fromfile(next(folder.glob(f'configs/*/{target.parent.name}.py')))
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta={})), target)
+
+
+def as_python(command: str) -> list[str]:
+    """The words of a command that call a script in one process, without launchers and variables."""
+    words = shlex.split(command, comments=True)
+    while re.fullmatch(r'\w+=.*', words[0]):
+        words.pop(0)
+    program, *arguments = words
+    if program == 'torchrun':
+        start = next(i for i, word in enumerate(arguments) if word.endswith('.py'))
+        arguments = [word for word in arguments[start:] if word != '--launcher' and word != 'pytorch']
+        return arguments
+    if Path(program).name in LAUNCHERS:
+        return [f'tools/{LAUNCHERS[Path(program).name]}', *launched(program, arguments)]
+    return arguments if program == 'python' else words
+
+
+def small(command: str) -> list[str]:
+    """Options that make a command small."""
+    return [word for pattern, options in SMALL.items() if re.search(pattern, command) for word in options.split()]
+
+
+RUN = sorted({c for _, c in COMMANDS if not any(re.match(pattern, c) for pattern in ELSEWHERE)})
+
+
+@pytest.mark.parametrize('command', RUN)
+def test_a_command_runs(command, folder):
+    script, *arguments = as_python(RELEASE.sub(CHECKPOINT, command))
+    if script.startswith('tools/misc/make_'):
+        shutil.rmtree(folder / arguments[0], ignore_errors=True)
+    for word in arguments:
+        for path in re.findall(r'work_dirs/\w+/\w+\.pth', word):
+            checkpoint_of(path, folder)
+    arguments = [{'CHECKPOINT': CHECKPOINT, 'SRC': CHECKPOINT}.get(word, word) for word in arguments]
+    call(folder, REPOSITORY / script, *arguments, *small(command))
+
+
+# ---------------------------------------------------------------- code
+
+
+def is_config(text: str) -> bool:
+    return not re.search(r'^(import|from) ', text, re.MULTILINE)
+
+
+CONFIGS = [(page, i) for page, i in CODE if is_config(blocks(REPOSITORY / page, 'python')[i])]
+
+
+@pytest.mark.parametrize(('page', 'number'), sorted(set(CODE) - set(CONFIGS)))
+def test_a_script_runs(page, number, folder, monkeypatch, capsys):
+    """And prints what the page shows below it, but for the channels of the nano model."""
+    monkeypatch.chdir(folder)
+    text = RELEASE.sub(CHECKPOINT, blocks(REPOSITORY / page, 'python')[number])
+    exec(compile(re.sub(r"arch='\w+'", f'arch={NANO}', text), page, 'exec'), {})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('page', 'number'), CONFIGS)
+def test_a_config_builds(page, number, examples, tmp_path, monkeypatch):
+    """Its model or backbone, its data sets, hooks and the optimizer's constructor."""
+    monkeypatch.chdir(examples)
+    path = tmp_path / 'mine.py'
+    path.write_text(blocks(REPOSITORY / page, 'python')[number])
+    cfg = Config.fromfile(path)
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
+        model = cfg.get('model', {})
+        part = model if 'type' in model else cfg.get('backbone', model.get('backbone', {}))
+        if 'type' in part:
+            with torch.device('meta'):
+                MODELS.build(part)
+        elif part:
+            assert set(part) <= {'init_cfg'}
+        for name, loader in cfg.items():
+            if name.endswith('_dataloader') and 'data_root = ' in path.read_text() and loader:
+                assert DATASETS.build(loader.dataset)[0]
+        for hook in cfg.get('custom_hooks', []):
+            HOOKS.build(hook)
+        if 'constructor' in cfg.get('optim_wrapper', {}):
+            assert OPTIM_WRAPPER_CONSTRUCTORS.get(cfg.optim_wrapper.constructor)

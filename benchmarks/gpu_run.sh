@@ -17,17 +17,17 @@ TILES=$ROOT/swinv2_mm/ops/triton/tiles.json PYTHON=${PYTHON:-python} TINY=${TINY
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 export TORCHINDUCTOR_CACHE_DIR=$OUT/cache/inductor TRITON_CACHE_DIR=$OUT/cache/triton
 
-contenders=('ours triton eager' 'ours triton compiled' 'ours sdpa compiled' 'timm compiled' 'timm sdpa compiled')
+implementations=('ours triton eager' 'ours triton compiled' 'ours sdpa compiled' 'timm compiled' 'timm sdpa compiled')
 backbones=(b_w24_384 b_w16_256 b_w8_256 l_w24_384 b_w32_1024 b_w32_800x1333 video_t_320x320x8)
 attention=(g_block_1536_w32) profiled=(b_w24_384 b_w8_256) windows=(8 16 24) tune=(--minutes 60)
-parts=(savers --savers none both sdpa 'sdpa + checkpointing' triton 'triton + checkpointing')
-whole=(full --savers 'triton + checkpointing' 'sdpa + checkpointing' triton sdpa)
+parts=(techniques --techniques none both sdpa 'sdpa + checkpointing' triton 'triton + checkpointing')
+whole=(full --techniques 'triton + checkpointing' 'sdpa + checkpointing' triton sdpa)
 if [[ $TINY ]]; then
     export TRITON_INTERPRET=1
-    contenders=('ours triton eager' 'ours sdpa eager' 'timm sdpa eager')
+    implementations=('ours triton eager' 'ours sdpa eager' 'timm sdpa eager')
     backbones=(nano) attention=(nano) profiled=(nano) windows=(8)
     tune=(--windows 4 --dtypes float32 --head-dim 16 --candidates 0)
-    parts=(nano --savers sdpa) whole=(nano --savers sdpa)
+    parts=(nano --techniques sdpa) whole=(nano --techniques sdpa)
 fi
 
 run() { # NAME COMMAND...: keeps what it prints, and its exit code
@@ -35,7 +35,7 @@ run() { # NAME COMMAND...: keeps what it prints, and its exit code
     echo "${PIPESTATUS[0]}" > "$DIR/$1.code"
 }
 tool() { run "$1" "$PYTHON" "$ROOT/benchmarks/$2.py" "${@:3}"; } # NAME TOOL ARGUMENTS...
-compare() { tool "$1" "$2" --modes inference step --contenders "${contenders[@]}" --resume "$DIR" --shapes "${@:3}"; }
+compare() { tool "$1" "$2" --modes inference step --implementations "${implementations[@]}" --resume "$DIR" --shapes "${@:3}"; }
 
 check() {
     run selfcheck "$PYTHON" -m swinv2_mm.ops.selfcheck --quick

@@ -93,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors(FileNotFoundError):
         if args.out is None or not args.out.is_dir():
             raise FileNotFoundError(f'there is no folder {args.out} of results of gpu_run.sh')
-    from benchmark_memory import print_savers  # not at the top: they import torch
-    from side_by_side import Row, print_profile, print_table
+    from benchmark_memory import print_techniques  # not at the top: they import torch
+    from results import Row, print_profile, print_table
 
     out = args.out
     print('# Measured on a GPU\n')
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print('\n## Memory\n\n```')
     for rows in results(out / 'memory'):
         for part in dict.fromkeys(row['part'] for row in rows):
-            print_savers([row for row in rows if row['part'] == part])
+            print_techniques([row for row in rows if row['part'] == part])
     print('```\n\n## Profile')
     for content in results(out / 'profile', '*-*.json'):
         print_profile([Row(**row) for row in content['rows']])

@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import sass
 import torch
 from aot_compile import ARCHS, PARTITIONS, Job, Kernel, compile_all, job_of, programs_per_sm
-from side_by_side import DTYPES, SHAPES, Shape, default_batch
+from shapes import DTYPES, SHAPES, Shape, default_batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,11 +105,11 @@ def uses(name: str, shape: Shape, dtype: torch.dtype) -> list[Use]:
     batch, found = default_batch(shape, 'cuda'), []
     table_size = math.prod(2 * w - 1 for w in shape.window)
     for stage, depth in enumerate(shape.depths):
-        heads, tokens = shape.arch['num_heads'][stage], math.prod(shape.window_of(stage))
+        heads, tokens = shape.arch['num_heads'][stage], math.prod(shape.effective_window(stage))
         qkv = torch.empty(
-            batch, *shape.map_size(stage), 3, heads, shape.dim(stage) // heads, dtype=dtype, device='meta'
+            batch, *shape.spatial_shape(stage), 3, heads, shape.dim(stage) // heads, dtype=dtype, device='meta'
         )
-        shifted_blocks = depth // 2 if shape.map_size(stage) != shape.window_of(stage) else 0
+        shifted_blocks = depth // 2 if shape.spatial_shape(stage) != shape.effective_window(stage) else 0
         for shifted, blocks in ((False, depth - shifted_blocks), (True, shifted_blocks)):
             shift = [w // 2 if shifted else 0 for w in shape.window]
             passes = launches_of(qkv.detach(), table_size, shape.window, shift) if blocks else ([], [])
@@ -226,7 +226,7 @@ def floors(shape: Shape, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     stages = list(enumerate(shape.depths))
     logits = sum(depth * shape.logits(i) for i, depth in stages)
     head_dim = shape.dim(0) // shape.arch['num_heads'][0]
-    values = sum(depth * math.prod(shape.map_size(i)) * shape.dim(i) for i, depth in stages)
+    values = sum(depth * math.prod(shape.spatial_shape(i)) * shape.dim(i) for i, depth in stages)
     flop = FP32_PER_CLOCK if dtype == torch.float32 else FLOP_PER_CLOCK
     exponentials = logits / EXP_PER_CLOCK
     products = 2 * head_dim * logits / flop

@@ -24,6 +24,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from measure import milliseconds
 from torch import Tensor
 
 from swinv2_mm.cli.errors import check_outputs, one_line_errors
@@ -196,17 +197,6 @@ def reject(compiled: Any) -> str | None:
 def first_line(error: Exception) -> str:
     """Type and first line of an error."""
     return f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0]}'
-
-
-def milliseconds(call: Callable[[], object]) -> float:
-    """Median time of a call on the GPU; without one, of a single call."""
-    if torch.cuda.is_available():
-        from triton.testing import do_bench
-
-        return do_bench(call, warmup=20, rep=100, return_mode='median')
-    start = time.perf_counter()
-    call()
-    return 1000 * (time.perf_counter() - start)
 
 
 def time_kernel(problem: Problem, kernel: str) -> float:

@@ -53,16 +53,16 @@ def test_tables_hold_what_was_measured_and_what_is_published(tmp_path):
     write(tmp_path / 'tune' / 'times.json', {'a GPU': {key: dict(rule=rule, ms={rule: 2.0, best: 1.5})}})
     rows = [dict(backend='triton', tokens=576, dtype='float16', forward=0.5, forward_backward=4.25)]
     write(tmp_path / 'benchmark' / 'operator.json', dict(rows=rows))
-    row = dict(case='b_w24_384', mode='step', contender='timm compiled', batch=16, dtype='bfloat16', note='WRONG')
+    row = dict(case='b_w24_384', mode='step', implementation='timm compiled', batch=16, dtype='bfloat16', note='WRONG')
     write(tmp_path / 'benchmark' / 'b_w24_384-step.json', dict(rows=[row]))
-    part = {'part': 'SwinV2-G', 'saver': 'triton', 'size': 1536, 'allocated': 2**35, 'seconds': 3.0}
+    part = {'part': 'SwinV2-G', 'technique': 'triton', 'size': 1536, 'allocated': 2**35, 'seconds': 3.0}
     write(tmp_path / 'memory' / 'memory.json', [part])
     printed = call(tmp_path, TABLES, '.')
     assert 'selfcheck: exit code 1\n\n```\nwrong: nan\n```' in printed
     assert f'| a GPU | {key} | 2.000 | 1.500 | {best} |' in printed
     assert '| 576 | float16 | ours triton | 0.500 | 4.250 |' in printed
     assert '| 576 | float16 | flash-window-attention-v2 (published) | 1.007 | 9.34 |' in printed
-    assert '| timm compiled |     WRONG |' in printed
+    assert '| timm compiled  |     WRONG |' in printed
     assert 'SwinV2-G, window 32, measured at 1536x1536' in printed
     assert '32.000' in printed
 

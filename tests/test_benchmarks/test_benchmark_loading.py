@@ -1,4 +1,4 @@
-"""The measuring against jobs of known size, the files against the libraries they imitate, then the tool as a whole."""
+"""Measurements against jobs of known size, files against the libraries they imitate, then the whole command."""
 
 import importlib
 import mmap
@@ -15,14 +15,14 @@ from tool_runs import BENCHMARKS, refuse, run
 
 NAME = BENCHMARKS / 'benchmark_loading.py'
 MIB = 2**20
-HELD = 0.5  # seconds for which a job holds what is to be seen: the sampling may have to wait for a core
+HELD = 0.5  # seconds for which a job keeps its memory: the sampling may have to wait for a core
 
-pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='the tool reads /proc')
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='the benchmark reads /proc')
 
 
 @pytest.fixture(scope='module')
 def tool():
-    """The tool under a name that fresh processes can import too: they are given this process's sys.path."""
+    """The module under a name that new processes can import too: they inherit sys.path of this process."""
     sys.path.insert(0, str(BENCHMARKS))
     yield importlib.import_module('benchmark_loading')
     sys.path.remove(str(BENCHMARKS))
@@ -30,7 +30,7 @@ def tool():
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Processes are forked from one that has imported torch; `run` starts them as the tool does."""
+    """Fork processes from one that has imported torch; `run` starts them as the benchmark does."""
     start_server()
     monkeypatch.setattr(multiprocessing, 'get_context', lambda kind: CONTEXT)
 
@@ -49,9 +49,9 @@ class Idle:
 
 
 class Allocate(Idle):
-    """Hold 64 MiB while it runs, after a preparation that took 200 MiB for a moment and keeps 100.
+    """Allocate 64 MiB in `run`, after a preparation with a peak of 200 MiB that keeps 100.
 
-    By a clock of its own it runs for three seconds; what is before and after that takes longer.
+    `run` takes three seconds of a fake clock, the rest takes longer.
     """
 
     def prepare(self):
@@ -73,7 +73,7 @@ class Allocate(Idle):
 
 
 class MapFile(Idle):
-    """Read 32 MiB of a file through a mapping, beside 16 MiB of its own."""
+    """Read 32 MiB of a mapped file and allocate 16 MiB."""
 
     def __init__(self, path):
         self.path = path
@@ -108,7 +108,7 @@ def assert_near(measured, expected):
 
 
 @pytest.mark.usefixtures('forked')
-def test_only_the_memory_that_the_job_takes_while_it_runs_counts(tool):
+def test_measure_counts_only_the_memory_and_time_of_run(tool):
     usage = tool.measure(Allocate())
     assert_near(usage.anonymous, 64)
     assert_near(usage.mapped, 0)
@@ -117,7 +117,7 @@ def test_only_the_memory_that_the_job_takes_while_it_runs_counts(tool):
 
 
 @pytest.mark.usefixtures('forked')
-def test_mapped_pages_of_a_file_are_told_from_anonymous_memory(tool, tmp_path):
+def test_measure_separates_mapped_pages_from_anonymous_memory(tool, tmp_path):
     path = tmp_path / 'file'
     path.write_bytes(b'x' * (32 * MIB))
     usage = tool.measure(MapFile(path))
@@ -126,7 +126,7 @@ def test_mapped_pages_of_a_file_are_told_from_anonymous_memory(tool, tmp_path):
     assert_near(usage.total, 48)
 
 
-def test_memory_of_a_process_that_has_ended_is_none(tool):
+def test_memory_of_a_process_that_has_ended_is_zero(tool):
     ended = subprocess.Popen(['true'])
     ended.wait()
     assert tool.Memory.of(ended.pid) == tool.Memory(0, 0, 0)
@@ -137,7 +137,7 @@ def test_memory_of_a_process_that_has_ended_is_none(tool):
     ('job', 'message'),
     [(Fail(), "KeyError: 'head.weight'"), (Incomplete(), 'loaded 0 of 3 tensors'), (Die(), 'died with exit code 9')],
 )
-def test_a_job_that_fails_says_why(tool, job, message):
+def test_measure_reports_the_error_of_a_job(tool, job, message):
     with pytest.raises(RuntimeError, match=message):
         tool.measure(job)
 
@@ -145,14 +145,14 @@ def test_a_job_that_fails_says_why(tool, job, message):
 def written(tool, tmp_path, layout, file_format):
     path = tmp_path / f'weights{tool.FORMATS[file_format]}'
     tool.write_file(path, 'tiny', layout, file_format)
-    return tool.read_by_stock(path), path
+    return tool.read_stock(path), path
 
 
 def shapes(tensors):
     return {name: tuple(value.shape) for name, value in tensors}
 
 
-def test_an_official_file_has_the_names_that_timm_reads(tool, tmp_path):
+def test_write_file_official_has_the_names_that_timm_reads(tool, tmp_path):
     find_peers()
     from timm.models.swin_transformer_v2 import swinv2_tiny_window8_256
 
@@ -162,7 +162,7 @@ def test_an_official_file_has_the_names_that_timm_reads(tool, tmp_path):
     assert shapes((timm_name(k), v) for k, v in weights.items()) == shapes(twin.named_parameters())
 
 
-def test_an_hf_file_has_the_names_of_transformers(tool, tmp_path):
+def test_write_file_hf_has_the_names_of_transformers(tool, tmp_path):
     find_peers()
     from transformers import Swinv2Config, Swinv2ForImageClassification
 
@@ -174,17 +174,17 @@ def test_an_hf_file_has_the_names_of_transformers(tool, tmp_path):
     assert shapes(weights.items()) == expected
 
 
-def test_a_legacy_file_is_no_zip(tool, tmp_path):
+def test_write_file_legacy_is_not_a_zip(tool, tmp_path):
     _, path = written(tool, tmp_path, 'official', 'legacy')
     assert path.read_bytes()[:2] == b'\x80\x02'  # a pickle of protocol 2
 
 
-def test_the_verdict_is_about_the_size_of_the_file(tool):
+def test_usage_cells_are_relative_to_the_file_size(tool):
     usage = tool.Usage(seconds=1.5, anonymous=3 * tool.GIB // 10, mapped=tool.GIB, total=13 * tool.GIB // 10)
     assert tool.usage_cells(usage, tool.GIB) == ['1.50', '0.30 (0.30)', '1.00 (1.00)', '1.30 (1.30)', 'yes', 'NO']
 
 
-def test_a_missing_folder_gives_one_line(tmp_path):
+def test_main_names_a_missing_folder(tmp_path):
     assert refuse(tmp_path, NAME, '--dir', 'no_such') == 'error: --dir no_such is no folder'
 
 
@@ -199,7 +199,7 @@ def check_table(printed, forms):
 
 
 @pytest.mark.usefixtures('forked')
-def test_every_file_form_is_loaded_by_both_loaders_and_gets_its_row(tool, tmp_path, capfd):
+def test_main_prints_a_row_for_each_file_and_loader(tool, tmp_path, capfd):
     """Each layout and each format."""
     forms = {('official',): ('pth', 'legacy'), ('hf',): ('safetensors',)}
     for layouts, formats in forms.items():
@@ -210,7 +210,7 @@ def test_every_file_form_is_loaded_by_both_loaders_and_gets_its_row(tool, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_loader_that_fails_is_a_row_and_the_exit_code(tool, tmp_path, monkeypatch, capsys):
+def test_main_reports_a_loader_that_fails_and_exits_with_1(tool, tmp_path, monkeypatch, capsys):
     def fail(job):
         raise RuntimeError('it loaded 0 of 3 tensors')
 
@@ -221,12 +221,13 @@ def test_a_loader_that_fails_is_a_row_and_the_exit_code(tool, tmp_path, monkeypa
     assert end.value.code == 1
     printed = capsys.readouterr()
     assert printed.out.count('| failed  |') == 2
-    assert printed.err.splitlines()[-2:] == [f'hf pth, {road}: it loaded 0 of 3 tensors' for road in ('ours', 'stock')]
+    errors = [f'hf pth, {loader}: it loaded 0 of 3 tensors' for loader in ('ours', 'stock')]
+    assert printed.err.splitlines()[-2:] == errors
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_the_tool_measures_in_processes_of_its_own(tmp_path):
+def test_command_measures_in_new_processes(tmp_path):
     options = ['--arch', 'tiny', '--layouts', 'hf', '--formats', 'pth']
     printed = run(tmp_path, NAME, *options, '--dir', tmp_path)
     check_table(printed, ['hf pth'])

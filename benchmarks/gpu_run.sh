@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# All measurements for which a GPU is borrowed, in stages of at most nine minutes:
+# All GPU measurements, in stages of at most nine minutes:
 #
 #   benchmarks/gpu_run.sh OUT [STAGE]
 #
-# STAGE: 1 self-check and tests, 2 tuning, 3 benchmarks, 4 memory, 5 profile; without it, all that are not complete run.
-# Each leaves JSON and text in OUT/check, OUT/tune, ..., and the tables of all in OUT/tables.md. A stage whose time is
-# over keeps what it has: call it again, and it goes on. The exit code is 1 if a stage that ran is not complete, and the
-# last line names it. Needs torch, Triton, timm, transformers and numpy, and nothing of OpenMMLab. PYTHON names another
-# interpreter; TINY=1 rehearses it all without a GPU, in Triton's interpreter.
+# STAGE: 1 self-check and tests, 2 tuning, 3 benchmarks, 4 memory, 5 profile; without it, all incomplete stages run.
+# Each writes JSON and text to OUT/check, OUT/tune, ...; the tables of all go to OUT/tables.md. A stage that runs out of
+# time keeps its results: call it again to continue. The exit code is 1 if a stage is not complete, and the last line
+# names the stage. Needs torch, Triton, timm, transformers and numpy, nothing of OpenMMLab. PYTHON names another
+# interpreter; TINY=1 rehearses all stages without a GPU, in Triton's interpreter.
 set -uo pipefail
 [[ ${1:-} && ${2:-1} =~ ^[1-5]$ ]] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
@@ -30,12 +30,14 @@ if [[ $TINY ]]; then
     parts=(nano --techniques sdpa) whole=(nano --techniques sdpa)
 fi
 
-run() { # NAME COMMAND...: keeps what it prints, and its exit code
+run() { # NAME COMMAND...: saves its output and its exit code
     "${@:2}" 2>&1 | tee -a "$DIR/$1.txt"
     echo "${PIPESTATUS[0]}" > "$DIR/$1.code"
 }
 tool() { run "$1" "$PYTHON" "$ROOT/benchmarks/$2.py" "${@:3}"; } # NAME TOOL ARGUMENTS...
-compare() { tool "$1" "$2" --modes inference step --implementations "${implementations[@]}" --resume "$DIR" --shapes "${@:3}"; }
+compare() { # NAME TOOL SHAPES AND OPTIONS...
+    tool "$1" "$2" --modes inference step --implementations "${implementations[@]}" --resume "$DIR" --shapes "${@:3}"
+}
 
 check() {
     run selfcheck "$PYTHON" -m swinv2_mm.ops.selfcheck --quick
@@ -76,7 +78,7 @@ for number in ${2:-1 2 3 4 5}; do
     IN_STAGE=$stage timeout --kill-after=10 540 "$BASH" "$0" "$OUT"
     case $? in
         0) touch "$DIR/complete" ;;
-        124 | 137) incomplete+=("$stage (its time is over: call it again, and it goes on)") ;;
+        124 | 137) incomplete+=("$stage (out of time: call it again to continue)") ;;
         *) incomplete+=("$stage (failed: see $DIR/*.code and *.txt)") ;;
     esac
 done

@@ -14,8 +14,8 @@ kernel with all its launches in a model:
   the part of tiles outside of a window, and the code that runs once per program, count only in `total`;
 - microseconds per image that each pipe of an H100 (SXM) is busy, whatever GPU the code is for, and the busiest pipe.
   It assumes that memory never stalls and that no two threads of a warp load the same address, which makes `lsu` too
-  large in float32. The matrix products of sm_100 have no size in their names: `tensor` is 0 there. For kernels without matrix
-  products only the bytes that they move count.
+  large in float32. The matrix products of sm_100 have no size in their names: `tensor` is 0 there. For kernels without
+  matrix products only the bytes that they move count.
 
 The second table sums the busiest pipes over a model, and gives lower bounds (floors) per image for any kernel:
 

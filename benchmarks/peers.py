@@ -1,27 +1,19 @@
 """How the public implementations of Swin V2 are built: timm, transformers and torchvision.
 
-They are optional, see requirements/peers.txt. `make setup` puts them into a folder of their own inside the environment,
-because mmengine and mmdet import whichever of them they find.
+They are optional, see requirements/peers.txt.
 """
 
 import functools
 import importlib
 import math
-import sys
-from pathlib import Path
 from types import ModuleType
 
+import peer_packages
 import torch
 import torch.nn.functional as F
 from cases import NotSupportedError
 from shapes import Shape
 from torch import Tensor, nn
-
-# operators that torchvision expects of its compiled part
-TORCHVISION_OPS = ('nms', 'qnms', 'roi_align', 'ps_roi_align', 'roi_pool', 'ps_roi_pool', 'deform_conv2d')
-
-
-# ---------------------------------------------------------------- finding them
 
 
 @functools.cache
@@ -31,29 +23,13 @@ def find(module: str) -> ModuleType:
     Raises:
         NotSupportedError: It is not installed.
     """
-    folder = str(Path(sys.prefix, 'oracles'))
-    if folder not in sys.path:
-        sys.path.append(folder)
-        _declare_torchvision_ops()
+    peer_packages.add_to_path()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise NotSupportedError(
             f'not supported: {error.name} is not installed; see requirements/peers.txt, or run make setup'
         ) from error
-
-
-def _declare_torchvision_ops() -> None:
-    """Let torchvision import beside a torch that it was not compiled for; what it shares with Swin is plain PyTorch."""
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        return
-    except RuntimeError:  # its operators do not exist
-        library = torch.library.Library('torchvision', 'DEF')
-        for name in (*TORCHVISION_OPS, *(f'_{name}_backward' for name in TORCHVISION_OPS)):
-            library.define(f'{name}(Tensor x) -> Tensor')
-        globals()['_torchvision_ops'] = library  # the declarations live as long as this object
 
 
 def check_shape(shape: Shape) -> None:

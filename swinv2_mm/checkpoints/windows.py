@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..openmmlab import print_log
-from ..ops.coordinates import invert_coords, largest_coord
+from ..ops.coordinates import invert_coords, max_coord
 from .errors import CheckpointError
 from .layouts import PATCH, TABLE, Weights, num_stages
 
@@ -167,7 +167,7 @@ def log_transfer(settled: StageWindows, stored: StageWindows, windows: Windows) 
     """Say for each stage what the position bias was learnt with, and how far it has to extrapolate (Sec. 3.3)."""
     for stage, before in settled.items():
         of_file, after = stored[stage], windows[stage]
-        reach = [(largest_coord(p, p), largest_coord(w, p)) for p, w in zip(before, after, strict=True)]
+        reach = [(max_coord(p, p), max_coord(w, p)) for p, w in zip(before, after, strict=True)]
         beyond = max(new / old - 1 if old else 0.0 for old, new in reach)
         source = 'the checkpoint' if all(of_file) else 'the config'
         print_log(

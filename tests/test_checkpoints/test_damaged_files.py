@@ -19,10 +19,10 @@ from pathlib import Path
 import layouts
 import pytest
 import torch
+from loading_paths import ALL_STAGES, ARCH, detector_config, official_weights, source_backbone
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from safetensors.torch import save_file
-from test_roads import ALL_STAGES, ARCH, coords_table, detector_config, official_weights, source_backbone
 
 from swinv2_mm.checkpoints import CheckpointError
 from swinv2_mm.models import SwinTransformerV2
@@ -382,13 +382,13 @@ def add_types() -> None:
 
 def add_windows() -> None:
     tables = {
-        'of another window than its stage': coords_table(7, 7),
+        'of another window than its stage': layouts.coords_table(7, 7),
         'of even size': torch.zeros(1, 12, 12, 2),
-        'of no window': coords_table(6, 6) * 1.03,
+        'of no window': layouts.coords_table(6, 6) * 1.03,
         'of zeros': torch.zeros(1, 11, 11, 2),
         'of no numbers': torch.full((1, 11, 11, 2), torch.nan),
-        'flat': coords_table(6, 6).flatten(),
-        'whole': coords_table(6, 6).long(),
+        'flat': layouts.coords_table(6, 6).flatten(),
+        'whole': layouts.coords_table(6, 6).long(),
         'a text': 'table',
     }
     for kind, table in tables.items():

@@ -8,11 +8,11 @@ import layouts
 import oracles
 import pytest
 import torch
+from layouts import ARCH, PRETRAINED, arch_of, in_file, pretrained_of, save, source
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner, load_checkpoint
 from mmengine.runner.checkpoint import save_checkpoint
-from test_layouts import ARCH, PRETRAINED, arch_of, in_file, pretrained_of, save, source
 
 from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict
 from swinv2_mm.checkpoints.windows import set_windows

@@ -1,12 +1,25 @@
 """Every public layout of SwinV2 weights, by every road: written files to the bit, real models by their features."""
 
-import functools
 import re
 
 import layouts
 import oracles
 import pytest
 import torch
+from layouts import (
+    ARCH,
+    EXTRA_NORMS,
+    IMAGE,
+    PRETRAINED,
+    WINDOWS,
+    WITHOUT_TABLES,
+    WRITERS,
+    arch_of,
+    in_file,
+    pretrained_of,
+    save,
+    source,
+)
 from mmengine.runner import load_checkpoint
 from safetensors.torch import save_file
 from torch import nn
@@ -14,71 +27,11 @@ from torch import nn
 from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict
 from swinv2_mm.models import SwinTransformerV2
 
-# no stage of one head: PyTorch multiplies by a single row in another order for each number of rows, one bit off
-ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16))
 TINY = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
-EXTRA_NORMS = dict(ARCH, extra_norm_every_n_blocks=2)
-WINDOWS, PRETRAINED, IMAGE = (8, 8, 8, 4), (6, 6, 6, 3), 128
-WRITERS = [
-    'official',
-    'simmim_pretrained',
-    'simmim_finetuned',
-    'msra_dense',
-    'mmpretrain',
-    'torchvision',
-    'timm_old',
-    'timm_new',
-    'hf_backbone',
-    'hf_classifier',
-    'hf_masked_image',
-]
-MICROSOFT = ('official', 'simmim_pretrained', 'simmim_finetuned')
-WITH_EXTRA_NORMS = ('msra_dense', 'mmpretrain')
-WITHOUT_TABLES = ('timm_old', 'timm_new', 'hf_backbone', 'hf_classifier', 'hf_masked_image')
 
 
 def build(arch=ARCH, window=WINDOWS, pretrained=None, **kwargs):
     return SwinTransformerV2(arch, window, pretrained, drop_path_rate=0.0, **kwargs)
-
-
-def arch_of(writer):
-    return EXTRA_NORMS if writer in WITH_EXTRA_NORMS else ARCH
-
-
-def pretrained_of(writer):
-    """What the user has to say: nothing, where the file holds tables."""
-    return PRETRAINED if writer in WITHOUT_TABLES else None
-
-
-@functools.cache
-def source_once(writer):
-    weights = layouts.canonical(oracles.randomize(build(arch_of(writer))))
-    return weights, getattr(layouts, writer)(weights, WINDOWS, PRETRAINED, IMAGE)
-
-
-def source(writer):
-    """Our weights, and the dict of the layout that is made from them; the dicts may be changed, not the tensors."""
-    weights, model = source_once(writer)
-    return dict(weights), dict(model)
-
-
-def save(writer, model, path):
-    if writer in MICROSOFT:
-        layouts.save_microsoft_file(model, path)
-    elif writer in WITH_EXTRA_NORMS:  # the two of OpenMMLab
-        torch.save({'meta': {'epoch': 300, 'CLASSES': ('tench', 'goldfish')}, 'state_dict': model}, path)
-    else:
-        torch.save(model, path)
-    return str(path)
-
-
-def in_file(writer, weights):
-    """Those of our weights that a file of this layout holds."""
-    kept = {
-        'msra_dense': ('norm0', 'norm1', 'norm2', 'norm3'),
-        'hf_backbone': (),
-    }.get(writer, ('norm3',))
-    return {k: v for k, v in weights.items() if not k.startswith('norm') or k.split('.')[0] in kept}
 
 
 def assert_holds(backbone, expected, fresh):

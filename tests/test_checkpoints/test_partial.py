@@ -8,11 +8,20 @@ import layouts
 import oracles
 import pytest
 import torch
+from loading_paths import (
+    ALL_STAGES,
+    ARCH,
+    PRETRAINED,
+    detector_config,
+    features,
+    official_weights,
+    same,
+    source_backbone,
+)
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from processes import run_processes
-from test_roads import ALL_STAGES, ARCH, PRETRAINED, detector_config, features, official_weights, same, source_backbone
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import StateDictType

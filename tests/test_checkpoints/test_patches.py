@@ -8,8 +8,8 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
+from loading_paths import ALL_STAGES, official_weights, source_backbone
 from mmengine.runner import load_checkpoint
-from test_roads import ALL_STAGES, official_weights, source_backbone
 
 from swinv2_mm.checkpoints import CheckpointError
 from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2

@@ -15,12 +15,9 @@ import types
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.logging import HistoryBuffer, MessageHub
-from mmengine.runner import CheckpointLoader
-from test_roads import (
+from loading_paths import (
+    LOADING_PATHS,
     PRETRAINED,
-    ROADS,
     by_load_checkpoint,
     by_resume,
     detector_config,
@@ -30,6 +27,9 @@ from test_roads import (
     start_training,
     train_once,
 )
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.runner import CheckpointLoader
 from tool_runs import call, refuse
 
 from swinv2_mm import config_path
@@ -180,7 +180,7 @@ def test_a_payload_is_refused_on_every_road(road, state, weights, marker, tmp_pa
     path = tmp_path / 'swinv2_tiny_patch4_window8_256.pth'  # a name that is known makes no difference
     torch.save(state | {'optimizer': payload} if road == 'resume' else hide(payload, weights), path)
     with pytest.raises(UnsafeCheckpointError, match=r'posix\.system'):
-        (ROADS | dict(resume=by_resume))[road](path, folder)
+        (LOADING_PATHS | dict(resume=by_resume))[road](path, folder)
     assert not marker.exists()
 
 

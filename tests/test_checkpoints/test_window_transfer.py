@@ -4,7 +4,6 @@ import functools
 import math
 import re
 from itertools import product
-from pathlib import Path
 
 import layouts
 import oracles
@@ -14,6 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 from mmengine.runner.checkpoint import save_checkpoint
+from nano import NANO_CONFIGS
 from safetensors.torch import save_file
 
 from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict
@@ -23,7 +23,7 @@ from swinv2_mm.models import SwinTransformerV2
 # no stage of one head: PyTorch multiplies by a single row in another order for each number of rows, one bit off
 ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16))
 TINY = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
-DETECTOR = Path(__file__).parents[1] / 'helpers/tiny/det.py'
+DETECTOR = NANO_CONFIGS / 'det.py'
 
 
 def build(window, pretrained=None, arch=ARCH, path=None, attention_backend='auto'):

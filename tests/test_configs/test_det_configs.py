@@ -15,7 +15,7 @@ from swinv2_mm.checkpoints import releases
 from swinv2_mm.cli import launch
 
 pytest.importorskip('mmdet')
-from nano_det import narrow, shrink, shrink_model, write_shapes
+from nano.det import narrow, shrink, shrink_model, write_shapes
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'det'
 LEAVES = sorted(p.stem for p in CONFIGS.glob('*.py'))

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from nano import closest, smaller_backbone, train_a_step
-from nano_seg import shrink, write_ade20k
+from nano.seg import shrink, write_ade20k
 
 from swinv2_mm.checkpoints import releases
 from swinv2_mm.cli import launch

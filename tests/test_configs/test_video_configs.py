@@ -11,7 +11,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from nano import closest, smaller_backbone, train_a_step
-from nano_video import shrink, write_kinetics400
+from nano.video import shrink, write_kinetics400
 
 from swinv2_mm.checkpoints import releases
 from swinv2_mm.cli import launch

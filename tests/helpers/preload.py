@@ -1,4 +1,4 @@
-"""What the processes of tests have in common; the process that they are forked from imports it."""
+"""Imports of the fork server, so that the processes that tests fork from it need not repeat them."""
 
 import contextlib
 import importlib

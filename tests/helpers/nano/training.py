@@ -1,13 +1,14 @@
-"""A small model trained on one or several processes, without anything random, so that all ways to do it must agree.
+"""Trainings of a nano model on one or several processes without randomness: all of them must agree.
 
-It is smooth: with sums in another order a training differs by rounding and no more, where a detector decides anew which
-proposals it keeps. What one process does for the joint batch of several is to take their images one by one and to
-accumulate the gradients.
+The model is smooth. If sums are taken in another order, a training differs by rounding only; a detector would select
+other proposals. One process trains on the joint batch of several: it takes their images one by one and accumulates the
+gradients.
 """
 
 import importlib
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ import swinv2_mm  # noqa: F401
 from swinv2_mm.checkpoints.files import read_checkpoint
 from swinv2_mm.cli import launch
 
-MEMORY = Path(__file__).parents[2] / 'configs/_base_/memory'
+MEMORY = Path(__file__).parents[3] / 'configs/_base_/memory'
 START = 'start.pth'
 IMAGES = 8
 STEPS, SAVED, FALL = 6, 4, 5  # of the optimizer; until the first checkpoint; until the learning rate falls
@@ -69,7 +70,7 @@ class Pixels(Dataset):
 
 
 def write_start(folder: Path) -> Path:
-    """The weights to start from, which otherwise depend on who draws them when."""
+    """Write the initial weights, so that all trainings start from the same ones."""
     torch.manual_seed(0)
     model = MODELS.build(config(folder, folder).model)
     for module in model.modules():
@@ -111,7 +112,7 @@ def config(folder: Path, data: Path, saver: str = 'ddp', accumulate: int = 1, st
 
 
 def prepare(cfg: Config, folder: Path, data: Path, saver: str, accumulate: int, steps: int) -> None:
-    """Have a config do what trainings of all models have in common: AdamW, clipping, layer-wise rates, which fall."""
+    """Set what trainings of all models share: AdamW, gradient clipping, layer-wise learning rates, a schedule."""
     if saver != 'ddp':
         cfg.merge_from_dict(Config.fromfile(MEMORY / f'{saver}.py').to_dict())
     cfg.work_dir, cfg.experiment_name = str(folder), folder.name
@@ -139,7 +140,7 @@ def prepare(cfg: Config, folder: Path, data: Path, saver: str, accumulate: int, 
 
 
 def resumed(cfg: Config, checkpoint: Path) -> Config:
-    """The config as one that goes on from a checkpoint."""
+    """The config, resumed from a checkpoint."""
     cfg.update(resume=True, load_from=str(checkpoint))
     return cfg
 
@@ -154,20 +155,20 @@ def train(cfg: Config):
 
 
 def skip_compilation() -> None:
-    """Keep DeepSpeed from compiling, for a CPU, what inference alone calls; tools that tests start as processes do."""
+    """Do not let DeepSpeed compile what only inference on a CPU needs. Tools in processes of their own compile it."""
     deepspeed = importlib.import_module('deepspeed')
     deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False
 
 
 def finish(runner) -> None:
-    """Give up what DeepSpeed holds until the process ends."""
+    """Free the memory that DeepSpeed would keep until the process ends."""
     if hasattr(runner.model, 'destroy'):
         runner.model.destroy()
 
 
 @HOOKS.register_module()
 class Notes(Hook):
-    """Writes down losses, norms of gradients, and the bytes that a process holds, of all processes.
+    """Saves losses, gradient norms and memory of all processes as notes.pth.
 
     Kills the last process before iteration SMALL_KILL, if that is set, at the first start of a training.
     """
@@ -193,8 +194,18 @@ class Notes(Hook):
             torch.save(notes, Path(runner.work_dir) / 'notes.pth')
 
 
+@HOOKS.register_module()
+class StallInSecondEpoch(Hook):
+    """Write a file `stalled_RANK` at the first step of the second epoch, and wait there to be killed."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if runner.epoch == 1:
+            Path(f'stalled_{os.environ["RANK"]}').touch()
+            time.sleep(3600)
+
+
 def held(runner) -> dict[str, int]:
-    """Bytes of parameters and of optimizer states that this process holds."""
+    """Bytes of parameters and of optimizer states in this process."""
     optimizer = runner.optim_wrapper.optimizer
     inner = [getattr(optimizer, name) for name in ('optim', 'optimizer') if hasattr(optimizer, name)]
     states = (inner or [optimizer])[0].state.values()  # in those of torch and DeepSpeed, the optimizer of a process
@@ -215,12 +226,12 @@ def nbytes(tensor: torch.Tensor) -> int:
 
 
 def notes(folder: Path, key: str) -> torch.Tensor:
-    """What `Notes` has written down, for each process."""
+    """The values of a key of notes.pth, for each process."""
     return torch.tensor([process[key] for process in torch.load(folder / 'notes.pth', weights_only=True)])
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    """Those of a checkpoint, be it a file or a folder."""
+    """Weights of a checkpoint, which is a file or a folder."""
     return read_checkpoint(path / 'weights.pth' if path.is_dir() else path)['state_dict']
 
 
@@ -253,7 +264,7 @@ def check_agreement(
         first: Relative tolerance of the losses of the first three steps.
         rest: That of all losses.
         norm: That of the norms of the first three steps.
-        way: Distance of the weights, as a part of the way that they have come.
+        way: Distance of the final weights, relative to their distance from the start.
     """
     losses = notes(folder, 'losses')
     processes = len(losses)

@@ -1,4 +1,8 @@
-"""Configs at a size that a CPU trains in a second: what they have in common."""
+"""Nano models, configs and data sets, which a CPU trains in a second.
+
+`NANO_CONFIGS` has a small config of each task for the command line; `nano.det`, `nano.seg` and `nano.video` shrink the
+recipes of this repository and write the data of both. `nano.training` compares trainings of several processes.
+"""
 
 import argparse
 import inspect
@@ -9,6 +13,7 @@ from pathlib import Path
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
+NANO_CONFIGS = Path(__file__).parent / 'configs'  # det.py, seg.py, video.py
 ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 CHANNELS = [16, 32, 64, 128]
 
@@ -45,47 +50,47 @@ def train_a_step(cfg: Config) -> Runner:
     return runner
 
 
-# Numbers that change no step of a training but what it computes; the tests of each folder's recipes know them.
+# Numbers that change the result of a training, but not which code runs; the tests of the recipes check their values.
 NUMBERS = {
     *('window_size', 'pretrained_window_sizes', 'patch_size', 'drop_path_rate'),
     *('lr', 'weight_decay', 'batch_size', 'base_batch_size', 'indices', 'begin', 'end', 'T_max', 'interval'),
     *('scale', 'crop_size', 'size', 'clip_len', 'frame_interval'),
 }
-SAVERS = {'with_cp', 'sequential_stages'}  # with which the backbone does the same, as its own tests tell
+MEMORY_OPTIONS = {'with_cp', 'sequential_stages'}  # they do not change what the backbone computes
 
 
 def closest(cfg: Config, trained: list[Config]) -> list[str]:
-    """Where a config does another training than all of these, apart from `NUMBERS` and `SAVERS`: entries, or none."""
-    mine = what_a_runner_reads(cfg)
-    others = [what_a_runner_reads(other) for other in trained]
+    """Entries in which a config differs from the most similar of these, without `NUMBERS` and `MEMORY_OPTIONS`."""
+    mine = runner_entries(cfg)
+    others = [runner_entries(other) for other in trained]
     return min((sorted(key for key in mine | other if mine.get(key) != other.get(key)) for other in others), key=len)
 
 
-def what_a_runner_reads(cfg: Config) -> dict:
-    """Entries of a config by their dotted names."""
+def runner_entries(cfg: Config) -> dict:
+    """The entries of a config that `Runner` takes, by their dotted names."""
     read = inspect.signature(Runner).parameters
     return dict(entry for key in cfg if key in read for entry in entries(cfg[key], key))
 
 
 def entries(value, name: str):
-    """Dotted names and values of what a config value holds, without `NUMBERS` and `SAVERS`."""
+    """Dotted names and values inside a config value, without `NUMBERS` and `MEMORY_OPTIONS`."""
     if not isinstance(value, (dict, list, tuple)):
         yield name, value
         return
     yield name, 'entries'
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        if key not in NUMBERS | SAVERS:
+        if key not in NUMBERS | MEMORY_OPTIONS:
             yield from entries(item, f'{name}.{key}')
 
 
 def trial_arguments(configs: Path) -> list[str]:
-    """What a folder's README says to put on the command line for a smaller backbone."""
+    """The command line options for a smaller backbone that the README of a folder of configs gives."""
     readme = (configs / 'README.md').read_text()
     return shlex.split(re.search(r'A smaller backbone for a trial: `(.*?)`', readme, re.DOTALL)[1])
 
 
 def smaller_backbone(configs: Path) -> dict:
-    """The same as options of a config."""
+    """The same as `cfg_options`."""
     parser = argparse.ArgumentParser()
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     return parser.parse_args(trial_arguments(configs)).cfg_options

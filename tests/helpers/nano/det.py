@@ -1,4 +1,4 @@
-"""Detection configs at a size that a CPU trains in a second: what the recipes say, on few channels and small images."""
+"""Detection: the recipes with few channels and small images, and tiny data sets as COCO and Objects365 have them."""
 
 import copy
 import json
@@ -6,8 +6,9 @@ from pathlib import Path
 
 from mmdet.datasets import CocoDataset, Objects365V2Dataset
 from mmengine.config import Config
-from nano import ARCH, CHANNELS, shrink_inputs
 from tool_runs import make_shapes
+
+from nano import ARCH, CHANNELS, shrink_inputs
 
 FACTOR = 12  # 1536 pixels become 128
 

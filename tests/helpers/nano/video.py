@@ -1,10 +1,11 @@
-"""Video configs at a nano size, and a tiny data set in the layout of Kinetics-400."""
+"""Video: the recipes at a nano size, a tiny data set in the layout of Kinetics-400, and one for configs/video.py."""
 
 from pathlib import Path
 
 import cv2
 import numpy as np
 from mmengine.config import Config
+
 from nano import ARCH, CHANNELS, shrink_inputs
 
 FACTOR = 8  # 224 pixels become 28, of which a patch has 4
@@ -29,7 +30,7 @@ def shrink_data(cfg: Config) -> Config:
 
 
 def write_video(path: Path, frames: int = 12, size: tuple[int, int] = (64, 48), seed: int = 0) -> Path:
-    """A film in which a bright square moves over a background of its own, in .avi or .mp4.
+    """Write a video, .avi or .mp4: a bright square moves over a random background.
 
     decord reads none that is narrower than 64 pixels.
     """
@@ -48,7 +49,7 @@ def write_video(path: Path, frames: int = 12, size: tuple[int, int] = (64, 48), 
 
 
 def write_kinetics400(folder: Path, frames: int = 12) -> Path:
-    """Two films for training and three for validation, and the lists that name them with their classes.
+    """Write two videos for training, three for validation, and the lists of their classes.
 
     Clips of 32 frames, every second one, start at different frames if there are more than 64.
     """
@@ -59,4 +60,14 @@ def write_kinetics400(folder: Path, frames: int = 12) -> Path:
             write_video(folder / f'videos_{split}' / f'{i}.avi', frames, seed=10 * i + len(labels))
             lines.append(f'{i}.avi {label}\n')
         (folder / f'kinetics400_{split}_list_videos.txt').write_text(''.join(lines))
+    return folder
+
+
+def write_frames(folder: Path) -> Path:
+    """Four clips of three frames and their list with two classes, for configs/video.py."""
+    for i in range(4):
+        (folder / str(i)).mkdir(parents=True)
+        for frame in (1, 2, 3):
+            cv2.imwrite(str(folder / f'{i}/img_{frame:05}.jpg'), np.full((32, 32, 3), 60 * i, dtype=np.uint8))
+    (folder / 'list.txt').write_text(''.join(f'{i} 3 {i % 2}\n' for i in range(4)))
     return folder

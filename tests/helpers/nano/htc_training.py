@@ -1,7 +1,7 @@
-"""A nano HTC trained as the small model of small_training.py is.
+"""Trainings of a nano HTC on one or several processes, as `nano.training` has them for a smaller model.
 
-mmdet divides most losses by numbers of its own process. What one process does for the joint batch is therefore to take
-the images of all processes one by one and to accumulate the gradients.
+mmdet divides most losses by numbers of its own process. So one process trains on the joint batch as there: it takes the
+images of all processes one by one and accumulates the gradients.
 """
 
 import copy
@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
-from nano_det import narrow, shrink_model
-from small_training import IMAGES, START, STEPS, prepare
 from tool_runs import make_shapes
 
-HTC = Path(__file__).parents[2] / 'configs/det/htc_swinv2_t.py'
+from nano.det import narrow, shrink_model
+from nano.training import IMAGES, START, STEPS, prepare
+
+HTC = Path(__file__).parents[3] / 'configs/det/htc_swinv2_t.py'
 SIZE, CHANNELS = 96, 64
 
 
 def write_data(folder: Path) -> Path:
-    """The images that are trained on, and the weights to start from, which otherwise depend on who draws them when."""
+    """Write the training images and the initial weights, so that all trainings start from the same ones."""
     make_shapes(folder, train=IMAGES, val=1, size=SIZE)
     torch.manual_seed(0)
     model = MODELS.build(config(folder, folder).model)
@@ -29,7 +30,7 @@ def write_data(folder: Path) -> Path:
 
 
 def config(folder: Path, data: Path, saver: str = 'ddp', accumulate: int = 1, steps: int = STEPS) -> Config:
-    """The HTC of SwinV2-T at a nano size with what `configs/_base_/memory/{saver}.py` adds; see small_training."""
+    """The HTC of SwinV2-T at a nano size with what `configs/_base_/memory/{saver}.py` adds; see `training.config`."""
     cfg = Config.fromfile(HTC)
     cfg.model = without_chance(shrink_model(narrow(cfg.model, CHANNELS)))
     dataset = cfg.train_dataloader.dataset

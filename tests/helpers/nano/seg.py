@@ -1,10 +1,11 @@
-"""Segmentation configs at a nano size, and a tiny data set in the layout of ADE20K."""
+"""Segmentation: the recipes at a nano size, a tiny data set in the layout of ADE20K, and one for configs/seg.py."""
 
 from pathlib import Path
 
 import cv2
 import numpy as np
 from mmengine.config import Config
+
 from nano import ARCH, CHANNELS, shrink_inputs
 
 FACTOR = 8  # 512 pixels become 64
@@ -37,4 +38,16 @@ def write_ade20k(folder: Path) -> Path:
             image = np.stack([labels, 255 - labels, labels // 2], -1)
             cv2.imwrite(str(folder / f'images/{split}/{i}.jpg'), image)
             cv2.imwrite(str(folder / f'annotations/{split}/{i}.png'), labels)
+    return folder
+
+
+def write_segments(folder: Path) -> Path:
+    """Four images of 32 pixels and their label maps of two classes, for configs/seg.py."""
+    generator = np.random.default_rng(0)
+    for kind in ('images', 'labels'):
+        (folder / kind).mkdir(parents=True)
+    for i in range(4):
+        label = generator.integers(0, 2, (32, 32), dtype=np.uint8)
+        cv2.imwrite(str(folder / f'images/{i}.png'), np.repeat(label[..., None] * 255, 3, axis=2))
+        cv2.imwrite(str(folder / f'labels/{i}.png'), label)
     return folder

@@ -5,13 +5,28 @@ import dataclasses
 import json
 import sys
 
+import benchmark_attention
+import benchmark_backbone
+import correctness
+import harness
+import measure
+import ours
+import peers
 import pytest
+import results
 import torch
+from cases import NotSupportedError
+from implementations import all_implementations
+from mmengine.logging import MMLogger
+from oracles import find_peers
+from runners import share_weights
+from shapes import SHAPES
 from tool_runs import BENCHMARKS, call, refuse, run
 
-COMMANDS = ('benchmark_backbone', 'benchmark_attention')
+COMMANDS = [pytest.param(command, id=command.__name__) for command in (benchmark_backbone, benchmark_attention)]
 # each module imports only those before it
 MODULES = (
+    'peer_packages',
     'measure',
     'shapes',
     'cases',
@@ -24,24 +39,29 @@ MODULES = (
     'harness',
 )
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is read from /proc'),
-    pytest.mark.usefixtures('quiet'),
-]
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is read from /proc')
 
 
-@pytest.fixture
-def harness(load):
-    return load('harness')
+@pytest.fixture(autouse=True)
+def _quiet():
+    """No log line for each set of loaded weights; one thread, because the models are so small."""
+    find_peers()
+    logger = MMLogger.get_current_instance()
+    level, threads = logger.level, torch.get_num_threads()
+    logger.setLevel('WARNING')
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    logger.setLevel(level)
 
 
-def nano_case(load, names, command='benchmark_backbone'):
+def nano_case(names, command=benchmark_backbone):
     """The nano case with the implementations of these names."""
-    known = load('implementations').all_implementations(torch.float32, ('transformers', 'torchvision'))
+    known = all_implementations(torch.float32, ('transformers', 'torchvision'))
     implementations = [i for i in known if i.name in names]
     assert len(implementations) == len(names)
-    stage = [] if command == 'benchmark_backbone' else [0]
-    return load(command).case('nano', *stage, 3, implementations)
+    stage = [] if command is benchmark_backbone else [0]
+    return command.case('nano', *stage, 3, implementations)
 
 
 def with_features(case, family, features):
@@ -50,10 +70,10 @@ def with_features(case, family, features):
     return dataclasses.replace(case, families=case.families | {family: changed})
 
 
-def measured(harness, case, *modes):
+def measured(case, *modes):
     """The rows by mode and implementation."""
-    results = harness.measure(case, modes, torch.float32, rounds=1, peak=1e12)
-    return {(row.mode, row.implementation): row for rows in results for row in rows}
+    tables = harness.measure(case, modes, torch.float32, rounds=1, peak=1e12)
+    return {(row.mode, row.implementation): row for rows in tables for row in rows}
 
 
 def test_modules_import_only_those_before_them():
@@ -65,9 +85,9 @@ def test_modules_import_only_those_before_them():
         assert own <= set(MODULES[:number]), name
 
 
-def test_share_weights_shares_tensors_and_not_modules(load):
-    model = load('ours').build_backbone(load('shapes').SHAPES['nano'])
-    twin = load('runners').share_weights(model)
+def test_share_weights_shares_tensors_and_not_modules():
+    model = ours.build_backbone(SHAPES['nano'])
+    twin = share_weights(model)
     modules = zip(model.modules(), twin.modules(), strict=True)
     assert all(a is not b for a, b in modules)
     assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
@@ -77,11 +97,11 @@ def test_share_weights_shares_tensors_and_not_modules(load):
 
 
 @pytest.mark.parametrize('command', COMMANDS)
-def test_measure_finds_all_eager_implementations_correct(load, harness, command, capsys):
+def test_measure_finds_all_eager_implementations_correct(command, capsys):
     names = ['timm eager', 'timm sdpa eager', 'ours sdpa eager', 'ours reference eager', 'torchvision eager']
-    names += ['transformers eager'] if command == 'benchmark_backbone' else []
-    case = nano_case(load, names, command)
-    rows = measured(harness, case, 'inference', 'step')
+    names += ['transformers eager'] if command is benchmark_backbone else []
+    case = nano_case(names, command)
+    rows = measured(case, 'inference', 'step')
     assert {row.note for row in rows.values()} == {''}
     for (mode, _), row in rows.items():
         assert list(row.errors) == ['features'] + (['qkv grad', 'cpb grad'] if mode == 'step' else [])
@@ -99,8 +119,8 @@ def test_measure_finds_all_eager_implementations_correct(load, harness, command,
     assert capsys.readouterr().out.count('| timm sdpa eager') == 2
 
 
-def test_measure_finds_all_steps_of_the_ablation_correct(load, harness, monkeypatch):
-    command = load('benchmark_backbone')
+def test_measure_finds_all_steps_of_the_ablation_correct(monkeypatch):
+    command = benchmark_backbone
     late = command.Backend(command.attend_with_sigmoid, lambda qkv: None)
     monkeypatch.setitem(command.BACKENDS, command.SIGMOID_LATE, late)
     implementations = [i for i in command.ablation(torch.float32) if not i.compiled]
@@ -110,16 +130,16 @@ def test_measure_finds_all_steps_of_the_ablation_correct(load, harness, monkeypa
         'sigmoid before the gather',
         'ours reference eager',
     ]
-    rows = measured(harness, command.case('nano', 2, implementations), 'forward_backward')
+    rows = measured(command.case('nano', 2, implementations), 'forward_backward')
     notes = [row.note for row in rows.values()]
     assert notes[:4] == [''] * 4
     assert all(note == '' or note.startswith('not supported') for note in notes)  # backends that need a GPU
 
 
-def test_measure_does_not_time_wrong_features(load, harness, capsys):
-    case = nano_case(load, ['ours sdpa eager', 'timm eager'])
+def test_measure_does_not_time_wrong_features(capsys):
+    case = nano_case(['ours sdpa eager', 'timm eager'])
     wrong = with_features(case, 'timm', lambda model, x: 1.01 * model.forward_features(x))
-    rows = measured(harness, wrong, 'inference')
+    rows = measured(wrong, 'inference')
     assert rows['inference', 'ours sdpa eager'].note == ''
     row = rows['inference', 'timm eager']
     assert (row.note, row.seconds, row.peak_bytes) == ('WRONG', None, None)
@@ -127,79 +147,78 @@ def test_measure_does_not_time_wrong_features(load, harness, capsys):
     assert 'WRONG' in capsys.readouterr().out
 
 
-def test_measure_finds_wrong_features_of_one_image(load, harness):
+def test_measure_finds_wrong_features_of_one_image():
     def swap_last_rows(model, x):
         features = model.forward_features(x)
         return torch.cat((features[:-1], features[-1:].flip(1)))
 
-    case = with_features(nano_case(load, ['timm eager']), 'timm', swap_last_rows)
-    assert measured(harness, case, 'inference')['inference', 'timm eager'].note == 'WRONG'
+    case = with_features(nano_case(['timm eager']), 'timm', swap_last_rows)
+    assert measured(case, 'inference')['inference', 'timm eager'].note == 'WRONG'
 
 
-def test_measure_finds_wrong_gradients_only_in_training(load, harness):
+def test_measure_finds_wrong_gradients_only_in_training():
     def doubled(model, x):
         features = model.forward_features(x)
         return 2 * features - features.detach()
 
-    case = with_features(nano_case(load, ['timm eager']), 'timm', doubled)
-    rows = measured(harness, case, 'inference', 'forward_backward')
+    case = with_features(nano_case(['timm eager']), 'timm', doubled)
+    rows = measured(case, 'inference', 'forward_backward')
     assert rows['inference', 'timm eager'].note == ''
     row = rows['forward_backward', 'timm eager']
     assert row.note == 'WRONG'
     assert row.errors['qkv grad'] == pytest.approx(1, rel=1e-2)
 
 
-def test_is_correct_allows_gradients_more_and_nan_never(load):
-    is_correct = load('correctness').is_correct
+def test_is_correct_allows_gradients_more_and_nan_never():
+    is_correct = correctness.is_correct
     assert is_correct({'features': 3e-4, 'qkv grad': 24e-4}, torch.float32)
     assert not is_correct({'features': 4e-4}, torch.float32)
     assert is_correct({'features': 4e-4}, torch.bfloat16)
     assert not is_correct({'features': 0.0, 'cpb grad': float('nan')}, torch.bfloat16)
 
 
-def test_measure_reports_the_error_of_an_implementation(load, harness):
+def test_measure_reports_the_error_of_an_implementation():
     def fail(model, x):
         raise RuntimeError('no kernel\nfor this')
 
-    case = with_features(nano_case(load, ['timm eager', 'ours sdpa eager']), 'timm', fail)
-    rows = measured(harness, case, 'inference')
+    case = with_features(nano_case(['timm eager', 'ours sdpa eager']), 'timm', fail)
+    rows = measured(case, 'inference')
     assert rows['inference', 'timm eager'].note == 'failed: RuntimeError: no kernel'
     assert rows['inference', 'ours sdpa eager'].relative == 1  # the first one that is timed
 
 
-def test_measure_does_not_run_what_does_not_fit(load, harness, monkeypatch):
+def test_measure_does_not_run_what_does_not_fit(monkeypatch):
     def must_not_run(model, x):
         raise AssertionError
 
-    monkeypatch.setattr(load('correctness'), 'available_memory', lambda: 500_000)
-    case = with_features(nano_case(load, ['timm eager', 'ours sdpa eager']), 'timm', must_not_run)
-    rows = measured(harness, case, 'inference')
+    monkeypatch.setattr(correctness, 'available_memory', lambda: 500_000)
+    case = with_features(nano_case(['timm eager', 'ours sdpa eager']), 'timm', must_not_run)
+    rows = measured(case, 'inference')
     # 3 images, 4 windows of 64 tokens, 1 head, 12 bytes: 590 kB
     assert rows['inference', 'timm eager'].note.startswith('does not fit: N x N matrices of 0.0 GB')
     assert rows['inference', 'ours sdpa eager'].note == ''
 
 
-def test_peers_refuse_shapes_that_they_compute_differently(load):
-    peers, cases, shapes = load('peers'), load('cases'), load('shapes').SHAPES
+def test_peers_refuse_shapes_that_they_compute_differently():
     for name, reason in (('video_t_320x320x8', 'only images'), ('b_w32_800x1333', 'padding')):
         for build in (peers.build_timm_backbone, peers.build_transformers_backbone, peers.build_torchvision_backbone):
-            with pytest.raises(cases.NotSupportedError, match=reason):
-                build(shapes[name])
-    with pytest.raises(cases.NotSupportedError, match='smaller than the window'):
-        peers.build_torchvision_backbone(shapes['b_w16_256'])
+            with pytest.raises(NotSupportedError, match=reason):
+                build(SHAPES[name])
+    with pytest.raises(NotSupportedError, match='smaller than the window'):
+        peers.build_torchvision_backbone(SHAPES['b_w16_256'])
 
 
-def test_find_names_the_requirements_of_a_peer_that_is_not_installed(load):
+def test_find_names_the_requirements_of_a_peer_that_is_not_installed():
     message = r'no_such_peer is not installed; see requirements/peers\.txt'
-    with pytest.raises(load('cases').NotSupportedError, match=message):
-        load('peers').find('no_such_peer')
+    with pytest.raises(NotSupportedError, match=message):
+        peers.find('no_such_peer')
 
 
 # ---------------------------------------------------------------- results
 
 
-def test_measure_profiles_each_implementation(load, harness, capsys):
-    case = nano_case(load, ['ours sdpa eager', 'timm eager'])
+def test_measure_profiles_each_implementation(capsys):
+    case = nano_case(['ours sdpa eager', 'timm eager'])
     (rows,) = harness.measure(case, ['inference'], torch.float32, rounds=1, peak=1e12, profile=True)
     for row in rows:
         assert {'aten::addmm', 'aten::gelu', 'aten::native_layer_norm'} < set(row.operators)
@@ -210,8 +229,7 @@ def test_measure_profiles_each_implementation(load, harness, capsys):
     assert f'| `{first}` | {1000 * rows[0].operators[first]:.1f} |' in table
 
 
-def test_print_profile_sums_up_all_but_the_largest_operators(load, capsys):
-    results = load('results')
+def test_print_profile_sums_up_all_but_the_largest_operators(capsys):
     names = [f'op{i}' for i in range(results.PROFILED)]
     first = dict.fromkeys(names, 0.002) | {'small': 0.001}
     rows = [
@@ -244,8 +262,8 @@ def test_print_profile_sums_up_all_but_the_largest_operators(load, capsys):
         (['--json', 'no_such/x.json'], 'there is no folder no_such for x.json'),
     ],
 )
-def test_check_arguments_names_the_mistake(load, command, arguments, message, tmp_path):
-    assert refuse(tmp_path, BENCHMARKS / f'{command}.py', *arguments).startswith(f'error: {message}')
+def test_check_arguments_names_the_mistake(command, arguments, message, tmp_path):
+    assert refuse(tmp_path, command.__file__, *arguments).startswith(f'error: {message}')
 
 
 @pytest.mark.parametrize(
@@ -271,9 +289,9 @@ def test_commands_check_their_outputs_before_they_measure(name, option, path, me
 
 
 @pytest.fixture
-def settings(load, monkeypatch):
+def settings(monkeypatch):
     """Restore what a command sets for its process; and measure the peak of the machine with a small product."""
-    monkeypatch.setattr(load('measure'), 'GEMM', 64)
+    monkeypatch.setattr(measure, 'GEMM', 64)
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', torch.backends.cudnn.allow_tf32)
     saved = [(config, config.save_config()) for config in (torch._inductor.config, torch._dynamo.config)]
     yield
@@ -288,7 +306,7 @@ NANO = ['--shapes', 'nano', '--implementations', 'ours sdpa eager']
 @pytest.mark.parametrize('command', COMMANDS)
 def test_run_prints_writes_and_plots_all_rows(command, tmp_path):
     options = [*NANO, 'timm eager', '--modes', 'inference', 'step', '--repeats', '2', '--batch', '2', '--threads', '1']
-    printed = call(tmp_path, BENCHMARKS / f'{command}.py', *options, '--json', 'out.json', '--plot', 'out.png')
+    printed = call(tmp_path, command.__file__, *options, '--json', 'out.json', '--plot', 'out.png')
     content = json.loads((tmp_path / 'out.json').read_text())
     assert content['machine']['versions']['torch'] == torch.__version__
     assert content['machine']['peak_flops'] > 0

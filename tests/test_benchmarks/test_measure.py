@@ -2,6 +2,7 @@
 
 import sys
 
+import measure
 import pytest
 import torch
 
@@ -10,12 +11,7 @@ MIB = 2**20
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is read from /proc')
 
 
-@pytest.fixture
-def measure(load):
-    return load('measure')
-
-
-def test_time_interleaved_runs_every_step_once_in_each_round(measure, monkeypatch):
+def test_time_interleaved_runs_every_step_once_in_each_round(monkeypatch):
     """The steps take one and two seconds of a clock of their own; the second one is slower in the last round."""
     calls, clock = [], 0.0
 
@@ -37,14 +33,14 @@ def test_time_interleaved_runs_every_step_once_in_each_round(measure, monkeypatc
 
 
 @pytest.mark.parametrize('mib', [64, 300])
-def test_peak_memory_is_that_of_the_step(measure, mib):
+def test_peak_memory_is_that_of_the_step(mib):
     before = torch.ones(400 * MIB // 4, device=measure.DEVICE)  # a higher peak, and freed
     del before
     peak = measure.peak_memory(lambda: torch.ones(mib * MIB // 4, device=measure.DEVICE).sum())
     assert peak == pytest.approx(mib * MIB, abs=30 * MIB)
 
 
-def test_profile_operators_add_up_to_the_step(measure, monkeypatch):
+def test_profile_operators_add_up_to_the_step(monkeypatch):
     """The seconds of all operators, each without those that it calls, are the seconds of the top-level operators."""
     profiles, linear = [], torch.nn.Linear(64, 64)
 

@@ -3,12 +3,12 @@
 An implementation is timed only after the correctness gate. The implementations of a family share their parameters, so
 that all of a case fit into memory at once and are timed interleaved. Each module imports only those before it:
 
+measure: time, memory and profile
 shapes: backbones and input sizes, and their FLOP
 cases: the data types of a comparison
 ours, peers, implementations: what is compared, and how it is built
 runners: implementations in memory, ready to take steps
 correctness: the comparison with the reference in float64
-measure: time, memory and profile
 results: tables, JSON and plot
 """
 

@@ -8,8 +8,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..arguments import Positive, Rate, check_arguments
-from ..checkpoints.backbone import Target, check_file, fit_backbone
-from ..checkpoints.errors import in_file
+from ..checkpoints.backbone import Target, check_prefix, fit_backbone, in_file
 from ..openmmlab import MODELS, BaseModule
 from ..ops.window_attention import check_backend
 from .attention import WindowAttention
@@ -172,14 +171,14 @@ class SwinV2(BaseModule):
         source = local_metadata.get('source')
         with in_file(source):
             if not entries:
-                check_file(prefix, **local_metadata)
+                check_prefix(prefix, **local_metadata)
             weights = fit_backbone(
                 {name.removeprefix(prefix): value for name, value in entries.items()},
                 target,
-                is_file=source is not None,
-                is_part=bool(prefix),
+                from_file=source is not None,
+                in_model=bool(prefix),
             )
-        missing, norms = target.lacks(weights)
+        missing, norms = target.missing_keys(weights)
         if not missing:  # a strict load must not fail only because a checkpoint has no output norms
             weights |= {name: self.get_parameter(name).detach() for name in norms}
         if not weights:
@@ -289,7 +288,7 @@ class SwinTransformer3DV2(SwinV2):
     Takes clips of any length and size; only height and width are merged from stage to stage. The arguments are those of
     `SwinV2`, with other defaults for `patch_size`, whose first number is the frames of a patch, and for `out_indices`.
     Several `out_indices` give a tuple, as in mmaction2's SwinTransformer3D. Image checkpoints are inflated when they
-    are loaded, see `swinv2_mm.checkpoints.inflation`:
+    are loaded, see `swinv2_mm.checkpoints.conversion`:
 
         backbone=dict(
             type='swinv2_mm.SwinTransformer3DV2', arch='tiny', window_size=(8, 7, 7),

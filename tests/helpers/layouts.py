@@ -359,7 +359,7 @@ def save(writer, model, path):
     return str(path)
 
 
-def in_file(writer, weights):
+def weights_in_file(writer, weights):
     """Those of our weights that a file of this layout has."""
     kept = {
         'msra_dense': ('norm0', 'norm1', 'norm2', 'norm3'),

@@ -169,7 +169,7 @@ def average_parts(folder, data):
 def test_averaged_weights_are_refused_for_split_parameters(data, tmp_path):
     with pytest.raises(ProcessError) as refused:
         run_processes(average_parts, tmp_path, data, processes=1, folder=tmp_path)
-    way_out = 'leave the hook out, or split the optimizer states alone (configs/_base_/memory/zero1.py)'
+    way_out = 'leave the hook out, or shard only the optimizer states (configs/_base_/memory/zero1.py)'
     assert way_out in refused.value.log
 
 

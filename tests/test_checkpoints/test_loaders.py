@@ -13,7 +13,7 @@ import torch
 from mmengine.runner import load_checkpoint
 from processes import run_processes
 
-from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict, releases
+from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict, loaders
 from swinv2_mm.models import SwinTransformerV2
 
 ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
@@ -35,9 +35,9 @@ OFFICIAL_FILES = {
 
 
 @pytest.mark.parametrize(('name', 'stem'), OFFICIAL_FILES.items())
-def test_official_names_lead_to_the_files_of_microsoft(name, stem):
+def test_find_release_official_files(name, stem):
     base = 'https://github.com/SwinTransformer/storage/releases/download/v2.0.0/'
-    assert releases.find(f'swinv2://{name}').url == f'{base}{stem}.pth'
+    assert loaders.find_release(f'swinv2://{name}').url == f'{base}{stem}.pth'
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,14 @@ def test_official_names_lead_to_the_files_of_microsoft(name, stem):
         ),
     ],
 )
-def test_other_names_lead_to_the_published_addresses(name, url):
-    assert releases.find(name).url == url
+def test_find_release_other_addresses(name, url):
+    assert loaders.find_release(name).url == url
 
 
 def test_there_are_as_many_releases_as_were_published():
     """12 of Microsoft, 3 of torchvision, 63 pre-trained and 63 fine-tuned ones of SimMIM."""
-    assert len(releases.RELEASES) == 12 + 3 + 63 + 63
-    assert len({release.url for release in releases.RELEASES.values()}) == len(releases.RELEASES)
+    assert len(loaders.RELEASES) == 12 + 3 + 63 + 63
+    assert len({release.url for release in loaders.RELEASES.values()}) == len(loaders.RELEASES)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ def test_there_are_as_many_releases_as_were_published():
         ('a/b/c/model.safetensors', None),
     ],
 )
-def test_windows_are_told_by_published_names_alone(path, windows):
-    assert releases.windows_of(path) == windows
+def test_find_named_windows(path, windows):
+    assert loaders.find_named_windows(path) == windows
 
 
 # ---------------------------------------------------------------- downloads
@@ -134,11 +134,11 @@ def is_loaded(target: SwinTransformerV2, source: SwinTransformerV2) -> bool:
     return all(torch.equal(a, b) for a, b in zip(target.parameters(), source.parameters(), strict=True))
 
 
-def test_a_release_is_downloaded_once_and_brings_its_windows(server, monkeypatch, capfd):
+def test_download_once_with_pretrained_windows(server, monkeypatch, capfd):
     folder, address, asked = server
     source = publish(folder / 'swinv2_tiny_patch4_window8_256.pth')
     url = f'{address}/swinv2_tiny_patch4_window8_256.pth'
-    monkeypatch.setitem(releases.RELEASES, 'tiny_window8_256', releases.Release(url, (8, 8, 8, 8)))
+    monkeypatch.setitem(loaders.RELEASES, 'tiny_window8_256', loaders.Release(url, (8, 8, 8, 8)))
     for _ in range(2):
         init_cfg = dict(type='Pretrained', checkpoint='swinv2://tiny_window8_256')
         target = SwinTransformerV2(ARCH, window_size=16, init_cfg=init_cfg)
@@ -150,7 +150,7 @@ def test_a_release_is_downloaded_once_and_brings_its_windows(server, monkeypatch
 
 
 @pytest.mark.parametrize('is_intact', [True, False])
-def test_the_digest_in_a_file_name_is_verified(server, is_intact):
+def test_download_verifies_the_digest_in_a_file_name(server, is_intact):
     folder, address, _ = server
     source = publish(folder / 'a.pth')
     digest = hashlib.sha256((folder / 'a.pth').read_bytes()).hexdigest()[:8]
@@ -168,13 +168,13 @@ def test_the_digest_in_a_file_name_is_verified(server, is_intact):
         assert not list(Path(torch.hub.get_dir()).rglob('*.pth'))
 
 
-def test_a_date_in_a_file_name_is_no_digest():
-    assert releases.published_digest('https://example.com/swin_v2_t-20231120.pth') is None
-    assert releases.published_digest('https://example.com/swin_v2_t-b137f0e2.pth') == 'b137f0e2'
+def test_published_digest_is_not_a_date():
+    assert loaders.published_digest('https://example.com/swin_v2_t-20231120.pth') is None
+    assert loaders.published_digest('https://example.com/swin_v2_t-b137f0e2.pth') == 'b137f0e2'
 
 
 @pytest.mark.parametrize('is_intact', [True, False])
-def test_the_digest_that_a_model_repository_publishes_is_verified(server, is_intact):
+def test_download_verifies_the_digest_of_a_model_repository(server, is_intact):
     folder, address, _ = server
     publish(folder / 'owner/repo/resolve/main/model.bin')
     digest = hashlib.sha256((folder / 'owner/repo/resolve/main/model.bin').read_bytes()).hexdigest()
@@ -191,7 +191,7 @@ def test_the_digest_that_a_model_repository_publishes_is_verified(server, is_int
             load_swinv2_state_dict(url)
 
 
-def test_files_of_the_same_name_from_two_addresses_are_two_files(server):
+def test_cached_path_differs_for_two_addresses(server):
     folder, address, _ = server
     first, second = publish(folder / 'a/epoch_1.pth'), publish(folder / 'b/epoch_1.pth')
     with torch.no_grad():
@@ -203,10 +203,10 @@ def test_files_of_the_same_name_from_two_addresses_are_two_files(server):
         assert is_loaded(target, source)
 
 
-def test_without_a_network_the_error_says_which_file_to_put_where(server, monkeypatch):
+def test_download_error_names_the_file_and_its_cached_path(server, monkeypatch):
     folder, address, _ = server
     url = f'{address}/swinv2_tiny_patch4_window8_256.pth'
-    monkeypatch.setitem(releases.RELEASES, 'tiny_window8_256', releases.Release(url, (8, 8, 8, 8)))
+    monkeypatch.setitem(loaders.RELEASES, 'tiny_window8_256', loaders.Release(url, (8, 8, 8, 8)))
     with pytest.raises(CheckpointError, match='put it at (.*)$') as caught:
         load_swinv2_state_dict('swinv2://tiny_window8_256')
     message = str(caught.value)
@@ -216,13 +216,13 @@ def test_without_a_network_the_error_says_which_file_to_put_where(server, monkey
     assert load_swinv2_state_dict('swinv2://tiny_window8_256')
 
 
-def test_an_unknown_release_is_told_what_there_is():
+def test_find_release_unknown_name_lists_the_releases():
     with pytest.raises(CheckpointError, match=r"no Swin V2 release 'tiny'.*tiny_window8_256.*simmim_base_1k_500k"):
         load_swinv2_state_dict('swinv2://tiny')
 
 
 @pytest.mark.parametrize(('rank', 'shares_the_disk'), [(0, True), (1, True), (1, False)])
-def test_the_first_process_downloads_before_the_others(server, monkeypatch, rank, shares_the_disk):
+def test_download_by_the_first_process_first(server, monkeypatch, rank, shares_the_disk):
     """The others wait, and download where they do not see its file."""
     folder, address, asked = server
     publish(folder / 'a.pth')
@@ -231,36 +231,36 @@ def test_the_first_process_downloads_before_the_others(server, monkeypatch, rank
     def other_process_arrives():
         asked.append('barrier')
         if rank == 1 and shares_the_disk:
-            publish(releases.cached_path(url))
+            publish(loaders.cached_path(url))
 
-    monkeypatch.setattr(releases, 'get_dist_info', lambda: (rank, 2))
-    monkeypatch.setattr(releases, 'barrier', other_process_arrives)
-    assert releases.download(url).is_file()
+    monkeypatch.setattr(loaders, 'get_dist_info', lambda: (rank, 2))
+    monkeypatch.setattr(loaders, 'barrier', other_process_arrives)
+    assert loaders.download(url).is_file()
     downloads_later = [] if shares_the_disk else ['/a.pth']
     assert asked == (['/a.pth', 'barrier'] if rank == 0 else ['barrier', *downloads_later])
 
 
 @pytest.mark.parametrize('rank', [0, 1])
-def test_a_process_that_cannot_download_meets_the_others_before_it_fails(server, monkeypatch, rank):
+def test_download_error_after_the_barrier(server, monkeypatch, rank):
     _, address, asked = server
-    monkeypatch.setattr(releases, 'get_dist_info', lambda: (rank, 2))
-    monkeypatch.setattr(releases, 'barrier', lambda: asked.append('barrier'))
+    monkeypatch.setattr(loaders, 'get_dist_info', lambda: (rank, 2))
+    monkeypatch.setattr(loaders, 'barrier', lambda: asked.append('barrier'))
     with pytest.raises(CheckpointError, match='put it at'):
-        releases.download(f'{address}/a.pth')
+        loaders.download(f'{address}/a.pth')
     assert 'barrier' in asked
 
 
 def download_or_say_why(url: str) -> None:
     """What each process does."""
     try:
-        print('OK', releases.download(url).stat().st_size)
+        print('OK', loaders.download(url).stat().st_size)
     except CheckpointError as error:
         print('ERROR', error)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('is_there', [True, False])
-def test_of_several_processes_one_downloads_and_none_waits_for_ever(server, tmp_path, is_there):
+def test_download_in_several_processes(server, tmp_path, is_there):
     folder, address, asked = server
     if is_there:
         publish(folder / 'a.pth')

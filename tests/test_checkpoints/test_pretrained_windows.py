@@ -1,4 +1,4 @@
-"""Weights in windows that they were not learnt with: the pre-training window is known, told, or refused."""
+"""Weights in other windows than those of pre-training, which are read from the file or the config, or refused."""
 
 import functools
 import math
@@ -16,8 +16,7 @@ from mmengine.runner.checkpoint import save_checkpoint
 from nano import NANO_CONFIGS
 from safetensors.torch import save_file
 
-from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict
-from swinv2_mm.checkpoints import windows as checkpoint_windows
+from swinv2_mm.checkpoints import CheckpointError, conversion, load_swinv2_state_dict
 from swinv2_mm.models import SwinTransformerV2
 
 # no stage of one head: PyTorch multiplies by a single row in another order for each number of rows, one bit off
@@ -51,8 +50,8 @@ def official_file(path, windows, pretrained, arch=ARCH):
     return path
 
 
-def silent_file(path, arch=ARCH):
-    """A file that says nothing of windows."""
+def file_without_windows(path, arch=ARCH):
+    """A file without pre-training windows."""
     torch.save(layouts.timm_new(weights_of(arch)), path)
     return path
 
@@ -68,7 +67,7 @@ def windows_of(backbone):
 
 
 def windows_in(weights):
-    """The same, of a state dict, with the stages for which it holds them."""
+    """The same, of a state dict, with the stages for which it has them."""
     found = {}
     for name, value in weights.items():
         if name.endswith('pretrained_window_size'):
@@ -104,15 +103,15 @@ def timm_model(size, window, pretrained):
 )
 @torch.no_grad()
 def test_windows_of_12_become_16_and_24_as_in_timm(file, size, window, per_stage, tmp_path):
-    """The last stage goes from 6 to 8, or keeps 6, whether it is told so or has a map no larger than that."""
-    path, told = tmp_path / 'model.pth', None
+    """The last stage goes from 6 to 8, or keeps 6, by the config or because its feature map is no larger."""
+    path, cfg_windows = tmp_path / 'model.pth', None
     if file == 'official':
         official_file(path, (12, 12, 12, 6), (12, 12, 12, 6))
     else:
-        silent_file(path)
-        told = (12, 12, 12, 6)
+        file_without_windows(path)
+        cfg_windows = (12, 12, 12, 6)
     windows = (window, window, window, window // 2) if per_stage else window
-    backbone = build(windows, told, path=path, attention_backend='reference')
+    backbone = build(windows, cfg_windows, path=path, attention_backend='reference')
     assert windows_of(backbone) == square(12, 12, 12, 6)
     expected = oracles.timm_features(timm_model(size, window, (12, 12, 12, 6)), backbone, image(size))
     for ours, theirs in zip(backbone(image(size)), expected, strict=True):
@@ -122,14 +121,14 @@ def test_windows_of_12_become_16_and_24_as_in_timm(file, size, window, per_stage
 @torch.no_grad()
 def test_a_wrong_window_changes_the_features(tmp_path):
     """What the errors below protect from: the weights load as well with any other window."""
-    path = silent_file(tmp_path / 'model.pth')
+    path = file_without_windows(tmp_path / 'model.pth')
     right, wrong = (build(8, p, path=path)(image(64)) for p in ((12, 12, 12, 6), 8))
     assert all((r - w).abs().max() > 1e-3 for r, w in zip(right, wrong, strict=True))
 
 
 @torch.no_grad()
 def test_windows_may_grow_in_steps(tmp_path):
-    """8 -> 12 -> 16 through saved files is 8 -> 16: what counts is the window that the bias was learnt with."""
+    """8 -> 12 -> 16 through saved files is 8 -> 16: what counts is the window of the first training."""
     first, second = official_file(tmp_path / 'w8.pth', (8,) * 4, (8,) * 4), tmp_path / 'w12.pth'
     torch.save(build(12, path=first).state_dict(), second)
     steps, direct = (build(16, path=path, attention_backend='reference') for path in (second, first))
@@ -141,8 +140,8 @@ def test_windows_may_grow_in_steps(tmp_path):
 
 
 @torch.no_grad()
-def test_a_detector_remembers_the_windows_of_its_weights(tmp_path):
-    """Trained at 16 from weights of 8, saved, and loaded by a config that says nothing of 8."""
+def test_window_buffers_in_a_checkpoint_of_a_detector(tmp_path):
+    """Trained at 16 from weights of 8, saved, and loaded by a config without the 8."""
     pytest.importorskip('mmdet')
     arch = dict(ARCH, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
     path = official_file(tmp_path / 'w8.pth', (8,) * 4, (8,) * 4, arch)
@@ -163,29 +162,29 @@ def test_a_detector_remembers_the_windows_of_its_weights(tmp_path):
         assert all(torch.equal(*pair) for pair in zip(a, b, strict=True))
 
 
-# What a stored table says
+# Tables of coordinates
 
 
-def stored_windows(windows, pretrained, dtype):
-    """Pre-training windows as the tables of four stages tell them."""
+def read_windows(windows, pretrained, dtype):
+    """Pre-training windows by the tables of four stages."""
     tables = {
         f'layers.{stage}.blocks.0.attn.relative_coords_table': layouts.coords_table(*pair).to(dtype)
         for stage, pair in enumerate(zip(windows, pretrained, strict=True))
     }
-    return checkpoint_windows.stored_windows(tables, release=None)
+    return conversion.read_windows(tables, named_windows=None)
 
 
 PAIRS = list(product((2, 3, 7, 8, 14, 24, 31, 64), (2, 3, 6, 8, 12, 13, 30, 64)))
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
-def test_a_table_tells_the_window_exactly(dtype):
+def test_read_windows_is_exact(dtype):
     """Four stages with two axes of their own: eight pairs at once."""
     for start in range(0, len(PAIRS), 8):
         pairs = PAIRS[start : start + 8]
         windows = [(pairs[i][0], pairs[i + 1][0]) for i in range(0, 8, 2)]
         pretrained = [(pairs[i][1], pairs[i + 1][1]) for i in range(0, 8, 2)]
-        assert stored_windows(windows, pretrained, dtype) == pretrained, (windows, pretrained)
+        assert read_windows(windows, pretrained, dtype) == pretrained, (windows, pretrained)
 
 
 @pytest.mark.parametrize(
@@ -202,18 +201,18 @@ def test_a_table_tells_the_window_exactly(dtype):
     ],
 )
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
-def test_windows_of_released_files_are_told_by_their_tables(windows, pretrained, dtype):
-    assert stored_windows(windows, pretrained, dtype) == square(*pretrained)
+def test_read_windows_of_released_files(windows, pretrained, dtype):
+    assert read_windows(windows, pretrained, dtype) == square(*pretrained)
 
 
-def test_tables_of_a_file_in_half_precision_are_read_as_they_are(tmp_path):
+def test_read_windows_in_half_precision(tmp_path):
     weights = layouts.official(weights_of(TINY), (14, 14, 14, 7), (12, 12, 12, 6))
     save_file({k: v.half() for k, v in weights.items() if v.is_floating_point()}, tmp_path / 'model.safetensors')
     found = windows_in(load_swinv2_state_dict(str(tmp_path / 'model.safetensors')))
     assert found == dict(enumerate(square(12, 12, 12, 6)))
 
 
-def test_non_square_windows_are_told_apart_in_a_backbone(tmp_path):
+def test_read_windows_that_are_not_square(tmp_path):
     path = official_file(
         tmp_path / 'model.pth', [(8, 4), (8, 4), (6, 9), (3, 2)], [(8, 4), (6, 4), (4, 9), (3, 2)], TINY
     )
@@ -241,33 +240,31 @@ def linear(windows, scale):
     ],
     ids=['linear by 8', 'linear', 'natural', 'no whole window', 'reversed', 'axes swapped', 'NaN', 'zeros'],
 )
-def test_a_table_that_is_not_log_spaced_is_refused(table):
+def test_read_windows_refuses_a_table_that_is_not_log_spaced(table):
     weights = layouts.official(weights_of(TINY), (8,) * 4, (8,) * 4)
     weights['layers.1.blocks.0.attn.relative_coords_table'] = table
     with pytest.raises(CheckpointError, match=r'layers\.1\.blocks\.0\.attn\.relative_coords_table'):
         build(8, arch=TINY).load_state_dict(weights)
 
 
-def test_blocks_of_a_stage_must_agree():
+def test_read_windows_refuses_blocks_of_a_stage_that_disagree():
     weights = layouts.official(weights_of(), (8,) * 4, (8,) * 4)
     weights['layers.1.blocks.1.attn.relative_coords_table'] = layouts.coords_table(8, 6)
-    with pytest.raises(
-        CheckpointError, match=r'stage 1: 8 says layers\.1\.blocks\.0\..*, 6 says layers\.1\.blocks\.1\.'
-    ):
+    with pytest.raises(CheckpointError, match=r'stage 1: 8 in layers\.1\.blocks\.0\..*, 6 in layers\.1\.blocks\.1\.'):
         build(8).load_state_dict(weights)
 
 
 # The order of the sources
 
 
-def test_what_the_config_leaves_open_comes_from_the_file(tmp_path):
+def test_resolve_pretrained_windows_from_the_file(tmp_path):
     path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4), TINY)
-    for told in (None, 0, (0, 8, 0, 0), (8, 8, 8, 4), ((8, 0), 8, 0, (0, 4))):
-        assert windows_of(build(16, told, arch=TINY, path=path)) == square(8, 8, 8, 4), told
+    for cfg_windows in (None, 0, (0, 8, 0, 0), (8, 8, 8, 4), ((8, 0), 8, 0, (0, 4))):
+        assert windows_of(build(16, cfg_windows, arch=TINY, path=path)) == square(8, 8, 8, 4), cfg_windows
 
 
 @pytest.mark.parametrize(
-    ('told', 'stored'),
+    ('cfg_windows', 'stored'),
     [
         ((8, 8, 8, 8), 'table'),
         (16, 'table'),
@@ -276,47 +273,47 @@ def test_what_the_config_leaves_open_comes_from_the_file(tmp_path):
         (((8, 8), (8, 8), (8, 8), (4, 5)), 'our own'),
     ],
 )
-def test_a_config_that_contradicts_the_file_is_an_error(told, stored, tmp_path):
+def test_resolve_pretrained_windows_refuses_a_config_that_contradicts_the_file(cfg_windows, stored, tmp_path):
     path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4), TINY)
     if stored == 'our own':
         torch.save(build(16, arch=TINY, path=path).state_dict(), path)
-    stage, value = {16: (0, '16')}.get(told) or (3, {8: '8', 6: '6'}.get(told[3], '5'))
+    stage, value = {16: (0, '16')}.get(cfg_windows) or (3, {8: '8', 6: '6'}.get(cfg_windows[3], '5'))
     with pytest.raises(CheckpointError) as error:
-        build(16, told, arch=TINY, path=path)
+        build(16, cfg_windows, arch=TINY, path=path)
     message = str(error.value)
     assert re.search(rf'stage {stage}\b', message), message
     numbers = re.findall(r'\d+', message)
     assert {value, '8' if stage == 0 else '4'} <= set(numbers), message
 
 
-def test_our_own_file_needs_no_config(tmp_path):
+def test_resolve_pretrained_windows_of_our_own_file(tmp_path):
     source = build(8, (8, 8, 8, 4), arch=TINY)
     torch.save(source.state_dict(), tmp_path / 'ours.pth')
     assert windows_in(load_swinv2_state_dict(str(tmp_path / 'ours.pth'))) == dict(enumerate(square(8, 8, 8, 4)))
     assert windows_of(build(16, arch=TINY, path=tmp_path / 'ours.pth')) == square(8, 8, 8, 4)
 
 
-@pytest.mark.parametrize('told', [None, 8, (16, 16, 16, 8)])
-def test_a_name_that_contradicts_the_table_is_an_error(told, tmp_path):
+@pytest.mark.parametrize('cfg_windows', [None, 8, (16, 16, 16, 8)])
+def test_read_windows_refuses_a_name_that_contradicts_the_table(cfg_windows, tmp_path):
     """Somebody has renamed the file, so that neither is to be believed."""
     path = official_file(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', (8,) * 4, (8,) * 4, TINY)
     with pytest.raises(CheckpointError, match=r'stage 0: 8 .*relative_coords_table, 16 .*name of the file'):
-        build(16, told, arch=TINY, path=path)
+        build(16, cfg_windows, arch=TINY, path=path)
 
 
-@pytest.mark.parametrize('told', [8, (16, 16, 16, 16), (0, 0, 0, 16)])
-def test_a_config_that_contradicts_the_name_of_the_file_is_an_error(told, tmp_path):
-    path = silent_file(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', TINY)
+@pytest.mark.parametrize('cfg_windows', [8, (16, 16, 16, 16), (0, 0, 0, 16)])
+def test_resolve_pretrained_windows_refuses_a_config_that_contradicts_the_name(cfg_windows, tmp_path):
+    path = file_without_windows(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', TINY)
     with pytest.raises(CheckpointError, match=r'stage \d.*pretrained_window_sizes'):
-        build(16, told, arch=TINY, path=path)
+        build(16, cfg_windows, arch=TINY, path=path)
     assert windows_of(build(16, (0, 16, 16, 8), arch=TINY, path=path)) == square(16, 16, 16, 8)
 
 
 @pytest.mark.parametrize(
     'name', ['swinv2_tiny_window16_256.ms_in1k.safetensors', 'swinv2_tiny_patch4_window16_256.pth']
 )
-def test_the_name_of_a_released_file_tells_its_windows(name, tmp_path):
-    """For other names, see `test_releases.py`."""
+def test_read_windows_by_the_name_of_a_released_file(name, tmp_path):
+    """For other names, see `test_loaders.py`."""
     weights = layouts.timm_new(weights_of(TINY))
     save = save_file if name.endswith('.safetensors') else torch.save
     save(weights, tmp_path / name)
@@ -326,16 +323,16 @@ def test_the_name_of_a_released_file_tells_its_windows(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['model.pth', 'swinv2_tiny_patch4_window7_224.pth'])
-def test_where_nothing_is_known_the_error_says_what_to_pass(name, tmp_path):
-    path = silent_file(tmp_path / name, TINY)
+def test_resolve_pretrained_windows_unknown_error_names_the_argument(name, tmp_path):
+    path = file_without_windows(tmp_path / name, TINY)
     assert windows_in(load_swinv2_state_dict(str(path))) == {}
-    for road in (lambda: build(8, arch=TINY, path=path), lambda: build(8, arch=TINY).load_state_dict(torch.load(path))):
+    for load in (lambda: build(8, arch=TINY, path=path), lambda: build(8, arch=TINY).load_state_dict(torch.load(path))):
         with pytest.raises(CheckpointError, match='pretrained_window_sizes'):
-            road()
+            load()
 
 
-def test_what_is_known_of_some_stages_alone_is_not_enough(tmp_path):
-    path = silent_file(tmp_path / 'model.pth', TINY)
+def test_resolve_pretrained_windows_needs_all_stages(tmp_path):
+    path = file_without_windows(tmp_path / 'model.pth', TINY)
     with pytest.raises(CheckpointError, match='pretrained_window_sizes') as error:
         build(8, (12, 12, 12, 0), arch=TINY, path=path)
     assert re.search(r'stage 3\b', str(error.value)), error.value
@@ -344,7 +341,7 @@ def test_what_is_known_of_some_stages_alone_is_not_enough(tmp_path):
 # The log
 
 
-def test_the_log_tells_the_transfer_of_each_stage(tmp_path):
+def test_log_window_transfer_of_each_stage(tmp_path):
     path = official_file(tmp_path / 'model.pth', (12, 12, 12, 6), (12, 12, 12, 6), TINY)
     with layouts.recorded_log() as messages:
         build((24, 24, 24, 12), arch=TINY, path=path)
@@ -358,16 +355,16 @@ def test_the_log_tells_the_transfer_of_each_stage(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('window', 'says'), [(8, 'no extrapolation'), (7, 'no extrapolation'), (9, 'extrapolates by ')]
+    ('window', 'message'), [(8, 'no extrapolation'), (7, 'no extrapolation'), (9, 'extrapolates by ')]
 )
-def test_the_log_says_whether_there_is_any_extrapolation(window, says, tmp_path):
+def test_log_window_transfer_extrapolation(window, message, tmp_path):
     path = official_file(tmp_path / 'model.pth', (8,) * 4, (8,) * 4, TINY)
     with layouts.recorded_log() as messages:
         build(window, arch=TINY, path=path)
-    assert len([m for m in messages if says in m]) == 4
+    assert len([m for m in messages if message in m]) == 4
 
 
-def test_the_log_is_silent_without_loading():
+def test_log_window_transfer_not_without_loading():
     with layouts.recorded_log() as messages:
         build(8).init_weights()
     assert not [m for m in messages if 'SwinV2:' in m or 'stage' in m]

@@ -31,7 +31,7 @@ def kernel_of(model):
 
 
 @pytest.mark.parametrize('channels', [1, 2, 4, 6, 13])
-def test_channels_are_those_of_timm(channels):
+def test_adapt_patch_embed_channels_as_timm(channels):
     """To the bit but for rounding; all other weights are those of the file."""
     source = source_backbone()
     model = SwinTransformerV2(**ALL_STAGES, in_channels=channels)
@@ -45,7 +45,7 @@ def test_channels_are_those_of_timm(channels):
 
 
 @pytest.mark.parametrize('patch', [(2, 2), (8, 8), (4, 6), (16, 2), (7, 7)])
-def test_patch_sizes_are_those_of_timm(patch):
+def test_adapt_patch_embed_patch_size_as_timm(patch):
     source = source_backbone()
     model = SwinTransformerV2(**ALL_STAGES, patch_size=patch)
     with layouts.recorded_log() as log:
@@ -54,7 +54,7 @@ def test_patch_sizes_are_those_of_timm(patch):
     assert [line for line in log if f'from patches of 4x4 to {patch[0]}x{patch[1]}' in line]
 
 
-def test_patches_of_a_larger_image_have_the_same_embedding():
+def test_adapt_patch_embed_keeps_the_embedding_of_larger_patches():
     """What the rule is for; torch resizes the patches."""
     source = source_backbone()
     model = SwinTransformerV2(**ALL_STAGES, patch_size=(8, 6))
@@ -64,9 +64,9 @@ def test_patches_of_a_larger_image_have_the_same_embedding():
     torch.testing.assert_close(model.patch_embed.proj(resized), source.patch_embed.proj(patches), rtol=1e-4, atol=1e-5)
 
 
-# of layouts, precisions and roads: what is ours needs no renaming, a detector's file passes through the loaders
+# in place of all layouts and loading paths: our own keys are not converted, a file of a detector passes the loaders
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_a_file_of_our_own_is_adapted_too(dtype, tmp_path):
+def test_adapt_patch_embed_of_our_own_file(dtype, tmp_path):
     source = source_backbone()
     state = {f'backbone.{name}': v.to(dtype) if v.is_floating_point() else v for name, v in source.state_dict().items()}
     torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'file.pth')
@@ -78,7 +78,7 @@ def test_a_file_of_our_own_is_adapted_too(dtype, tmp_path):
 
 
 @pytest.mark.parametrize(('channels', 'patch'), itertools.product([1, 3, 4], [(4, 4), (8, 6)]))
-def test_a_video_model_takes_an_image_file(channels, patch):
+def test_adapt_patch_embed_of_an_image_file_for_a_video_model(channels, patch):
     """A clip of equal frames still has the embedding of the frame."""
     source = source_backbone()
     image = SwinTransformerV2(**ALL_STAGES, in_channels=channels, patch_size=patch)
@@ -91,7 +91,7 @@ def test_a_video_model_takes_an_image_file(channels, patch):
     torch.testing.assert_close(video.patch_embed(x[:, :, None].repeat(1, 1, 2, 1, 1))[:, 0], image.patch_embed(x))
 
 
-def test_a_video_file_is_adapted_frame_by_frame():
+def test_adapt_patch_embed_of_a_video_file():
     source = oracles.randomize(SwinTransformer3DV2(**VIDEO))
     model = SwinTransformer3DV2(**VIDEO, in_channels=4, patch_size=(2, 8, 6))
     model.load_state_dict(source.state_dict())
@@ -102,7 +102,7 @@ def test_a_video_file_is_adapted_frame_by_frame():
 
 @pytest.mark.parametrize('channels', [1, 4])
 @pytest.mark.parametrize('make', [SwinTransformerV2, SwinTransformer3DV2])
-def test_a_file_of_the_same_channels_is_taken_as_it_is(make, channels):
+def test_adapt_patch_embed_not_for_the_same_channels(make, channels):
     options = dict(ALL_STAGES if make is SwinTransformerV2 else VIDEO, in_channels=channels)
     source, model = oracles.randomize(make(**options)), make(**options)
     with layouts.recorded_log() as log:
@@ -112,22 +112,22 @@ def test_a_file_of_the_same_channels_is_taken_as_it_is(make, channels):
 
 
 @pytest.mark.parametrize(('theirs', 'ours'), [(1, 3), (4, 7), (4, 3), (6, 1)])
-def test_other_channels_than_those_of_rgb_are_refused(theirs, ours):
+def test_adapt_patch_embed_refuses_other_channels_than_rgb(theirs, ours):
     state = SwinTransformerV2(**ALL_STAGES, in_channels=theirs).state_dict()
     model = SwinTransformerV2(**ALL_STAGES, in_channels=ours)
     before = kernel_of(model).clone()
-    says = f'takes {theirs} channels and that of the model {ours}, .*set in_channels={theirs}, or .*' + re.escape(
+    message = f'takes {theirs} channels and that of the model {ours}, .*set in_channels={theirs}, or .*' + re.escape(
         f'{NAME} of shape (16, {ours}, 4, 4)'
     )
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         model.load_state_dict(state)
     assert torch.equal(kernel_of(model), before)
-    # the other way out
+    # the other proposal of the message
     model.load_state_dict(state | {NAME: torch.ones(16, ours, 4, 4)})
     assert kernel_of(model).eq(1).all()
 
 
-def test_other_frames_of_a_video_file_are_refused():
+def test_adapt_patch_embed_refuses_other_frames():
     state = SwinTransformer3DV2(**VIDEO, patch_size=(2, 4, 4)).state_dict()
     with pytest.raises(CheckpointError, match=r'2 frames and those of the model 4: set patch_size=\(2, 8, 8\)'):
         SwinTransformer3DV2(**VIDEO, patch_size=(4, 8, 8)).load_state_dict(state)

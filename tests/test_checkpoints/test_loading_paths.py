@@ -1,7 +1,7 @@
-"""All roads that lead from a file to a backbone, with an official file and with a checkpoint of our own training.
+"""Every loading path from a file to a backbone, with an official file and with a checkpoint of our own training.
 
-The files are pre-trained with other windows than the backbone has, and the config does not say with which ones: a road
-that does not pass through the conversion loads nothing, or computes another position bias.
+The files are pre-trained with other windows than the backbone has, and the config does not have them: a loading path
+without the conversion loads nothing, or computes another position bias.
 """
 
 import copy
@@ -39,7 +39,7 @@ from swinv2_mm.models.block import SwinBlock
 
 
 def backbone_part(path) -> dict[str, Tensor]:
-    """Weights of the backbone in a checkpoint of mmengine, read with torch alone."""
+    """Weights of the backbone in a checkpoint of mmengine, read with torch only."""
     weights = torch.load(path, weights_only=True)['state_dict']
     return {key.removeprefix('backbone.'): value for key, value in weights.items() if key.startswith('backbone.')}
 
@@ -48,7 +48,7 @@ def backbone_part(path) -> dict[str, Tensor]:
 
 
 def twin(weights: dict[str, Tensor], pretrained=PRETRAINED, **options) -> SwinTransformerV2:
-    """A backbone that is told the windows, and gets the weights without any loading code."""
+    """A backbone with the windows in its config, and weights that were copied without any loading code."""
     backbone = SwinTransformerV2(**dict(ALL_STAGES, pretrained_window_sizes=pretrained) | options).eval()
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
@@ -69,7 +69,7 @@ def assert_arrived(backbone: nn.Module, expected: SwinTransformerV2) -> None:
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory, shapes):
-    return folder_with_shapes(tmp_path_factory.mktemp('roads'), shapes)
+    return folder_with_shapes(tmp_path_factory.mktemp('loading_paths'), shapes)
 
 
 @pytest.fixture(scope='module')
@@ -90,19 +90,25 @@ def test_the_window_of_pretraining_matters():
     assert not any(torch.equal(a, b) for a, b in zip(right, wrong, strict=True))
 
 
-@pytest.mark.parametrize('road', LOADING_PATHS)
-def test_an_official_file_arrives(road, official, folder):
-    assert_arrived(LOADING_PATHS[road](official, folder), source_backbone())
+@pytest.mark.parametrize('loading_path', LOADING_PATHS)
+def test_an_official_file_arrives(loading_path, official, folder):
+    assert_arrived(LOADING_PATHS[loading_path](official, folder), source_backbone())
 
 
 # a whole detector, its backbone in three ways, and all that a training stores
-OWN_ROADS = ('init_detector', 'load_state_dict_of_the_dict', 'load_checkpoint', 'init_cfg_with_prefix', 'resume')
+OWN_LOADING_PATHS = (
+    'init_detector',
+    'load_state_dict_of_the_dict',
+    'load_checkpoint',
+    'init_cfg_with_prefix',
+    'resume',
+)
 
 
-@pytest.mark.parametrize('road', OWN_ROADS)
-def test_our_own_checkpoint_arrives_with_the_window_of_its_first_training(road, trained, folder):
+@pytest.mark.parametrize('loading_path', OWN_LOADING_PATHS)
+def test_our_own_checkpoint_arrives_with_the_window_of_its_first_training(loading_path, trained, folder):
     """Pre-trained at 6, trained at 8, now used at 12: the bias is still that of 6."""
-    backbone = (LOADING_PATHS | dict(resume=by_resume))[road](trained, folder, window_size=12)
+    backbone = (LOADING_PATHS | dict(resume=by_resume))[loading_path](trained, folder, window_size=12)
     weights = backbone_part(trained)
     assert not torch.equal(weights['patch_embed.proj.weight'], source_backbone().patch_embed.proj.weight)
     assert_arrived(backbone, twin(weights, window_size=12))
@@ -162,16 +168,16 @@ def test_a_model_on_the_meta_device_takes_the_tensors_themselves():
 
 
 @pytest.mark.parametrize(
-    ('road', 'options'),
+    ('loading_path', 'options'),
     [('init_cfg', dict()), ('init_cfg', dict(begin_iter=1)), ('load_from', dict(update_buffers=True))],
     ids=str,
 )
-def test_the_averaged_copy_computes_with_the_window_of_pretraining(road, options, official, folder, tmp_path):
+def test_the_averaged_copy_computes_with_the_window_of_pretraining(loading_path, options, official, folder, tmp_path):
     """EMAHook copies the model before init_cfg is loaded, and never copies again."""
     cfg = detector_config(folder)
     cfg.work_dir = str(tmp_path)
     cfg.custom_hooks = [dict(type='EMAHook', **options)]
-    if road == 'load_from':
+    if loading_path == 'load_from':
         cfg.load_from = str(official)
     else:
         cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(official))
@@ -182,7 +188,7 @@ def test_the_averaged_copy_computes_with_the_window_of_pretraining(road, options
     assert same(features(averaged), features(twin(weights)))
     assert not same(features(averaged), features(twin(weights, None)))
 
-    # the file holds the averaged weights where others would look for them, and both when it is resumed
+    # the file has the averaged weights where others would look for them, and both when it is resumed
     saved = tmp_path / 'epoch_1.pth'
     assert_arrived(by_load_checkpoint(saved, folder), averaged)
     cfg.update(load_from=str(saved), resume=True)
@@ -197,7 +203,7 @@ def test_the_averaged_copy_computes_with_the_window_of_pretraining(road, options
 
 
 @pytest.mark.parametrize('wrapper', ['model', 'state_dict'])
-def test_resuming_from_weights_alone_says_to_use_load_from(wrapper, folder, tmp_path):
+def test_resuming_from_weights_only_says_to_use_load_from(wrapper, folder, tmp_path):
     weights = official_weights(source_backbone())
     if wrapper == 'state_dict':
         weights = {f'backbone.{name}': value for name, value in weights.items()}
@@ -221,7 +227,7 @@ class Net(nn.Module):
 
 
 def load_in_shards(official: dict[str, Tensor], nested: bool, original: bool, net: bool) -> tuple[dict, list | None]:
-    """Load an official file into a sharded model; returns what it holds and computes after that."""
+    """Load an official file into a sharded model; returns its state and its features after that."""
     torch.manual_seed(0)
     model, weights = SwinTransformerV2(**ALL_STAGES), official
     if net:

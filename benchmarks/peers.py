@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 
 @functools.cache
-def find(module: str) -> ModuleType:
-    """Import a module of a peer.
+def import_peer(module: str) -> ModuleType:
+    """Import a module of timm, transformers or torchvision.
 
     Raises:
         NotSupportedError: It is not installed.
@@ -50,7 +50,7 @@ def check_shape(shape: Shape) -> None:
 def build_timm_backbone(shape: Shape) -> nn.Module:
     """The model without its classifier."""
     check_shape(shape)
-    return find('timm.models.swin_transformer_v2').SwinTransformerV2(
+    return import_peer('timm.models.swin_transformer_v2').SwinTransformerV2(
         img_size=shape.size,
         window_size=shape.window[0],
         num_classes=0,
@@ -85,7 +85,7 @@ class TimmAttention(nn.Module):
 def build_timm_attention(shape: Shape, stage: int) -> nn.Module:
     """The same as `ours.build_attention`."""
     check_shape(shape)
-    block = find('timm.models.swin_transformer_v2').SwinTransformerV2Block(
+    block = import_peer('timm.models.swin_transformer_v2').SwinTransformerV2Block(
         shape.dim(stage),
         shape.spatial_shape(stage),
         shape.arch['num_heads'][stage],
@@ -97,7 +97,7 @@ def build_timm_attention(shape: Shape, stage: int) -> nn.Module:
 
 def use_sdpa(model: nn.Module) -> None:
     """Make timm's attention use `F.scaled_dot_product_attention`: the strongest baseline, and the obvious change."""
-    module = find('timm.models.swin_transformer_v2')
+    module = import_peer('timm.models.swin_transformer_v2')
     for attention in model.modules():
         if type(attention) is module.WindowAttention:
             attention.__class__ = _sdpa_class()
@@ -106,7 +106,7 @@ def use_sdpa(model: nn.Module) -> None:
 
 @functools.cache
 def _sdpa_class() -> type[nn.Module]:
-    class SdpaWindowAttention(find('timm.models.swin_transformer_v2').WindowAttention):
+    class SdpaWindowAttention(import_peer('timm.models.swin_transformer_v2').WindowAttention):
         """timm's attention with `F.scaled_dot_product_attention`; in eval mode its position bias is computed once."""
 
         def train(self, mode: bool = True) -> nn.Module:
@@ -145,7 +145,7 @@ def _sdpa_class() -> type[nn.Module]:
 def build_transformers_backbone(shape: Shape) -> nn.Module:
     """The model without pooling."""
     check_shape(shape)
-    transformers = find('transformers')
+    transformers = import_peer('transformers')
     config = transformers.Swinv2Config(
         image_size=shape.size[0],
         window_size=shape.window[0],
@@ -161,7 +161,7 @@ def build_torchvision_backbone(shape: Shape) -> nn.Module:
     """The model without its classifier."""
     check_shape(shape)
     _check_windows(shape, range(len(shape.depths)))
-    peer = find('torchvision.models.swin_transformer')
+    peer = import_peer('torchvision.models.swin_transformer')
     model = peer.SwinTransformer(
         [4, 4],
         shape.arch['embed_dims'],
@@ -180,7 +180,7 @@ def build_torchvision_attention(shape: Shape, stage: int) -> nn.Module:
     """The same as `ours.build_attention`."""
     check_shape(shape)
     _check_windows(shape, [stage])
-    attention = find('torchvision.models.swin_transformer').ShiftedWindowAttentionV2
+    attention = import_peer('torchvision.models.swin_transformer').ShiftedWindowAttentionV2
     window, shift = list(shape.window), [w // 2 for w in shape.window]
     return attention(shape.dim(stage), window, shift, shape.arch['num_heads'][stage])
 

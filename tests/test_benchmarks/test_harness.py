@@ -208,10 +208,10 @@ def test_peers_refuse_shapes_that_they_compute_differently():
         peers.build_torchvision_backbone(SHAPES['b_w16_256'])
 
 
-def test_find_names_the_requirements_of_a_peer_that_is_not_installed():
+def test_import_peer_names_the_requirements_of_a_peer_that_is_not_installed():
     message = r'no_such_peer is not installed; see requirements/peers\.txt'
     with pytest.raises(NotSupportedError, match=message):
-        peers.find('no_such_peer')
+        peers.import_peer('no_such_peer')
 
 
 # ---------------------------------------------------------------- results

@@ -25,14 +25,14 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     locations=['swinv2_mm.engine'],
 )
 MODEL_WRAPPERS = Registry(
-    'model_wrapper', parent=MMENGINE_MODEL_WRAPPERS, scope='swinv2_mm', locations=['swinv2_mm.engine.sharding']
+    'model_wrapper', parent=MMENGINE_MODEL_WRAPPERS, scope='swinv2_mm', locations=['swinv2_mm.parallel.sharding']
 )
 RUNNERS = Registry(
     'runner',
     parent=MMENGINE_RUNNERS,
     scope='swinv2_mm',
-    locations=['swinv2_mm.engine.flexible_runner', 'swinv2_mm.engine.sharding'],
+    locations=['swinv2_mm.parallel.flexible_runner', 'swinv2_mm.parallel.sharding'],
 )
 STRATEGIES = Registry(
-    'strategy', parent=MMENGINE_STRATEGIES, scope='swinv2_mm', locations=['swinv2_mm.engine.deepspeed']
+    'strategy', parent=MMENGINE_STRATEGIES, scope='swinv2_mm', locations=['swinv2_mm.parallel.deepspeed']
 )

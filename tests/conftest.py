@@ -13,7 +13,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
+sys.path.insert(0, str(Path(__file__).parent / 'helpers'))
 if 'PYTEST_XDIST_WORKER' in os.environ:  # each core has a worker; what tests start inherits the variable
     os.environ['OMP_NUM_THREADS'] = '1'
 if not torch.cuda.is_available():
@@ -84,7 +84,7 @@ def _leave_no_trace():
 
 @pytest.fixture(scope='session')
 def shapes(tmp_path_factory) -> Path:
-    """Eight images of shapes for training and five for validation, in COCO's layout; for test_tools/tiny/det.py."""
+    """Eight images of shapes for training and five for validation, in COCO's layout; for helpers/tiny/det.py."""
     folder = tmp_path_factory.mktemp('shapes')
     make_shapes(folder, train=8, val=5, size=64)
     return folder

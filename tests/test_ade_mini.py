@@ -12,7 +12,7 @@ from mmengine.registry import DefaultScope
 from nano_seg import shrink
 from tool_runs import REPOSITORY, call, call_together, check_training, metrics
 
-from swinv2_mm.engine import launch
+from swinv2_mm.cli import launch
 
 pytest.importorskip('mmseg')
 DATA = Path(os.environ.get('SWINV2_MM_DATA', REPOSITORY.parent / 'shared' / 'data')) / 'ade_mini'

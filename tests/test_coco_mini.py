@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tool_runs import REPOSITORY, call, call_together, check_training, metrics
 
-from swinv2_mm.engine import launch
+from swinv2_mm.cli import launch
 
 pytest.importorskip('mmdet')
 from nano import trial_arguments

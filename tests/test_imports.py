@@ -12,7 +12,9 @@ ALLOWED = {
     'ops': {'ops'},
     'checkpoints': {'checkpoints', 'compat', 'openmmlab', 'ops', 'version'},
     'models': {'arguments', 'checkpoints', 'models', 'openmmlab', 'ops', 'registry'},
-    'engine': {'arguments', 'checkpoints', 'command_line', 'compat', 'engine', 'models', 'ops', 'registry', 'version'},
+    'engine': {'arguments', 'engine', 'registry'},
+    'parallel': {'arguments', 'checkpoints', 'compat', 'models', 'parallel', 'registry'},
+    'cli': {'arguments', 'checkpoints', 'cli', 'models', 'ops', 'parallel', 'registry'},
     'datasets': {'arguments', 'datasets', 'registry'},
 }
 BENCHMARKS = (
@@ -21,6 +23,7 @@ BENCHMARKS = (
     'benchmark_memory',
     'benchmark_operator',
     'gpu_tables',
+    'kernel_report',
     'tune_kernels',
 )
 TOOLBOXES = {'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}
@@ -103,6 +106,6 @@ for kwargs in (dict(drop_path_rate=0.1), dict(init_cfg=dict(type='Pretrained', c
     except ImportError as error:
         print(error)
 """
-    result = run_python(code, path=(PACKAGE.parent, PACKAGE.parent / 'tools' / 'analysis_tools'))
+    result = run_python(code, path=(PACKAGE.parent, PACKAGE.parent / 'benchmarks'))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count('needs mmengine>=0.10.0 (not installed), mmcv>=2.0.0 (not installed)') == 2

@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from nano_video import shrink
 from tool_runs import REPOSITORY, call, call_together, check_training, metrics
 
-from swinv2_mm.engine import launch
+from swinv2_mm.cli import launch
 
 pytest.importorskip('mmaction')
 DATA = Path(os.environ.get('SWINV2_MM_DATA', REPOSITORY.parent / 'shared' / 'data')) / 'video'

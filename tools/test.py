@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from mmengine.config import Config, ConfigDict
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
-from swinv2_mm.engine import checks, classes, launch
+from swinv2_mm.cli import checks, classes, launch
 
 VIDEO_HOOK = 'swinv2_mm.engine.video_visualization.VideoVisualizationHook'
 # what splits a training among processes; in a test there is nothing to split but weights, which each image needs

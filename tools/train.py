@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from mmengine.config import Config
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
-from swinv2_mm.engine import checks, classes, launch, unused
+from swinv2_mm.cli import checks, classes, launch, unused
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-# mmdet's, with checkpoints that survive a kill and a resumed run that ends like an uninterrupted one.
+# mmdet's runtime, with checkpoints written atomically and runs that resume exactly.
 _base_ = 'mmdet::_base_/default_runtime.py'
 
 default_hooks = dict(checkpoint=dict(type='swinv2_mm.AtomicCheckpointHook', max_keep_ckpts=2))

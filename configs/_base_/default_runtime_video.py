@@ -1,5 +1,5 @@
-# mmaction's, with checkpoints that survive a kill, a resumed run that ends like an uninterrupted one, and pictures of
-# predictions for --show-dir.
+# mmaction's runtime, with checkpoints written atomically, runs that resume exactly, and images of predictions for
+# --show-dir.
 _base_ = 'mmaction::_base_/default_runtime.py'
 
 default_hooks = dict(

@@ -1,4 +1,4 @@
-# Cascade Mask R-CNN on SwinV2-B, as cascade_mask_rcnn_swinv2_t.py (A1).
+# Cascade Mask R-CNN on SwinV2-B, recipe of cascade_mask_rcnn_swinv2_t.py (A1).
 _base_ = './cascade_mask_rcnn_swinv2_t.py'
 
 model = dict(

@@ -1,5 +1,5 @@
-# Cascade Mask R-CNN on SwinV2-T by the recipe of the ablations (A1): window 16, lr 1e-4 for 16 images, from ImageNet-1K
-# at 256x256 with window 8. The paper has 51.1 box AP on val (Table 1).
+# Cascade Mask R-CNN on SwinV2-T, recipe of the ablations (A1): window 16, lr 1e-4 for 16 images, 3x. Backbone from
+# ImageNet-1K at 256x256 with window 8. Paper: 51.1 box AP on val (Table 1).
 #   tools/dist_train.sh configs/det/cascade_mask_rcnn_swinv2_t.py 8
 _base_ = [
     '../_base_/models/cascade_mask_rcnn_swinv2.py',
@@ -8,7 +8,7 @@ _base_ = [
     '../_base_/default_runtime_det.py',
 ]
 
-# The paper does not state the head: this is that of Swin V1's detection configs.
+# Not stated; the head of Swin V1's detection configs.
 bbox_head = [
     dict(
         type='ConvFCBBoxHead',

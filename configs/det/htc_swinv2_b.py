@@ -1,6 +1,6 @@
-# HTC++ on SwinV2-B (A2.1): 1536x1536, window 32, lr 4e-4 for 64 images, a tenth of it for the backbone.
+# HTC++ on SwinV2-B (A2.1): 1536x1536, window 32, lr 4e-4 for 64 images and a tenth of it for the backbone, 3x. Backbone
+# from ImageNet-22K at 192x192 with window 12. The paper has no row for B.
 #   tools/dist_train.sh configs/det/htc_swinv2_b.py 8
-# The paper starts from ImageNet-22K at 192x192 with window 12 and has no row for B.
 _base_ = [
     '../_base_/models/htc_swinv2.py',
     '../_base_/datasets/coco_semantic_lsj.py',

@@ -1,5 +1,5 @@
-# HTC++ on a nano SwinV2, from scratch, on the shapes of tools/misc/make_shapes_coco.py: `make demo` runs it on a CPU.
-# The detector of htc_swinv2_b.py with all its parts; what differs is size and schedule.
+# HTC++ on a nano SwinV2, trained from scratch on the shapes of tools/misc/make_shapes_coco.py. `make demo` runs it on a
+# CPU. It has all parts of htc_swinv2_b.py; size and schedule differ.
 #   python tools/misc/make_shapes_coco.py data/shapes_coco
 #   tools/dist_train.sh configs/det/htc_swinv2_demo.py 2
 _base_ = [
@@ -9,10 +9,10 @@ _base_ = [
     '../_base_/default_runtime_det.py',
 ]
 
-# Model: few channels, few RoIs, small RoI features. With the recipe's, RoIAlign alone takes half of a step on a CPU.
+# Model: few channels, few RoIs, small RoI features. At the recipe's sizes, RoIAlign takes half of a step on a CPU.
 classes = ('disc', 'square', 'triangle')
 channels = 48
-roi_layer = dict(output_size=7, sampling_ratio=1)  # one sample for each of 7x7 cells; masks are 14x14
+roi_layer = dict(output_size=7, sampling_ratio=1)  # one sample in each of 7x7 bins; masks are 14x14
 model = dict(
     data_preprocessor=dict(batch_augments=None),  # all images have the same size
     backbone=dict(
@@ -49,7 +49,7 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=64), rcnn=dict(max_per_img=20)),
 )
 
-# Data: 128x128 pixels and flips alone.
+# Data: 128x128 pixels, flips only.
 data_root = 'data/shapes_coco/'
 metainfo = dict(classes=classes, palette=[(220, 20, 60), (255, 215, 0), (0, 90, 220)])
 train_pipeline = [
@@ -67,7 +67,7 @@ test_pipeline = [
 ]
 train_dataloader = dict(
     batch_size=4,
-    num_workers=0,  # the cores are busy with the training itself
+    num_workers=0,  # training takes all cores of a small machine
     dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline),
 )
 val_dataloader = dict(
@@ -79,7 +79,8 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-# Schedule: 500 steps of 8 images. From scratch all parts learn at the same rate, far above that of a fine-tuning.
+# Schedule: 500 steps of 8 images. Training from scratch takes a much larger learning rate than fine-tuning, for all
+# parts.
 max_epochs = 5
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 optim_wrapper = dict(optimizer=dict(lr=2e-3, betas=(0.9, 0.98)), clip_grad=dict(max_norm=5))

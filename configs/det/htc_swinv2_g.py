@@ -1,10 +1,11 @@
-# HTC++ on SwinV2-G (A2.2): 1536x1536, window 32, lr 6e-4 for 96 images, 45,000 steps; sequential self-attention in the
-# first two stages, which any backend but the reference has everywhere, and activation checkpointing (Sec. 3.4). The
-# paper's third saver is ZeRO-1; here parameters and gradients are split too, which leaves room on 8 GPUs of 40 GB
-# (docs/large_training.md). The paper has 61.7 box AP and 53.3 mask AP on val (Table 3), from the last checkpoint of
-# htc_swinv2_g_objects365.py:
+# HTC++ on SwinV2-G (A2.2): 1536x1536, window 32, lr 6e-4 for 96 images, 45,000 steps, from the last checkpoint of
+# htc_swinv2_g_objects365.py. Paper: 61.7 box AP and 53.3 mask AP on val (Table 3).
 #   tools/dist_train.sh configs/det/htc_swinv2_g.py 8 --cfg-options load_from=CHECKPOINT
+# Memory (Sec. 3.4): sequential self-attention in the first two stages (the backends other than 'reference' do this in
+# all stages), activation checkpointing, and FSDP where the paper has ZeRO-1. FSDP also shards parameters and gradients,
+# which fits 8 GPUs of 40 GB, see docs/large_training.md.
 _base_ = ['./htc_swinv2_l.py', '../_base_/memory/fsdp.py']
+from swinv2_mm.scope import add_scope
 
 accumulate = 12  # 8 GPUs x 1 image x 12 = 96
 steps = 45_000 * accumulate
@@ -22,22 +23,22 @@ model = dict(
 )
 train_dataloader = dict(sampler=dict(type='InfiniteSampler'))
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=steps, val_interval=steps // 36)
-param_scheduler = [
-    dict(_scope_='mmdet', type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000 * accumulate),
+param_scheduler = add_scope(
+    'mmdet',
+    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000 * accumulate),
     dict(
-        _scope_='mmdet',
         type='MultiStepLR',
         begin=0,
         end=steps,
         by_epoch=False,
-        milestones=[steps * 27 // 36, steps * 33 // 36],  # as epochs 27 and 33 of 36
+        milestones=[steps * 27 // 36, steps * 33 // 36],  # epochs 27 and 33 of 36
         gamma=0.1,
     ),
-]
+)
 optim_wrapper = dict(
     accumulative_counts=accumulate,
     optimizer=dict(lr=6e-4),
-    # not stated for G; kept from L, whose lr per image it shares
+    # not stated for G; that of L, which has the same lr per image
     paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}),
 )
 default_hooks = dict(checkpoint=dict(by_epoch=False, interval=steps // 36))

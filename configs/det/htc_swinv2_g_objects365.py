@@ -1,11 +1,13 @@
-# HTC++ without its mask branch on SwinV2-G, trained on Objects365 v2 before COCO (A2.2): window 32, lr 1.2e-3 for 96
-# images, 67,500 steps. What the paper writes as "[800, 1024]" is taken as the range of the shorter side; the longer one
-# is not stated: 1600 is that of Swin V1's HTC++. Not stated either: InstaBoost, which would need masks, and all that is
-# kept from htc_swinv2_g.py. There are no semantic maps, and so no semantic branch.
+# HTC++ without its mask branch on SwinV2-G, on Objects365 v2 before COCO (A2.2): window 32, lr 1.2e-3 for 96 images,
+# 67,500 steps.
 #   tools/dist_train.sh configs/det/htc_swinv2_g_objects365.py 8
-# The training on COCO starts from its last checkpoint, see htc_swinv2_g.py. Mask branch, semantic branch and the
-# classifiers, of 80 classes for 365, are then fresh; the rest is loaded.
+# The paper's input "[800, 1024]" is read as the range of the shorter side. The longer side is not stated; 1600 is that
+# of Swin V1's HTC++. No InstaBoost, which needs masks (not stated), and no semantic branch, because Objects365 has no
+# semantic segmentation maps. What else is not stated is as in htc_swinv2_g.py. The training on COCO, htc_swinv2_g.py,
+# loads the last checkpoint except for the mask branch, the semantic branch and the classifiers (80 classes instead of
+# 365), which are initialized at random.
 _base_ = './htc_swinv2_g.py'
+from swinv2_mm.scope import add_scope
 
 # Model
 model = dict(
@@ -21,22 +23,21 @@ model = dict(
 
 # Data
 data_root = 'data/Objects365/Obj365_v2/'
-train_pipeline = [
+train_pipeline = add_scope(
+    'mmdet',
     dict(type='LoadImageFromFile', backend_args={{_base_.backend_args}}),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='RandomResize', scale=[(1600, 800), (1600, 1024)], keep_ratio=True),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackDetInputs'),
-]
-test_pipeline = [
+)
+test_pipeline = add_scope(
+    'mmdet',
     dict(type='LoadImageFromFile', backend_args={{_base_.backend_args}}),
     dict(type='Resize', scale=(1600, 1024), keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
-]
-# as mmengine would stamp another scope on a pipeline that is taken from `_base_ = 'swinv2_mm::...'`
-train_pipeline = [dict(t, _scope_='mmdet') for t in train_pipeline]
-test_pipeline = [dict(t, _scope_='mmdet') for t in test_pipeline]
+)
 train_dataloader = dict(
     dataset=dict(
         type='Objects365V2Dataset',
@@ -62,7 +63,17 @@ test_evaluator = val_evaluator
 # Schedule
 steps = 67_500 * _base_.accumulate
 train_cfg = dict(max_iters=steps, val_interval=steps // 10)
-warmup, decay = _base_.param_scheduler
-param_scheduler = [warmup, dict(decay, end=steps, milestones=[steps * 27 // 36, steps * 33 // 36])]
+param_scheduler = add_scope(
+    'mmdet',
+    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000 * _base_.accumulate),
+    dict(
+        type='MultiStepLR',
+        begin=0,
+        end=steps,
+        by_epoch=False,
+        milestones=[steps * 27 // 36, steps * 33 // 36],  # epochs 27 and 33 of 36
+        gamma=0.1,
+    ),
+)
 optim_wrapper = dict(optimizer=dict(lr=1.2e-3))
 default_hooks = dict(checkpoint=dict(interval=steps // 10))

@@ -1,5 +1,5 @@
-# HTC++ on SwinV2-H. The paper has no such system: this is the recipe of L (see htc_swinv2_b.py). Its supervised weights
-# were never released, and SimMIM's are of a model without extra norms, see README.md.
+# HTC++ on SwinV2-H. The paper has no such system; this is the recipe of L, see htc_swinv2_b.py (A2.1). The supervised
+# weights of H were never released, and SimMIM's are of a model without extra norms.
 _base_ = './htc_swinv2_l.py'
 
 model = dict(

@@ -1,4 +1,4 @@
-# HTC++ on SwinV2-L, as htc_swinv2_b.py (A2.1). The paper has 58.8 box AP and 51.1 mask AP on val (Table 3).
+# HTC++ on SwinV2-L, recipe of htc_swinv2_b.py (A2.1). Paper: 58.8 box AP and 51.1 mask AP on val (Table 3).
 _base_ = './htc_swinv2_b.py'
 
 model = dict(

@@ -1,5 +1,5 @@
-# HTC++ on SwinV2-T. The paper has no such system: this is the recipe of B and L (see htc_swinv2_b.py), from ImageNet-1K
-# at 256x256 with window 8.
+# HTC++ on SwinV2-T. The paper has no such system; this is the recipe of B and L, see htc_swinv2_b.py (A2.1). Backbone
+# from ImageNet-1K at 256x256 with window 8.
 _base_ = './htc_swinv2_b.py'
 
 model = dict(

@@ -1,4 +1,4 @@
-# UperNet on SwinV2-B, as upernet_swinv2_t.py (A1).
+# UperNet on SwinV2-B, recipe of upernet_swinv2_t.py (A1).
 _base_ = './upernet_swinv2_t.py'
 
 model = dict(

@@ -1,22 +1,31 @@
-# UperNet on SwinV2-L, tested with the shorter side at 896 and window 56, from a checkpoint of
-# upernet_swinv2_l.py, which was trained at 640 with window 40. The paper has no such row for L.
+# UperNet on SwinV2-L, tested at 896 (shorter side) with window 56, from a checkpoint of upernet_swinv2_l.py, which was
+# trained at 640 with window 40. The paper has no such row for L.
 #   tools/dist_test.sh configs/seg/upernet_swinv2_l_w56.py CHECKPOINT 8
 _base_ = './upernet_swinv2_l.py'
+from swinv2_mm.scope import add_scope
 
 model = dict(backbone=dict(window_size=56))
-load, _, labels, check, pack = _base_.test_pipeline
-test_pipeline = [load, dict(_scope_='mmseg', type='Resize', scale=(3584, 896), keep_ratio=True), labels, check, pack]
-val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
-test_dataloader = val_dataloader
-scales = [(int(r * 3584), int(r * 896)) for r in _base_.ratios]
-tta_pipeline = [
-    load,
+test_pipeline = add_scope(
+    'mmseg',
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(3584, 896), keep_ratio=True),
+    dict(type='LoadAnnotations', reduce_zero_label=True),
+    dict(type='swinv2_mm.datasets.labels.CheckLabels', num_classes=150),
+    dict(type='PackSegInputs'),
+)
+tta_pipeline = add_scope(
+    'mmseg',
+    dict(type='LoadImageFromFile'),
     dict(
-        _scope_='mmseg',
         type='TestTimeAug',
         transforms=[
-            [dict(type='Resize', scale=scale, keep_ratio=True) for scale in scales],
-            *_base_.tta_pipeline[-1].transforms[1:],
+            [dict(type='Resize', scale=(int(r * 3584), int(r * 896)), keep_ratio=True) for r in _base_.ratios],
+            [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
+            [dict(type='LoadAnnotations', reduce_zero_label=True)],
+            [dict(type='swinv2_mm.datasets.labels.CheckLabels', num_classes=150)],
+            [dict(type='PackSegInputs')],
         ],
     ),
-]
+)
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = val_dataloader

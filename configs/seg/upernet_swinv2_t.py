@@ -1,5 +1,5 @@
-# UperNet on SwinV2-T by the recipe of the ablations (A1): 512x512, window 16, lr 4e-5 for 16 images with a layer-wise
-# decay of 0.95, from ImageNet-1K at 256x256 with window 8. The paper has 47.0 mIoU on val (Table 1).
+# UperNet on SwinV2-T, recipe of the ablations (A1): 512x512, window 16, lr 4e-5 for 16 images with a layer-wise decay
+# of 0.95, drop path 0.3. Backbone from ImageNet-1K at 256x256 with window 8. Paper: 47.0 mIoU on val (Table 1).
 #   tools/dist_train.sh configs/seg/upernet_swinv2_t.py 8
 _base_ = [
     '../_base_/models/upernet_swinv2.py',

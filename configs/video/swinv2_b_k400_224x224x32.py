@@ -1,4 +1,4 @@
-# SwinV2-B on Kinetics-400, as swinv2_t_k400_224x224x32.py, with the drop path and weight decay of Video Swin-B.
+# SwinV2-B on Kinetics-400, as swinv2_t_k400_224x224x32.py but with the drop path and weight decay of Video Swin-B.
 _base_ = './swinv2_t_k400_224x224x32.py'
 
 model = dict(

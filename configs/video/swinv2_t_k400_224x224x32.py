@@ -1,6 +1,6 @@
-# SwinV2-T on Kinetics-400 by the recipe of Video Swin (arXiv 2106.13230): 32 frames of 224x224 in patches of 2x4x4,
-# window 8x7x7, lr 1e-3 (backbone 1e-4) for 64 clips, 30 epochs, from ImageNet-1K at 256x256 with window 8, inflated.
-# Swin V1 has 78.8 top-1 with 4x3 views there; neither paper has Swin V2 at this size.
+# SwinV2-T on Kinetics-400 by the recipe of Video Swin (arXiv 2106.13230): 32 frames of 224x224, patches of 2x4x4,
+# window 8x7x7, lr 1e-3 (backbone 1e-4) for 64 clips, 30 epochs. Backbone from ImageNet-1K at 256x256 with window 8,
+# inflated. Video Swin-T has 78.8 top-1 with 4x3 views; neither paper has Swin V2 at this size.
 #   tools/dist_train.sh configs/video/swinv2_t_k400_224x224x32.py 8
 _base_ = [
     '../_base_/models/recognizer_swinv2.py',

@@ -10,19 +10,25 @@ without a GPU, on tiny feature maps.
 import argparse
 import contextlib
 import itertools
+import json
+import math
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from .files import write_whole
 from .triton import attention as triton
 from .triton import selfcheck
+from .triton.tiles import is_one_tile
+from .windows import Size
 
 DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
-WINDOWS = (7, 7), (8, 8), (12, 12), (16, 16), (24, 24), (32, 32), (8, 7, 7), (8, 20, 20)
+WINDOWS: tuple[Size, ...] = (7, 7), (8, 8), (12, 12), (16, 16), (24, 24), (32, 32), (8, 7, 7), (8, 20, 20)
 CASES = tuple(DTYPES), selfcheck.HEAD_DIMS, WINDOWS
-QUICK = tuple(DTYPES), (32,), selfcheck.WINDOWS
+QUICK = tuple(DTYPES), (32,), tuple(selfcheck.WINDOWS.values())
 INTERPRETED = ('fp32',), (16,), ((4, 4), (9, 9))
 
 
@@ -30,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the check, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--quick', action='store_true', help='heads of 32 channels and two windows')
+    parser.add_argument(
+        '--resume', type=Path, metavar='FILE', help='write each row to this JSON file, and check only what it lacks'
+    )
     args = parser.parse_args(argv)
     is_interpreted = os.environ.get('TRITON_INTERPRET') == '1'
     reason = _why_not(is_interpreted)
@@ -37,7 +46,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'error: the Triton kernels cannot run: {reason}', file=sys.stderr)
         return 2
     device = torch.device('cpu' if is_interpreted else f'cuda:{torch.cuda.current_device()}')
-    return _run(INTERPRETED if is_interpreted else QUICK if args.quick else CASES, device)
+    try:
+        rows = Rows(args.resume)
+    except (OSError, ValueError) as error:
+        print(f'error: --resume {args.resume} cannot be read and written: {error}', file=sys.stderr)
+        return 2
+    return _run(INTERPRETED if is_interpreted else QUICK if args.quick else CASES, device, rows)
+
+
+class Rows:
+    """Rows of the table, each with what is wrong, in a file or nowhere.
+
+    Raises:
+        OSError: The file cannot be written.
+        ValueError: It is damaged.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.rows: dict[str, tuple[str, str]] = json.loads(file.read_text()) if file and file.exists() else {}
+        self._write()
+
+    def examine(
+        self, window: Size, is_shifted: bool, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[str, str]:
+        """Deviations as text, and what is wrong or '', as of `selfcheck.examine`; those of a former call if it can."""
+        of_kernels = selfcheck.describe(device, dtype, head_dim, is_one_tile(math.prod(window), head_dim, dtype))
+        key = f'{of_kernels}, {window}, {"shifted" if is_shifted else "not shifted"}'
+        if key not in self.rows:
+            deviations, fault = selfcheck.examine(window, is_shifted, head_dim, dtype, device)
+            self.rows[key] = ' | '.join(map(str, deviations.values())) or fault, fault
+            self._write()
+        return tuple(self.rows[key])
+
+    def _write(self) -> None:
+        if self.file:
+            write_whole(self.file, json.dumps(self.rows, indent=1) + '\n')
 
 
 def _why_not(is_interpreted: bool) -> str | None:
@@ -48,7 +92,7 @@ def _why_not(is_interpreted: bool) -> str | None:
     return triton.can_run(torch.empty(1, 1, 3, 1, 16, device='cuda'))
 
 
-def _run(cases: tuple[Sequence[str], Sequence[int], Sequence[tuple[int, ...]]], device: torch.device) -> int:
+def _run(cases: tuple[Sequence[str], Sequence[int], Sequence[Size]], device: torch.device, rows: Rows) -> int:
     dtypes, head_dims, windows = cases
     print(f'| type | head size | window | shifted, padded | {" | ".join(selfcheck.RESULTS)} |')
     print('|---|---|---|---|' + '---|' * len(selfcheck.RESULTS))
@@ -57,20 +101,21 @@ def _run(cases: tuple[Sequence[str], Sequence[int], Sequence[tuple[int, ...]]], 
         if head_dim > triton.MAX_HEAD_DIM[DTYPES[name]]:
             continue
         torch.set_float32_matmul_precision('high' if name == 'tf32' else 'highest')
-        faults = []
+        faults: dict[str, list[str]] = {}
         for window, is_shifted in itertools.product(windows, (True, False)):
             print(f'| {name} | {head_dim} | {"x".join(map(str, window))} | {"yes" if is_shifted else "no"}', end=' | ')
             try:
-                deviations, fault = selfcheck.examine(window, is_shifted, head_dim, DTYPES[name], device)
+                cells, fault = rows.examine(window, is_shifted, head_dim, DTYPES[name], device)
             except selfcheck.NotCheckedError as error:
                 print(f'not checked {error} |', flush=True)
                 continue
-            print(' | '.join(map(str, deviations.values())) or fault, end=' |\n', flush=True)
-            faults.append(fault)
+            print(cells, end=' |\n', flush=True)
+            one_tile = is_one_tile(math.prod(window), head_dim, DTYPES[name])
+            faults.setdefault(selfcheck.describe(device, DTYPES[name], head_dim, one_tile), []).append(fault)
         if faults:
-            key = selfcheck.describe(device, DTYPES[name], head_dim)
-            verdicts[key] = '; '.join(filter(None, faults))
-            selfcheck.keep({key: verdicts[key]})
+            found = {key: '; '.join(filter(None, of_key)) for key, of_key in faults.items()}
+            selfcheck.keep(found)
+            verdicts |= found
     for key, faults in verdicts.items():
         print(f'{"wrong" if faults else "right"} on {key}{":" * bool(faults)} {faults}'.rstrip())
     return int(any(verdicts.values()))

@@ -38,7 +38,7 @@ def check_backend(name: str) -> None:
         )
 
 
-def _choose(name: str, qkv: Tensor) -> Backend:
+def _choose(name: str, qkv: Tensor, window_size: Sequence[int]) -> Backend:
     if name != 'auto':
         reason = BACKENDS[name].can_run(qkv)
         if reason:
@@ -47,7 +47,7 @@ def _choose(name: str, qkv: Tensor) -> Backend:
     for other in AUTO:
         reason = BACKENDS[other].can_run(qkv)
         if reason is None and other == 'triton':
-            reason = selfcheck.why_not(qkv)
+            reason = selfcheck.why_not(qkv, window_size)
         if reason is None:
             return BACKENDS[other]
         _tell(other, reason)
@@ -100,7 +100,7 @@ def window_attention(
     check_backend(backend)
     _check_shapes(qkv, logit_scale, bias_table, window_size, shift_size)
     _give_formulas(flop_counter())
-    run = _choose(backend, qkv).run
+    run = _choose(backend, qkv, window_size).run
     return run(qkv, logit_scale, bias_table, tuple(window_size), tuple(shift_size), sequential)
 
 

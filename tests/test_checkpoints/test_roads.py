@@ -29,11 +29,11 @@ from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from swinv2_mm.checkpoints import load_swinv2_state_dict
-from swinv2_mm.engine import launch
+from swinv2_mm.cli import launch
 from swinv2_mm.models import SwinTransformerV2
 from swinv2_mm.models.block import SwinBlock
 
-TINY = Path(__file__).parents[1] / 'test_tools' / 'tiny'
+TINY = Path(__file__).parents[1] / 'helpers' / 'tiny'
 ARCH = dict(embed_dims=16, depths=(2, 1, 2, 1), num_heads=(1, 2, 4, 8))
 PRETRAINED = (6, 6, 6, 3)
 WINDOW = 8

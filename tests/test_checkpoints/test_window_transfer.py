@@ -23,7 +23,7 @@ from swinv2_mm.models import SwinTransformerV2
 # no stage of one head: PyTorch multiplies by a single row in another order for each number of rows, one bit off
 ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16))
 TINY = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
-DETECTOR = Path(__file__).parents[1] / 'test_tools/tiny/det.py'
+DETECTOR = Path(__file__).parents[1] / 'helpers/tiny/det.py'
 
 
 def build(window, pretrained=None, arch=ARCH, path=None, attention_backend='auto'):

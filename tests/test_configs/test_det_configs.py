@@ -1,4 +1,4 @@
-"""Detection configs: they build, they hold the paper's numbers, and HTC is mmdet's HTC."""
+"""Detection configs build, have the paper's numbers, and their HTC is mmdet's."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from nano import closest, train_a_step
 from tool_runs import TOOLS, load_tool
 
 from swinv2_mm.checkpoints import releases
-from swinv2_mm.engine import launch
+from swinv2_mm.cli import launch
 
 pytest.importorskip('mmdet')
 from nano_det import narrow, shrink, shrink_model, write_shapes
@@ -69,7 +69,7 @@ def test_builds(name):
     assert [c.conv.in_channels for c in fpn.lateral_convs] == model.backbone.num_features
 
 
-def test_every_config_of_the_metafile_exists_and_none_is_left_out():
+def test_the_metafile_lists_every_config():
     import yaml
 
     metafile = yaml.safe_load((CONFIGS / 'metafile.yml').read_text())
@@ -82,7 +82,7 @@ def shapes(tmp_path_factory):
 
 
 def load(name: str, shapes: Path, work_dir: Path) -> Config:
-    """The config at a nano size, as tools/train.py would have it on this machine."""
+    """The config at a nano size, adapted to the CPU as tools/train.py does it."""
     root = shapes / ('objects365' if 'objects365' in name else 'coco')
     cfg = launch.load_config(str(CONFIGS / f'{name}.py'), dict(data_root=f'{root}/'))
     launch.adapt_to_cpu(cfg)
@@ -92,7 +92,7 @@ def load(name: str, shapes: Path, work_dir: Path) -> Config:
 
 @pytest.mark.parametrize('name', TRAINED)
 def test_trains_a_step_and_tests_an_image(name, shapes, tmp_path):
-    """The recipe's own data, transforms, losses, optimizer, schedule and metric; sizes alone are smaller."""
+    """The recipe's data, transforms, losses, optimizer, schedule and metric; only sizes are smaller."""
     runner = train_a_step(load(name, shapes, tmp_path))
     kinds = {'bbox', 'segm'} if runner.model.with_mask else {'bbox'}
     figures = {key.split('_')[0] for key in runner.message_hub.log_scalars if 'mAP' in key}
@@ -100,13 +100,13 @@ def test_trains_a_step_and_tests_an_image(name, shapes, tmp_path):
 
 
 @pytest.mark.parametrize('name', sorted(set(PAPER) - set(TRAINED)))
-def test_is_trained_as_one_of_those_above(name):
-    """What it does is what a config does that is trained; its numbers and weights are tested below."""
+def test_differs_only_in_numbers_from_a_config_trained_above(name):
+    """The numbers and the initial weights are tested below."""
     assert closest(shrink(read(name)), [shrink(read(other)) for other in TRAINED]) == []
 
 
 def test_scales_and_flips_of_one_image_are_merged(shapes, tmp_path):
-    """Of the test systems at several scales one, since no two of them say different things of the views."""
+    """With one multi-scale config, because all have the same views."""
     cfg, *others = [load(name, shapes, tmp_path) for name in TEST_SYSTEMS if name.endswith('_tta')]
     for other in others:
         assert (other.tta_model, other.tta_pipeline) == (cfg.tta_model, cfg.tta_pipeline)
@@ -116,7 +116,7 @@ def test_scales_and_flips_of_one_image_are_merged(shapes, tmp_path):
     assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(figures)
 
 
-# facts of the paper (A1, A2.1, A2.2): learning rate, images a step, window, and epochs or steps
+# the paper (A1, A2.1, A2.2): learning rate, images a step, window, and epochs or steps
 RECIPES = {
     'cascade_mask_rcnn_swinv2': (1e-4, 16, 16, 36),
     'htc_swinv2': (4e-4, 64, 32, 36),
@@ -127,7 +127,7 @@ RECIPE_NAMES = sorted(set(PAPER) - set(TEST_SYSTEMS))
 
 
 @pytest.mark.parametrize('name', RECIPE_NAMES)
-def test_holds_the_numbers_of_the_paper(name):
+def test_has_the_numbers_of_the_paper(name):
     lr, images, window, length = RECIPES.get(name) or RECIPES[name[:-2]]
     cfg = read(name)
     optimizer = cfg.optim_wrapper.optimizer
@@ -159,8 +159,8 @@ def test_holds_the_numbers_of_the_paper(name):
 
 
 @pytest.mark.parametrize('name', TEST_SYSTEMS)
-def test_a_test_system_changes_the_window_alone(name):
-    """So that a checkpoint of the config without `_w48` fits, and the test at several scales is one of `--tta`."""
+def test_a_test_config_changes_only_the_window(name):
+    """A checkpoint of the config without `_w48` then fits. The multi-scale configs add what `--tta` reads."""
     cfg, trained = read(name), read(name[: name.index('_w48')])
     assert (trained.model.backbone.window_size, cfg.model.backbone.window_size) == (32, 48)
     trained.model.backbone.window_size = 48
@@ -176,14 +176,16 @@ def test_starts_from_weights_of_its_size_and_windows(name):
     if backbone.arch in ('huge', 'giant'):  # never released
         assert backbone.init_cfg is None
         return
-    told = backbone.pretrained_window_sizes
+    windows = backbone.pretrained_window_sizes
     assert backbone.init_cfg.type == 'Pretrained'
     assert backbone.arch in backbone.init_cfg.checkpoint
-    assert releases.find(backbone.init_cfg.checkpoint).windows == (told if isinstance(told, tuple) else (told,) * 4)
+    assert releases.find(backbone.init_cfg.checkpoint).windows == (
+        windows if isinstance(windows, tuple) else (windows,) * 4
+    )
 
 
 def test_htc_is_that_of_mmdet():
-    """All that differs from mmdet's own HTC config: backbone, bf16 parts, soft-NMS, padding, anchors."""
+    """The same as mmdet's HTC config but for backbone, bf16 parts, soft-NMS, padding and anchors."""
     ours = read('htc_swinv2_t').model
     stock = Config.fromstring("_base_ = 'mmdet::htc/htc_r50_fpn_1x_coco.py'", '.py').model
     with torch.device('meta'):
@@ -212,7 +214,7 @@ def test_htc_is_that_of_mmdet():
     ],
 )
 def test_losses_and_gradients_are_finite_in_bfloat16(name, num_items):
-    """The whole detector under autocast, where stock mmdet stops at RoIAlign; also with images without instances."""
+    """The whole detector under autocast, where mmdet's RoIAlign raises an error; also on images without instances."""
     model = nano(name).train()
     data = batch(model, num_items=num_items)
     with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -228,8 +230,8 @@ def test_losses_and_gradients_are_finite_in_bfloat16(name, num_items):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_only_masks_and_classifiers_are_fresh_after_objects365(tmp_path):
-    """The chain of A2.2. Objects365 has neither masks nor semantic maps, and other classes."""
+def test_only_masks_and_classifiers_are_initialized_after_objects365(tmp_path):
+    """Objects365, then COCO (A2.2). Objects365 has no masks, no semantic segmentation maps, and other classes."""
     first, second = nano('htc_swinv2_g_objects365'), nano('htc_swinv2_g')
     torch.save(dict(state_dict=first.state_dict()), tmp_path / 'objects365.pth')
     fresh = {name: value.clone() for name, value in second.state_dict().items()}
@@ -245,13 +247,13 @@ def test_a_checkpoint_of_window_32_fits_at_48():
     trained, tested = nano('htc_swinv2_g'), nano('htc_swinv2_g_w48')
     tested.load_state_dict(trained.state_dict(), strict=True)
     images = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():  # both windows are larger than all maps
+    with torch.no_grad():  # both windows are larger than all feature maps
         for ours, theirs in zip(tested.eval().backbone(images), trained.eval().backbone(images), strict=True):
             assert torch.equal(ours, theirs)
 
 
 def test_proposals_keep_their_pixels_in_bfloat16():
-    """Anchors and proposals lie where they do in float32, though bfloat16 knows only every eighth pixel out there."""
+    """Anchors and proposals have the positions of float32; bfloat16 represents only every eighth pixel at 1500."""
     model = nano('htc_swinv2_t').eval()
     head = model.rpn_head
     head.in_channels = head.feat_channels = 8  # some CPUs take minutes for a wide convolution in bfloat16

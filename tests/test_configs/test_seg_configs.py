@@ -1,4 +1,4 @@
-"""Segmentation configs: they build, hold the paper's numbers, and train."""
+"""Segmentation configs build, have the paper's numbers, and train."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from nano import closest, smaller_backbone, train_a_step
 from nano_seg import shrink, write_ade20k
 
 from swinv2_mm.checkpoints import releases
-from swinv2_mm.engine import launch
+from swinv2_mm.cli import launch
 
 pytest.importorskip('mmseg')
 
@@ -38,7 +38,7 @@ def data(tmp_path_factory):
 
 
 def load(name: str, data: Path, work_dir: Path) -> Config:
-    """The config at a nano size, as the tools would have it on this machine."""
+    """The config at a nano size, adapted to the CPU as the tools do it."""
     cfg = launch.load_config(str(CONFIGS / f'{name}.py'), dict(data_root=str(data)))
     launch.adapt_to_cpu(cfg)
     cfg.work_dir = str(work_dir)
@@ -65,14 +65,14 @@ def test_the_smaller_backbone_of_the_readme_fits(name):
 
 @pytest.mark.parametrize('name', TRAINED)
 def test_trains_a_step_and_tests_an_image(name, data, tmp_path):
-    """The recipe's own data, transforms, losses, optimizer, schedule and metric; sizes alone are smaller."""
+    """The recipe's data, transforms, losses, optimizer, schedule and metric; only sizes are smaller."""
     runner = train_a_step(load(name, data, tmp_path))
     assert 'val/mIoU' in runner.message_hub.log_scalars
 
 
 @pytest.mark.parametrize('name', sorted(set(PAPER) - set(TRAINED)))
-def test_is_trained_as_one_of_those_above(name):
-    """What it does is what a config does that is trained; its numbers and weights are tested below."""
+def test_differs_only_in_numbers_from_a_config_trained_above(name):
+    """The numbers and the initial weights are tested below."""
     assert closest(shrink(read(name)), [shrink(read(other)) for other in TRAINED]) == []
 
 
@@ -94,7 +94,7 @@ def test_scales_and_flips_of_one_image_are_merged(data, tmp_path):
     assert Runner.from_cfg(cfg).test()['mIoU'] >= 0
 
 
-# facts of the paper (A1, A2.1, A2.2): lr, images a step, steps, warm-up, crop, window, drop path, layer-wise decay
+# the paper (A1, A2.1, A2.2): lr, images a step, steps, warm-up, crop, window, drop path, layer-wise decay
 RECIPES = {
     't': (4e-5, 16, 160_000, 1500, 512, 16, 0.3, 0.95),
     's': (4e-5, 16, 160_000, 1500, 512, 16, 0.3, 0.95),
@@ -105,7 +105,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize('size', RECIPES)
-def test_holds_the_numbers_of_the_paper(size):
+def test_has_the_numbers_of_the_paper(size):
     lr, images, steps, warmup, crop, window, drop_path, decay = RECIPES[size]
     cfg = read(f'upernet_swinv2_{size}')
     optimizer = cfg.optim_wrapper.optimizer
@@ -128,8 +128,8 @@ def test_holds_the_numbers_of_the_paper(size):
 
 
 @pytest.mark.parametrize('size', ['l', 'g'])
-def test_a_test_at_896_changes_window_and_size_alone(size):
-    """So that a checkpoint of window 40 fits."""
+def test_a_config_tested_at_896_changes_only_window_and_size(size):
+    """A checkpoint trained with window 40 then fits."""
     cfg, trained = read(f'upernet_swinv2_{size}_w56'), read(f'upernet_swinv2_{size}')
     assert (cfg.model.backbone.window_size, cfg.test_dataloader.dataset.pipeline[1].scale) == (56, (3584, 896))
     trained.model.backbone.window_size = 56
@@ -147,7 +147,7 @@ def test_a_checkpoint_of_window_40_fits_at_56(size, data, tmp_path):
     )
     tested.load_state_dict(trained.state_dict(), strict=True)
     images = torch.randn(1, 3, 80, 112)
-    with torch.no_grad():  # both windows are larger than all maps
+    with torch.no_grad():  # both windows are larger than all feature maps
         for ours, theirs in zip(tested.backbone(images), trained.backbone(images), strict=True):
             assert torch.equal(ours, theirs)
 
@@ -158,12 +158,14 @@ def test_starts_from_weights_of_its_size_and_windows(name):
     if backbone.arch == 'giant':  # never released
         assert backbone.init_cfg is None
         return
-    told = backbone.pretrained_window_sizes
+    windows = backbone.pretrained_window_sizes
     assert backbone.arch in backbone.init_cfg.checkpoint
-    assert releases.find(backbone.init_cfg.checkpoint).windows == (told if isinstance(told, tuple) else (told,) * 4)
+    assert releases.find(backbone.init_cfg.checkpoint).windows == (
+        windows if isinstance(windows, tuple) else (windows,) * 4
+    )
 
 
-def test_every_config_of_the_metafile_exists_and_none_is_left_out():
+def test_the_metafile_lists_every_config():
     import yaml
 
     metafile = yaml.safe_load((CONFIGS / 'metafile.yml').read_text())
@@ -171,7 +173,7 @@ def test_every_config_of_the_metafile_exists_and_none_is_left_out():
 
 
 def test_a_crop_smaller_than_the_window_is_one_window(data, tmp_path):
-    """Window 40 on a crop whose maps have 20, 10, 5 and 3 tokens on a side: the window is the map."""
+    """Window 40 on a crop whose feature maps have sides of 20, 10, 5 and 3 tokens: the window is the feature map."""
     models = []
     for window in (40, (20, 10, 5, 3)):
         cfg = load('upernet_swinv2_l', data, tmp_path)

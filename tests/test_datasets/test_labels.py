@@ -77,7 +77,7 @@ def test_a_missing_map_is_named(tmp_path):
     from nano_seg import write_ade20k
 
     from swinv2_mm import config_path
-    from swinv2_mm.engine import launch
+    from swinv2_mm.cli import launch
 
     data = write_ade20k(tmp_path)
     cv2.imwrite(str(data / 'images/validation/2.jpg'), np.zeros((8, 8, 3), np.uint8))

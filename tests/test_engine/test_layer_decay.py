@@ -21,7 +21,7 @@ import swinv2_mm  # noqa: F401
 from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
 from swinv2_mm.models.block import SwinBlock, SwinStage
 
-TINY = Path(__file__).parents[1] / 'test_tools/tiny'
+TINY = Path(__file__).parents[1] / 'helpers/tiny'
 ARCH = dict(embed_dims=16, depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8), extra_norm_every_n_blocks=2)
 SMALL = dict(embed_dims=16, depths=(1, 2), num_heads=(1, 2))
 # the layers of ARCH, from the input to the output

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swinv2_mm.engine.memory import MemoryTracker
+from swinv2_mm.cli.memory import MemoryTracker
 from swinv2_mm.ops import sdpa, window_attention, windows
 
 NAMES = 'out', 'qkv', 'logit_scale', 'bias_table'

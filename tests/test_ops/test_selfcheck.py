@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from swinv2_mm.ops import sdpa, window_attention
 from swinv2_mm.ops import selfcheck as command
 from swinv2_mm.ops.triton import attention as triton_backend
 from swinv2_mm.ops.triton import post_norm, selfcheck
+from swinv2_mm.ops.triton.launch import Launch, compile_launches, launch, recorded
 
 module = sys.modules['swinv2_mm.ops.window_attention']  # the package shows the function under this name
 
@@ -53,7 +55,7 @@ class Kernels:
 def use(monkeypatch, tmp_path):
     """A function that puts others in the place of the kernels, in a process that has checked nothing yet."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    monkeypatch.setattr(selfcheck, 'WINDOWS', ((2, 2), (3, 3)))
+    monkeypatch.setattr(selfcheck, 'WINDOWS', {True: (2, 2), False: (3, 3)})
     # with `auto`, tells that it was taken
     sevens = module.Backend(lambda qkv, *_: qkv[..., 0, :, :].flatten(-2) * 0 + 7, lambda qkv: None)
     monkeypatch.setitem(module.BACKENDS, 'triton', sevens)
@@ -87,10 +89,10 @@ def test_right_kernels_are_taken_in_silence_and_checked_once_for_a_user(use, mon
     kernels = use(Kernels())
     assert auto_takes_triton(dtype)
     assert auto_takes_triton(dtype)
-    assert kernels.calls == 2  # a window of each family
+    assert kernels.calls == 1
     new_process(monkeypatch)
     assert auto_takes_triton(dtype)
-    assert kernels.calls == 2
+    assert kernels.calls == 1
     assert not warnings(caplog)
 
 
@@ -105,7 +107,7 @@ def test_wrong_kernels_are_left_out_with_one_warning_that_shows_by_how_much(
     assert kernels.calls == 1
     (warning,) = warnings(caplog)
     number = 'nan' if error != error else '1.0e-03'
-    assert f'in windows of 2x2: {name} is off by {number} (allowed ' in warning
+    assert f'in windows of 3x3: {name} is off by {number} (allowed ' in warning
     # the verdict is kept, and its warning comes in each process
     new_process(monkeypatch)
     assert not auto_takes_triton()
@@ -127,7 +129,7 @@ def test_in_half_precision_errors_that_rounding_does_not_explain_are_found(use, 
 def test_kernels_that_do_not_compile_are_left_out(use, caplog):
     use(Kernels(error=triton.TritonError('out of resource:\n  shared memory')))
     assert not auto_takes_triton()
-    assert 'in windows of 2x2: TritonError: out of resource: shared memory, on ' in warnings(caplog)[0]
+    assert 'in windows of 3x3: TritonError: out of resource: shared memory, on ' in warnings(caplog)[0]
 
 
 def test_without_memory_for_the_check_nothing_is_concluded(use, caplog):
@@ -137,7 +139,7 @@ def test_without_memory_for_the_check_nothing_is_concluded(use, caplog):
     use(Kernels())  # in another process
     assert auto_takes_triton()
     (warning,) = warnings(caplog)
-    assert 'in this process: its kernels could not be checked in windows of 2x2: OutOfMemoryError: full' in warning
+    assert 'in this process: its kernels could not be checked in windows of 3x3: OutOfMemoryError: full' in warning
 
 
 def test_a_process_that_could_not_check_does_not_change_its_mind(use):
@@ -174,7 +176,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(use, monkeypatch, caplog, tm
     kernels = use(Kernels())
     assert auto_takes_triton()
     assert auto_takes_triton()
-    assert kernels.calls == 2
+    assert kernels.calls == 1
     assert not warnings(caplog)
 
 
@@ -187,7 +189,7 @@ def test_a_damaged_cache_is_written_anew(use, monkeypatch, content):
     file.write_bytes(json.dumps(dict.fromkeys(expected, 1)).encode() if content is None else content)
     new_process(monkeypatch)
     assert auto_takes_triton()
-    assert kernels.calls == 4
+    assert kernels.calls == 2
     assert json.loads(file.read_text()) == expected
     assert os.listdir(file.parent) == [file.name]
 
@@ -206,7 +208,7 @@ def test_other_versions_are_checked_anew(use, monkeypatch, change):
     change(monkeypatch)
     new_process(monkeypatch)
     assert auto_takes_triton()
-    assert kernels.calls == 4
+    assert kernels.calls == 2
     assert len(json.loads(selfcheck.cache_file().read_text())) == 2
 
 
@@ -216,11 +218,11 @@ def test_a_verdict_is_valid_for_a_gpu_a_dtype_and_a_head_size(use, monkeypatch):
     assert selfcheck.describe(torch.device('cuda:1'), torch.float32, 16).startswith('A GPU (9.0), torch ')
     kernels = use(Kernels())
     for checked, dtype, head_dim in [
-        (2, torch.float32, 16),
-        (4, torch.float32, 17),
-        (4, torch.float32, 32),
-        (6, torch.bfloat16, 32),
-        (8, torch.float32, 128),
+        (1, torch.float32, 16),
+        (2, torch.float32, 17),
+        (2, torch.float32, 32),
+        (3, torch.bfloat16, 32),
+        (4, torch.float32, 128),
     ]:
         assert auto_takes_triton(dtype, head_dim)
         assert kernels.calls == checked
@@ -264,6 +266,84 @@ def test_in_a_backward_pass_or_a_capture_sdpa_is_taken_without_a_verdict(use, mo
     assert auto_takes_triton()
 
 
+@pytest.mark.parametrize(
+    ('size', 'window', 'is_compiled', 'expected'),
+    [
+        (16, 8, False, [(2, 2)]),
+        (8, 12, False, [(2, 2)]),  # the map shrinks the window to one tile
+        (9, 12, False, [(3, 3)]),
+        (16, 8, True, [(2, 2)]),
+        (16, 12, True, [(3, 3), (2, 2)]),  # one graph is for maps of all sizes
+    ],
+)
+def test_windows_of_one_tile_and_of_several_have_verdicts_of_their_own(use, size, window, is_compiled, expected):
+    checked = []
+
+    class Noted(Kernels):
+        def __call__(self, *inputs, **options):
+            checked.append(inputs[3])
+            return super().__call__(*inputs, **options)
+
+    use(Noted())
+    attention = torch.compile(window_attention, backend='eager') if is_compiled else window_attention
+    qkv, table = torch.ones(1, size, size, 3, 1, 16, dtype=torch.bfloat16), torch.zeros(1, (2 * window - 1) ** 2)
+    assert (attention(qkv, torch.zeros(1, 1, 1), table, (window, window), (0, 0)) == 7).all()
+    assert checked == expected
+    assert len(json.loads(selfcheck.cache_file().read_text())) == len(expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ('window', 'dtype', 'number'),
+    [((8, 8), torch.bfloat16, 6), ((16, 16), torch.bfloat16, 12), ((9, 9), torch.float32, 12)],
+)
+def test_each_kernel_of_a_check_is_compiled_once_before_it_runs(monkeypatch, window, dtype, number):
+    def kinds(launches):
+        arguments = [[(t.dtype, t.shape) if isinstance(t, torch.Tensor) else t for t in call.args] for call in launches]
+        return {str((c.kernel.__name__, c.programs, c.constants, a)) for c, a in zip(launches, arguments, strict=True)}
+
+    compiled = []
+    monkeypatch.setattr(selfcheck, 'compile_launches', compiled.extend)
+    with recorded() as launches:  # nothing runs, so that results are wrong
+        selfcheck.examine(window, True, 32, dtype, torch.device('cpu'))
+    assert kinds(compiled) == kinds(launches)
+    assert len(compiled) == number
+
+
+def test_kernels_are_compiled_at_the_same_time_and_errors_are_results(monkeypatch):
+    """In a process with two CPUs."""
+    monkeypatch.setattr(os, 'cpu_count', lambda: 2)
+    both = threading.Barrier(2, timeout=600)
+
+    class Kernel:
+        def warmup(self, *args, grid, **constants):
+            both.wait()
+            if constants['n'] == 1:
+                raise RuntimeError('PTXAS error')
+            return args, grid, constants
+
+    x = torch.empty(1)
+    right, wrong = compile_launches(Launch(Kernel(), 5, (x,), {'n': n}) for n in range(2))
+    assert right == ((x,), (5,), {'n': 0})
+    assert str(wrong) == 'PTXAS error'
+
+
+def test_other_threads_run_their_kernels_while_launches_are_recorded():
+    ran = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: ran.append(grid)
+
+    with recorded() as launches:
+        launch(Kernel(), 1, torch.empty(1))
+        thread = threading.Thread(target=launch, args=(Kernel(), 2, torch.empty(1)))
+        thread.start()
+        thread.join()
+    assert [call.programs for call in launches] == [1]
+    assert ran == [(2,)]
+
+
 @pytest.mark.parametrize('dynamic', [False, True])
 @pytest.mark.parametrize('error', [0.0, 1.0])
 def test_compiled_the_choice_is_a_constant_of_one_graph(use, error, dynamic):
@@ -272,7 +352,7 @@ def test_compiled_the_choice_is_a_constant_of_one_graph(use, error, dynamic):
     compiled = torch.compile(window_attention, fullgraph=True, backend='eager', dynamic=dynamic)
     for _ in range(2):
         assert auto_takes_triton(attention=compiled) == (error == 0)
-    assert kernels.calls == (1 if error else 2)
+    assert kernels.calls == 1
     torch._dynamo.reset()
 
 
@@ -300,7 +380,8 @@ def test_the_command_prints_errors_of_all_cases_and_its_verdicts_replace_former_
     assert all(' (allowed ' in deviation for row in rows for deviation in row[4:])
     for dtype, (verdict,) in ('float32', float32), ('bfloat16', bfloat16):
         assert verdict.startswith("right on Triton's interpreter, torch ")
-        assert verdict.endswith(f', torch.{dtype}, heads of up to 16 channels')
+        tiles = 'one tile' if dtype == 'bfloat16' else 'several tiles'
+        assert verdict.endswith(f', torch.{dtype}, heads of up to 16 channels, windows of {tiles}')
     new_process(monkeypatch)
     assert auto_takes_triton()
 
@@ -332,6 +413,45 @@ def test_the_command_gives_no_verdict_on_what_it_could_not_check(few, monkeypatc
         '| bf16 | 16 | 1x2x2 | no | not checked in windows of 1x2x2: OutOfMemoryError: full |\n'
     )
     assert not selfcheck.cache_file().exists()
+
+
+def test_the_command_goes_on_where_it_was_stopped(few, monkeypatch, capsys, tmp_path):
+    """And checks all again if the kernels have changed."""
+    options = ['--resume', str(tmp_path / 'rows.json')]
+    monkeypatch.setattr(post_norm, 'check', lambda device, dtype: {})
+    kernels = few(Kernels())
+    former = selfcheck.examine
+
+    def examine(*args):
+        if kernels.calls == 3:
+            raise KeyboardInterrupt
+        return former(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selfcheck, 'examine', examine)
+        with pytest.raises(KeyboardInterrupt):
+            command.main(options)
+    capsys.readouterr()
+    kernels = few(Kernels())
+    assert command.main(options) == 0
+    assert kernels.calls == 8 - 3
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(('| fp32', '| bf16'))]
+    assert len(rows) == 8
+    assert all(row.count(' (allowed ') == 4 for row in rows)
+    assert auto_takes_triton()
+    assert kernels.calls == 8 - 3
+    monkeypatch.setattr(selfcheck, '_digest', lambda: 'of other kernels')
+    assert command.main(options) == 0
+    assert kernels.calls == 2 * 8 - 3
+
+
+def test_rows_that_cannot_be_kept_are_an_error_before_the_check(few, capsys, tmp_path):
+    kernels = few(Kernels())
+    assert command.main(['--resume', str(tmp_path / 'no' / 'rows.json')]) == 2
+    assert f'error: --resume {tmp_path}/no/rows.json cannot be read and written: ' in capsys.readouterr().err
+    (tmp_path / 'rows.json').write_text('{"a')
+    assert command.main(['--resume', str(tmp_path / 'rows.json')]) == 2
+    assert kernels.calls == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='with a GPU it runs')

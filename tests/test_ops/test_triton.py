@@ -32,7 +32,7 @@ from swinv2_mm.ops.triton import kernels, selfcheck, tiles
 from swinv2_mm.ops.triton.launch import recorded
 
 module = sys.modules['swinv2_mm.ops.window_attention']  # the package shows the function under this name
-COMPILE = Path(__file__).parents[1] / 'compile_kernels.py'
+COMPILE = Path(__file__).parents[1] / 'helpers/compile_kernels.py'
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 BACKENDS = {
     'reference': reference_window_attention,
@@ -206,17 +206,19 @@ def test_is_as_exact_as_sdpa_in_large_windows(window, dtype):
     assert_as_exact_as_sdpa(draw(size, heads=1, window=window), window, shift, dtype)
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_they_pass_the_self_check(dtype):
-    assert selfcheck.check(torch.device(DEVICE), dtype, 32) == ''
+@pytest.mark.parametrize(
+    ('dtype', 'one_tile'), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
+def test_they_pass_the_self_check(dtype, one_tile):
+    assert selfcheck.check(torch.device(DEVICE), dtype, 32, one_tile) == ''
 
 
 @pytest.mark.skipif(DEVICE == 'cuda', reason='a GPU has TF32')
 def test_they_pass_the_self_check_in_tf32(monkeypatch):
     triton_interpreter.truncate(monkeypatch)
-    assert 'grad of qkv is off by' in selfcheck.check(torch.device(DEVICE), torch.float32, 32)
+    assert 'grad of qkv is off by' in selfcheck.check(torch.device(DEVICE), torch.float32, 32, one_tile=False)
     monkeypatch.setattr(triton_backend, '_is_tf32_allowed', lambda: True)
-    assert selfcheck.check(torch.device(DEVICE), torch.float32, 32) == ''
+    assert selfcheck.check(torch.device(DEVICE), torch.float32, 32, one_tile=False) == ''
 
 
 @pytest.mark.slow

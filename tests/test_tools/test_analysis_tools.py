@@ -20,9 +20,9 @@ from nano_video import shrink, write_kinetics400
 from tiny_data import write_frames, write_segments
 from tool_runs import REPOSITORY, TOOLS, call, load_tool, refuse, run
 
-from swinv2_mm.engine import launch
+from swinv2_mm.cli import launch
 
-TINY = Path(__file__).parent / 'tiny'
+TINY = Path(__file__).parents[1] / 'helpers/tiny'
 AS_USERS = pytest.param(run, marks=pytest.mark.slow, id='as_users')
 HOWS = pytest.mark.parametrize('how', [pytest.param(call, id='called'), AS_USERS])
 NANO = dict(embed_dims=16, depths=(2, 1, 3, 1), num_heads=(1, 2, 4, 8))

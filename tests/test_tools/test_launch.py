@@ -11,9 +11,9 @@ import torch
 from mmengine.config import Config
 from tool_runs import TOOLS, beside, call, environment, free_port, refuse, run, taken_port
 
-from swinv2_mm.engine import checks, classes, launch
+from swinv2_mm.cli import checks, classes, launch
 
-TINY = Path(__file__).parent / 'tiny'
+TINY = Path(__file__).parents[1] / 'helpers/tiny'
 DET = Path(__file__).parents[2] / 'configs/det'
 SCRIPTS = sorted(
     str(path.relative_to(TOOLS)) for path in TOOLS.rglob('*.py') if 'def main(' in path.read_text(encoding='utf-8')

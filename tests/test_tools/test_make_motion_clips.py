@@ -13,7 +13,7 @@ import pytest
 import torch
 from tool_runs import REPOSITORY, TOOLS, call, check_training, load_tool, metrics, run
 
-from swinv2_mm.engine import launch
+from swinv2_mm.cli import launch
 
 decord = pytest.importorskip('decord')
 TRAIN, VAL, SIZE = 240, 120, 64

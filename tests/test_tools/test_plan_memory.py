@@ -1,10 +1,8 @@
 """The plan of a training's memory against trainings that are measured, and its arithmetic against one by hand."""
 
 import argparse
-import importlib
 import json
 import math
-import sys
 from concurrent.futures import Future
 
 import cv2
@@ -14,16 +12,16 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
-from tool_runs import REPOSITORY, TOOLS, call, refuse, run
+from tool_runs import BENCHMARKS, REPOSITORY, TOOLS, call, load_tool, refuse, run
 
-from swinv2_mm.engine.memory import BackboneMemory, MemoryTracker, cuda_casts, cuda_chunks
+from swinv2_mm.cli.memory import BackboneMemory, MemoryTracker, cuda_casts, cuda_chunks
 from swinv2_mm.models import SwinTransformerV2
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 pytest.importorskip('mmaction')
 
-TOOL, BENCHMARK = 'analysis_tools/plan_memory.py', 'analysis_tools/benchmark_memory.py'
+TOOL, BENCHMARK = 'analysis_tools/plan_memory.py', BENCHMARKS / 'benchmark_memory.py'
 CONFIGS = REPOSITORY / 'configs'
 LEAVES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob('*/*.py') if path.parent.name != '_base_')
 VARYING = ('cascade_mask_rcnn', 'objects365')  # train at several sizes
@@ -32,9 +30,7 @@ GIB = 2**30
 
 @pytest.fixture(scope='module')
 def plan():
-    sys.path.insert(0, str(TOOLS / 'analysis_tools'))  # the tools import each other by name
-    yield importlib.import_module('plan_memory')
-    sys.path.remove(str(TOOLS / 'analysis_tools'))
+    return load_tool(TOOLS / TOOL)
 
 
 def read(name: str) -> Config:
@@ -326,8 +322,8 @@ def test_a_plan_is_printed_in_any_folder(tmp_path):
 
 
 @pytest.fixture(scope='module')
-def benchmark(plan):
-    return importlib.import_module('benchmark_memory')
+def benchmark():
+    return load_tool(BENCHMARK)
 
 
 def test_the_slope_is_the_power_of_the_pixels(benchmark):

@@ -21,9 +21,9 @@ from tiny_data import write_frames, write_segments
 from tool_runs import REPOSITORY, call, call_together, check_training, command, environment, free_port, run, taken_port
 
 import swinv2_mm  # noqa: F401  lets torch.load read checkpoints of mmengine
-from swinv2_mm.engine import launch
+from swinv2_mm.cli import launch
 
-TINY = Path(__file__).parent / 'tiny'
+TINY = Path(__file__).parents[1] / 'helpers/tiny'
 DET = TINY / 'det.py'
 VIDEO = REPOSITORY / 'configs/video/swinv2_t_k400_224x224x32.py'
 CLIP, FILM = 8, 40  # frames of a clip, every second of the film, and of a film

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import matplotlib
 import numpy as np
 
-from swinv2_mm.engine import launch
+from swinv2_mm.cli import launch
 
 MAIN_METRICS = ('bbox_mAP', 'mIoU', 'top1')
 STYLES = ('dark', 'white', 'ticks', 'darkgrid', 'whitegrid')

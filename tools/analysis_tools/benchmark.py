@@ -26,7 +26,7 @@ from mmengine.runner import Runner, load_checkpoint
 from torch import Tensor, nn
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
-from swinv2_mm.engine import checks, classes, launch
+from swinv2_mm.cli import checks, classes, launch
 
 from browse_dataset import run_script, toolbox_script  # isort: skip
 from get_flops import build_model, input_shape, random_data, toolbox  # isort: skip

@@ -21,7 +21,7 @@ import numpy as np
 from mmengine.config import Config, DictAction
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
-from swinv2_mm.engine import checks, classes, launch
+from swinv2_mm.cli import checks, classes, launch
 
 SCRIPTS = {
     'mmdet': 'analysis_tools/browse_dataset.py',

@@ -23,7 +23,7 @@ from mmengine.utils import get_object_from_string
 from torch import Tensor, nn
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
-from swinv2_mm.engine import classes, launch
+from swinv2_mm.cli import classes, launch
 from swinv2_mm.models.attention import WindowAttention
 
 DATA_SAMPLES = {

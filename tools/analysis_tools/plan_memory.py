@@ -4,7 +4,7 @@ python tools/analysis_tools/plan_memory.py configs/det/htc_swinv2_g.py --gpus 8 
 python tools/analysis_tools/plan_memory.py configs/det/cascade_mask_rcnn_swinv2_t.py --gpus 8 --shape 800 1333
 
 Parameters are counted on a model without memory, and activations by running a training step: of the backbone on tensors
-that have shapes but no memory (`swinv2_mm.engine.memory`), of neck and heads on real ones, since what they compute
+that have shapes but no memory (`swinv2_mm.cli.memory`), of neck and heads on real ones, since what they compute
 depends on data, with their convolutions and matrix products left out. Neck and heads get random features and as many
 objects as a crowded image has. One GiB is 2**30 bytes; a "40 GB" GPU has about 40 GiB.
 """
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
-from swinv2_mm.engine import classes, launch
-from swinv2_mm.engine.memory import (
+from swinv2_mm.cli import classes, launch
+from swinv2_mm.cli.memory import (
     BackboneMemory,
     MemoryTracker,
     SkippedProducts,

@@ -25,7 +25,7 @@ from torch import Tensor
 from swinv2_mm.checkpoints import load_swinv2_state_dict
 from swinv2_mm.checkpoints.layouts import depths
 from swinv2_mm.checkpoints.windows import set_windows
-from swinv2_mm.engine import launch
+from swinv2_mm.cli import launch
 from swinv2_mm.models.log_cpb import LogCPB
 
 BIAS_RANGE = (0, 16)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from mmengine.config import DictAction
 
 import swinv2_mm  # noqa: F401  lets `_base_ = 'swinv2_mm::...'` be found
-from swinv2_mm.engine import launch
+from swinv2_mm.cli import launch
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict
 from swinv2_mm.checkpoints.layouts import describe
 from swinv2_mm.checkpoints.windows import set_windows
-from swinv2_mm.engine.launch import one_line_errors
+from swinv2_mm.cli.launch import one_line_errors
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,10 +1,11 @@
-# ADE20K as in A2.1 and A2.2: crops of 640x640 after scaling by 0.5 to 2.0, flips, photometric distortion. Tests with
-# the shorter side at 640 (Table 4) and, with --tta, at mmseg's six scales of that size with flips: the paper does not
-# state its scales.
+# ADE20K with 640x640 crops (A2.1, A2.2): scaling by 0.5 to 2.0, flips, photometric distortion. Tests with a shorter
+# side of 640 (Table 4). --tta tests at mmseg's six scales of that size, with flips; the paper's scales are not stated.
 _base_ = 'mmseg::_base_/datasets/ade20k_640x640.py'
+from swinv2_mm.scope import add_scope
 
 check = dict(type='swinv2_mm.datasets.labels.CheckLabels', num_classes=150)
-train_pipeline = [
+train_pipeline = add_scope(
+    'mmseg',
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', reduce_zero_label=True),
     check,
@@ -13,17 +14,19 @@ train_pipeline = [
     dict(type='RandomFlip', prob=0.5),
     dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
-]
-test_pipeline = [
+)
+test_pipeline = add_scope(
+    'mmseg',
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2560, 640), keep_ratio=True),
     dict(type='LoadAnnotations', reduce_zero_label=True),
     check,
     dict(type='PackSegInputs'),
-]
+)
 ratios = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
-tta_pipeline = [
+tta_pipeline = add_scope(
+    'mmseg',
     dict(type='LoadImageFromFile'),
     dict(
         type='TestTimeAug',
@@ -35,11 +38,7 @@ tta_pipeline = [
             [dict(type='PackSegInputs')],
         ],
     ),
-]
-# as mmengine would stamp another scope on a pipeline that is taken from `_base_ = 'swinv2_mm::...'`
-train_pipeline = [dict(t, _scope_='mmseg') for t in train_pipeline]
-test_pipeline = [dict(t, _scope_='mmseg') for t in test_pipeline]
-tta_pipeline = [dict(t, _scope_='mmseg') for t in tta_pipeline]
+)
 train_dataloader = dict(persistent_workers=False, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))

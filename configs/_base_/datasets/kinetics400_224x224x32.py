@@ -1,8 +1,12 @@
-# Kinetics-400 as Video Swin has it: 32 frames, every second one, crops of 224x224 from a shorter side of 256, flips.
-# Validates on one view; tests on 4 clips x 3 crops along the longer side.
+# Kinetics-400 as in Video Swin (arXiv 2106.13230): 32 frames with a stride of 2, shorter side 256, random 224x224
+# crops, flips. Validates on one view. Tests on 4 clips x 3 crops along the longer side.
+_base_ = []  # for the import, see add_scope
+from swinv2_mm.scope import add_scope
+
 data_root = 'data/kinetics400/'
 
-train_pipeline = [
+train_pipeline = add_scope(
+    'mmaction',
     dict(type='DecordInit'),
     dict(type='SampleFrames', clip_len=32, frame_interval=2, num_clips=1),
     dict(type='DecordDecode'),
@@ -12,8 +16,9 @@ train_pipeline = [
     dict(type='Flip', flip_ratio=0.5),
     dict(type='FormatShape', input_format='NCTHW'),
     dict(type='PackActionInputs'),
-]
-val_pipeline = [
+)
+val_pipeline = add_scope(
+    'mmaction',
     dict(type='DecordInit'),
     dict(type='SampleFrames', clip_len=32, frame_interval=2, num_clips=1, test_mode=True),
     dict(type='DecordDecode'),
@@ -21,8 +26,9 @@ val_pipeline = [
     dict(type='CenterCrop', crop_size=224),
     dict(type='FormatShape', input_format='NCTHW'),
     dict(type='PackActionInputs'),
-]
-test_pipeline = [
+)
+test_pipeline = add_scope(
+    'mmaction',
     dict(type='DecordInit'),
     dict(type='SampleFrames', clip_len=32, frame_interval=2, num_clips=4, test_mode=True),
     dict(type='DecordDecode'),
@@ -30,12 +36,7 @@ test_pipeline = [
     dict(type='ThreeCrop', crop_size=224),
     dict(type='FormatShape', input_format='NCTHW'),
     dict(type='PackActionInputs'),
-]
-# as mmengine would stamp another scope on pipelines and metrics that are taken from `_base_ = 'swinv2_mm::...'`
-train_pipeline = [dict(t, _scope_='mmaction') for t in train_pipeline]
-val_pipeline = [dict(t, _scope_='mmaction') for t in val_pipeline]
-test_pipeline = [dict(t, _scope_='mmaction') for t in test_pipeline]
-
+)
 train_dataloader = dict(
     batch_size=8,
     num_workers=8,

@@ -1,7 +1,8 @@
-# Cascade Mask R-CNN of mmdet on a Swin V2. A leaf gives `arch`, and `in_channels` of the neck.
+# mmdet's Cascade Mask R-CNN with a Swin V2 backbone. The config that inherits it sets `arch` and the neck's
+# `in_channels`.
 _base_ = 'mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py'
 
-# Backbone, neck and heads run in bf16; boxes and RoIAlign in fp32.
+# Backbone, neck and heads run in bf16; boxes and RoIAlign stay in fp32, because mmdet and mmcv lack bf16 there.
 roi_extractor = dict(type='swinv2_mm.models.detection.Float32RoIExtractor')
 model = dict(
     backbone=dict(_delete_=True, type='swinv2_mm.SwinTransformerV2', arch='tiny', out_indices=(0, 1, 2, 3)),

@@ -1,6 +1,6 @@
-# HTC++ on a Swin V2: what turns a Cascade Mask R-CNN into mmdet's Hybrid Task Cascade with its semantic branch, and
-# "an extra global self-attention layer appended at the output of last stage" (Swin V1, A2.2). A leaf gives `arch` and,
-# since lists do not merge, the whole list of necks, with the backbone's drop path.
+# HTC++ with a Swin V2 backbone: mmdet's Hybrid Task Cascade with semantic branch, and "an extra global self-attention
+# layer appended at the output of last stage" (Swin V1, A2.2). The config that inherits it sets `arch` and the whole
+# list of necks, because lists do not merge; the extra layer takes the backbone's drop path.
 _base_ = './cascade_mask_rcnn_swinv2.py'
 
 mask_head = dict(
@@ -42,12 +42,12 @@ model = dict(
             num_convs=4,
             in_channels=256,
             conv_out_channels=256,
-            num_classes=183,  # things and stuff of COCO's stuffthingmaps
+            num_classes=183,  # thing and stuff classes of COCO's stuffthingmaps
             loss_seg=dict(type='CrossEntropyLoss', ignore_index=255, loss_weight=0.2),
         ),
     ),
-    # scale jitter makes images so small that no anchor lies within some of them, at which mmdet would stop
+    # scale jitter gives images so small that no anchor lies inside some of them, which would be an error in mmdet
     train_cfg=dict(rpn=dict(allowed_border=-1)),
-    # soft-NMS: A2.1, A2.2; its threshold is not stated
+    # soft-NMS (A2.1, A2.2); its threshold is not stated
     test_cfg=dict(rcnn=dict(score_thr=0.001, nms=dict(type='soft_nms', iou_threshold=0.5))),
 )

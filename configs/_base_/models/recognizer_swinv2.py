@@ -1,4 +1,5 @@
-# mmaction's recognizer of Swin V1 on a Swin V2. A leaf gives `arch`, `in_channels` of the head, windows and patches.
+# mmaction's recognizer for Swin V1 with a Swin V2 backbone. The config that inherits it sets `arch`, the head's
+# `in_channels`, window and patch size.
 _base_ = 'mmaction::_base_/models/swin_tiny.py'
 
 model = dict(

@@ -1,4 +1,5 @@
-# UperNet of mmseg on a Swin V2. A leaf gives `arch`, `in_channels` of both heads, and the crop of `data_preprocessor`.
+# mmseg's UperNet with a Swin V2 backbone. The config that inherits it sets `arch`, `in_channels` of both heads, and the
+# crop size in `data_preprocessor`.
 _base_ = 'mmseg::_base_/models/upernet_swin.py'
 
 model = dict(

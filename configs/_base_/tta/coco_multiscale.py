@@ -1,7 +1,10 @@
-# Test at several scales with flips, for `tools/test.py --tta`. The paper has such a test, with window 48 (Table 3), but
-# states neither the scales nor the merging. These are of ViT-Adapter's HTC++: six shorter sides, each of which gives
-# boxes of the sizes that it is good at (COCO's small, medium and large, in pixels of the original image), and soft-NMS.
-views = {
+# Multi-scale test with flips, for `tools/test.py --tta`. The paper has such a test with window 48 (Table 3), but states
+# neither the scales nor how predictions are merged. Both follow ViT-Adapter's HTC++: six shorter sides; each keeps only
+# the boxes within its size range (COCO's small, medium and large, in pixels of the original image); then soft-NMS.
+_base_ = []  # for the import, see add_scope
+from swinv2_mm.scope import add_scope
+
+views = {  # shorter side: smallest and largest box
     600: (96, 1e5),
     800: (96, 1e5),
     1000: (32, 1e5),
@@ -15,10 +18,10 @@ tta_model = dict(
     tta_cfg=dict(nms=dict(type='soft_nms', iou_threshold=0.5), max_per_img=100),
     size_limits=list(views.values()),
 )
-tta_pipeline = [
-    dict(_scope_='mmdet', type='LoadImageFromFile', backend_args=None),
+tta_pipeline = add_scope(
+    'mmdet',
+    dict(type='LoadImageFromFile', backend_args=None),
     dict(
-        _scope_='mmdet',
         type='TestTimeAug',
         transforms=[
             [dict(type='Resize', scale=(3000, side), keep_ratio=True) for side in views],
@@ -26,4 +29,4 @@ tta_pipeline = [
             [dict(type='PackDetInputs', meta_keys=meta_keys)],
         ],
     ),
-]
+)

@@ -1,7 +1,7 @@
 """Whether the kernels agree with the reference on this machine, which `auto` asks before it takes them.
 
 Kernels that are right on one GPU can be wrong on another, or with another version of the compiler. The verdict for each
-device, version, dtype and head size is kept in the user's cache.
+device, version, dtype, head size and kind of window is kept in the user's cache.
 """
 
 import contextlib
@@ -20,14 +20,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..recording import at_compilation
+from ..files import write_whole
+from ..recording import at_compilation, is_compiling
 from ..reference import reference_window_attention
 from ..sdpa import sdpa_window_attention
 from ..windows import Size
 from . import attention as triton
 from . import post_norm
+from .launch import compile_launches, recorded
+from .tiles import is_one_tile
 
-WINDOWS = (8, 8), (16, 16)  # those of up to 64 tokens have kernels of their own
+WINDOWS = {True: (8, 8), False: (16, 16)}  # of one tile, and of several: each has kernels of its own
 HEAD_DIMS = 16, 32, 64, 128  # channels of a head are padded to one of these
 RESULTS = 'out', 'grad of qkv', 'grad of logit_scale', 'grad of bias_table'
 # Parts of the largest value that rounding may take: float32 rounds logits of 116, float16 unit vectors times a scale
@@ -50,24 +53,33 @@ class Deviation(NamedTuple):
         return f'{self.error:.1e} (allowed {self.allowed:.1e})'
 
 
-def why_not(qkv: Tensor) -> str | None:
+def why_not(qkv: Tensor, window_size: Size) -> str | None:
     """Tell why `auto` does not take the kernels for a feature map that they can run on, or None if it does.
 
-    Without a verdict in the user's cache they are checked first. If they are wrong, one warning shows by how much.
+    Without a verdict in the user's cache they are checked first, those that windows of this size need and no others.
+    If they are wrong, one warning shows by how much.
     """
-    return _why_not(qkv.device, qkv.dtype, min(dim for dim in HEAD_DIMS if dim >= qkv.shape[-1]))
+    head_dim = min(dim for dim in HEAD_DIMS if dim >= qkv.shape[-1])
+    # a smaller map shrinks its windows, and a compiled graph should have no conditions on its size
+    windows = (window_size, (1,)) if is_compiling() else (map(min, qkv.shape[1:-3], window_size),)
+    kinds = dict.fromkeys(is_one_tile(math.prod(window), head_dim, qkv.dtype) for window in windows)
+    for one_tile in kinds:
+        reason = _why_not(qkv.device, qkv.dtype, head_dim, one_tile)
+        if reason:
+            return reason
+    return None
 
 
 def why_not_post_norm(branch: Tensor) -> str | None:
     """Tell the same of the kernels that add the norm of a residual branch."""
-    return _why_not(branch.device, branch.dtype, None)
+    return _why_not(branch.device, branch.dtype, None, False)
 
 
 @at_compilation
-def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
-    case = device, dtype, head_dim, _is_tf32(dtype)
+def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int | None, one_tile: bool) -> str | None:
+    case = device, dtype, head_dim, one_tile, _is_tf32(dtype)
     if case not in _verdicts:
-        key = describe(device, dtype, head_dim)
+        key = describe(device, dtype, head_dim, one_tile)
         fault = _read().get(key)
         if not isinstance(fault, str):
             if _is_busy():
@@ -75,7 +87,7 @@ def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> 
             try:
                 # in a thread of its own, none of the caller's autocast, modes, hooks and transforms is active
                 with ThreadPoolExecutor(1) as pool:
-                    fault = pool.submit(check, device, dtype, head_dim).result()
+                    fault = pool.submit(check, device, dtype, head_dim, one_tile).result()
                 keep({key: fault})
             except NotCheckedError as error:
                 # for this process all the same: a block that is computed again must take the same kernels
@@ -118,13 +130,14 @@ def cache_file() -> Path:
     return Path(folder, 'swinv2_mm', 'triton_selfcheck.json')
 
 
-def describe(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str:
-    """What a verdict is valid for: attention with heads of a size, or the post-norm."""
+def describe(device: torch.device, dtype: torch.dtype, head_dim: int | None, one_tile: bool = False) -> str:
+    """What a verdict is valid for: attention with heads of a size in a kind of window, or the post-norm."""
     name = "Triton's interpreter"
     if device.type == 'cuda':
         name = f'{torch.cuda.get_device_name(device)} ({".".join(map(str, torch.cuda.get_device_capability(device)))})'
     versions = f'torch {torch.__version__}, triton {triton._triton_version()}, kernels {_digest()}'
-    kind = f'heads of up to {head_dim} channels' if head_dim else 'post-norm'
+    tiles = 'one tile' if one_tile else 'several tiles'
+    kind = f'heads of up to {head_dim} channels, windows of {tiles}' if head_dim else 'post-norm'
     is_tf32 = bool(head_dim) and _is_tf32(dtype)  # the post-norm has no products
     return f'{name}, {versions}, {dtype}{" in TF32" * is_tf32}, {kind}'
 
@@ -150,23 +163,19 @@ def _read() -> dict[str, str]:
 
 def keep(verdicts: dict[str, str]) -> None:
     """Add faults, or '' for none, to the file, whole or not at all; nothing happens if it cannot be written."""
-    file = cache_file()
-    part = file.with_suffix(f'.{os.getpid()}')
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(_read() | verdicts, indent=1))
-        part.replace(file)
+        cache_file().parent.mkdir(parents=True, exist_ok=True)
+        write_whole(cache_file(), json.dumps(_read() | verdicts, indent=1))
 
 
-def check(device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str:
-    """Tell what is wrong with the kernels in shifted and padded windows, small and large, or '' if nothing is.
+def check(device: torch.device, dtype: torch.dtype, head_dim: int | None, one_tile: bool) -> str:
+    """Tell what is wrong with the kernels in shifted and padded windows of one or several tiles, or '' if nothing is.
 
     Without a head size, with those of the post-norm.
     """
     if head_dim is None:
         return examine_post_norm(dtype, device)[1]
-    faults = (examine(window, True, head_dim, dtype, device)[1] for window in WINDOWS)
-    return next(filter(None, faults), '')
+    return examine(WINDOWS[one_tile], True, head_dim, dtype, device)[1]
 
 
 def examine_post_norm(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Deviation], str]:
@@ -221,6 +230,7 @@ def _compare(
     scale = torch.tensor([10.0, 90.0 if is_exact else 3.0]).log().view(2, 1, 1)
     inputs = [t.to(device) for t in (qkv.to(peer_dtype), scale, table, grad.to(peer_dtype))]
 
+    _compile(inputs, window, shift, dtype)
     exact = _results(reference_window_attention, inputs, window, shift, torch.float64)
     peer = _results(sdpa_window_attention, inputs, window, shift, peer_dtype)
     ours = _results(triton.triton_window_attention, inputs, window, shift, dtype)
@@ -228,12 +238,30 @@ def _compare(
     for name, expected, *found in zip(RESULTS, exact, peer, ours, strict=True):
         peer_error, error = (float((t.double() - expected).abs().max() / expected.abs().max()) for t in found)
         peer_error = peer_error if math.isfinite(peer_error) else 0.0  # fused kernels of PyTorch have given NaN
-        rounding = ROUNDING[peer_dtype]
-        if name == 'grad of logit_scale':  # a sum over tokens of q * grad_q, which cancels for the most part
-            rounding = 1e-4 if is_exact else 0.03
-        allowed = 3 * peer_error + rounding
-        deviations[name] = Deviation(error, allowed)
+        deviations[name] = Deviation(error, allowed_error(name, peer_error, peer_dtype))
     return deviations
+
+
+def allowed_error(name: str, peer_error: float, dtype: torch.dtype) -> float:
+    """How far a result may be off if `sdpa` is off by `peer_error`, both as parts of the largest value.
+
+    That is three times as far, and what rounding explains, in case the error of `sdpa` happens to be small.
+    """
+    rounding = ROUNDING[dtype]
+    if name == 'grad of logit_scale':  # a sum over tokens of q * grad_q, which cancels for the most part
+        rounding = 1e-4 if dtype == torch.float32 else 0.03
+    return 3 * peer_error + rounding
+
+
+def _compile(inputs: list[Tensor], window: Size, shift: Size, dtype: torch.dtype) -> None:
+    """Compile the kernels of both passes in parallel; one that cannot be compiled raises its error when it runs."""
+    qkv, scale, table, grad = inputs
+    qkv, grad = qkv.to(dtype), grad.to(dtype)
+    with recorded() as launches:
+        out, lse = triton.triton_forward(qkv, scale, table, window, shift)
+        triton.triton_backward(grad, qkv, scale, table, out, lse, window, shift)
+    different = {(launch.kernel, *launch.constants.items()): launch for launch in launches}
+    compile_launches(different.values())
 
 
 def _results(

@@ -12,7 +12,7 @@ import torch
 KERNELS = 'forward', 'bwd_dq', 'bwd_dk_dv', 'bwd_dbias', 'window_forward', 'window_backward'
 SMALLEST = 16  # rows and columns of a matrix product
 LARGEST_WINDOW = 64  # tokens of a window that is one tile
-# written by tools/analysis_tools/tune_kernels.py: {device: {'kernel tokens head_dim type': TileConfig}}
+# written by benchmarks/tune_kernels.py: {device: {'kernel tokens head_dim type': TileConfig}}
 TUNED = Path(__file__).with_name('tiles.json')
 
 

@@ -1,0 +1,145 @@
+"""Speed and memory of whole Swin V2 backbones: ours beside timm, transformers and torchvision.
+
+python benchmarks/benchmark_backbone.py --json backbone.json --plot backbone.png
+python benchmarks/benchmark_backbone.py --shapes b_w24_384 --modes inference --contenders 'ours sdpa*' 'timm*'
+python benchmarks/benchmark_backbone.py --ladder --shapes b_w16_256
+
+What is measured is the forward pass up to the last stage's features (`inference`), that and the backward pass
+(`forward_backward`), and both with a step of AdamW (`step`), without drop path. `timm sdpa` is timm with its attention
+rewritten to use PyTorch's fused kernels. All contenders take turns in one process. Before that, the features of each,
+and in training two gradients, are compared with those of our reference in float64 with the same weights: the columns of
+errors give the largest difference relative to the largest value, and a contender beyond what rounding explains is
+WRONG and gets no times. One that cannot take part gets the reason in its row.
+
+The table gives the median and the interquartile range of a step's time; peak memory of a step, beside weights and
+optimizer state; the share of the device's peak, for the FLOP of the model without padding, three times as many in
+training; and the seconds that compiling takes. The peak is that of the data sheet for known GPUs in half precision, and
+the measured rate of a large matrix product in float32 for others and for CPUs. `--shapes nano` is for trying it out.
+
+`--ladder` measures what each step brought: timm, then ours with the position bias computed as there, from which one
+thing after another is changed.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from unittest import mock
+
+import peers
+import torch
+import torch.nn.functional as F
+from side_by_side import (
+    DTYPES,
+    SHAPES,
+    Case,
+    Contender,
+    add_arguments,
+    check_arguments,
+    choose,
+    default_batch,
+    run,
+)
+from torch import Tensor, nn
+
+from swinv2_mm.cli.errors import one_line_errors
+from swinv2_mm.models.attention import WindowAttention
+from swinv2_mm.models.log_cpb import LogCPB
+from swinv2_mm.ops import reference
+from swinv2_mm.ops.coordinates import log_spaced_coords
+from swinv2_mm.ops.window_attention import BACKENDS, Backend
+
+SIGMOID_LATE = 'sigmoid after the gather'
+
+
+def case(name: str, batch: int | None, contenders: list[Contender]) -> Case:
+    """A backbone and its input."""
+    shape = SHAPES[name]
+    batch = batch or default_batch(shape)
+    return Case(
+        name,
+        (batch, 3, *shape.size),
+        shape.flops(),
+        tuple(batch * shape.logits(i) for i, depth in enumerate(shape.depths) for _ in range(depth)),
+        peers.backbone_families(shape),
+        contenders,
+    )
+
+
+# ---------------------------------------------------------------- the ladder
+
+
+class RawCPB(LogCPB):
+    """The MLP's results before the sigmoid, computed on each call."""
+
+    def forward(self) -> Tensor:
+        """Logits of every relative position: (heads, prod(2 * window - 1))."""
+        coords = log_spaced_coords(self.window_size, self.pretrained_window_size).to(self[0].weight.dtype)
+        return self[2](F.relu(self[0](coords))).T
+
+
+class UncachedCPB(LogCPB):
+    """The position bias, computed on each call with autograd."""
+
+    def _is_plain(self) -> bool:
+        return False
+
+
+def attend_with_sigmoid(*args, **kwargs) -> Tensor:
+    """The reference, given the logits of the position bias, to which it applies the sigmoid after the gather."""
+    attend = reference._attend
+
+    def with_sigmoid(qkv: Tensor, logit_scale: Tensor, bias: Tensor, regions: Tensor | None) -> Tensor:
+        return attend(qkv, logit_scale, 16 * bias.sigmoid(), regions)
+
+    with mock.patch.object(reference, '_attend', with_sigmoid):
+        return reference.reference_window_attention(*args, **kwargs)
+
+
+def use_bias(kind: type[LogCPB], backend: str) -> Callable[[nn.Module], None]:
+    """A function that lets our model compute its position bias in another way."""
+
+    def prepare(model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, LogCPB):
+                module.__class__ = kind
+            elif isinstance(module, WindowAttention):
+                module.backend = backend
+
+    return prepare
+
+
+def ladder(dtype: torch.dtype) -> list[Contender]:
+    """Contenders of which each has one thing more than the one before."""
+    known = {c.name: c for c in peers.contenders(dtype, ())}
+    fused = [name for name in reversed(BACKENDS) if name not in ('reference', SIGMOID_LATE)]
+    return [
+        known['timm eager'],
+        Contender('ours, sigmoid after the gather', 'ours', use_bias(RawCPB, SIGMOID_LATE)),
+        Contender('sigmoid before the gather', 'ours', use_bias(UncachedCPB, 'reference')),
+        known['ours reference eager'],  # with its bias cached
+        *(known[f'ours {name} eager'] for name in fused),
+        *(known[f'ours {name} compiled'] for name in fused),
+    ]
+
+
+# ---------------------------------------------------------------- command line
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument('--ladder', action='store_true', help='measure what each step brought')
+    args = parser.parse_args(argv)
+    with one_line_errors(OSError, ValueError):
+        check_arguments(args)
+        dtype = DTYPES[args.dtype]
+        contenders = ladder(dtype) if args.ladder else peers.contenders(dtype, ('transformers', 'torchvision'))
+        contenders = choose(contenders, args.contenders)
+    late = Backend(attend_with_sigmoid, lambda qkv: None)
+    with mock.patch.dict(BACKENDS, {SIGMOID_LATE: late} if args.ladder else {}):
+        run(args, [functools.partial(case, name, args.batch, contenders) for name in args.shapes])
+
+
+if __name__ == '__main__':
+    main()

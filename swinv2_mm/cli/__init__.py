@@ -1,0 +1,1 @@
+"""What only the command line tools use: launching, checks before the start, the memory model. Needs no toolbox."""

@@ -1,0 +1,248 @@
+"""What the command line tools share: reading the command line and a config, and starting processes."""
+
+import argparse
+import contextlib
+import ctypes
+import datetime
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+from torch.nn.parallel import DistributedDataParallel
+
+from swinv2_mm.cli.checks import seen_from
+from swinv2_mm.cli.classes import no_such_class
+from swinv2_mm.cli.errors import one_line_errors, rank
+from swinv2_mm.parallel.sharding import SPLITTING, ShardedRunner
+from swinv2_mm.registry import MODEL_WRAPPERS, RUNNERS
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+# ---------------------------------------------------------------- command line and configs
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line, or `argv`, with the arguments that training and testing have in common."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='change the config: key=value, with nested keys '
+        'as in optim_wrapper.optimizer.lr=1e-4 and lists as in key="[a,b]"; data_root=DIR moves all data',
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    # for dist_*.sh: check everything for that many processes, then leave
+    parser.add_argument('--preflight', type=int, metavar='GPUS', help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def load_config(path: str, cfg_options: dict | None = None) -> Config:
+    """Read a config and apply the user's options to it.
+
+    `data_root` among the options also moves the paths below the config's former `data_root` in data loaders and
+    evaluators, which a text config has copied from it by then.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ModuleNotFoundError: It inherits from a toolbox that is not installed.
+        ValueError: An option does not fit it.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'config {path} does not exist{seen_from(path)}')
+    try:
+        cfg = Config.fromfile(path)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'config {path} cannot be read: {error}. The extras of this package name the toolboxes: '
+            'pip install swinv2_mm[det], [seg] or [video]'
+        ) from error
+    former_root = cfg.get('data_root')
+    try:
+        cfg.merge_from_dict(cfg_options or {})
+    except (AssertionError, KeyError, TypeError) as error:
+        raise ValueError(f'--cfg-options do not fit {path}: {error}') from error
+    if 'data_root' in (cfg_options or {}) and isinstance(former_root, str):
+        for key in [key for key in cfg if key.endswith(('_dataloader', '_evaluator'))]:
+            cfg[key] = _move(cfg[key], former_root, cfg.data_root)
+    return cfg
+
+
+def _move(value, old: str, new: str):
+    """Replace the folder `old` at the start of every string inside a config value."""
+    if isinstance(value, dict):
+        return type(value)({key: _move(item, old, new) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(_move(item, old, new) for item in value)
+    if isinstance(value, str) and f'{value}/'.startswith(f'{old.rstrip("/")}/'):
+        return new.rstrip('/') + value[len(old.rstrip('/')) :]
+    return value
+
+
+def default_work_dir(cfg: Config, config_path: str, work_dir: str | None) -> str:
+    """Where results go: what the user says, else what the config says, else `./work_dirs/<name of the config>`."""
+    return work_dir or cfg.get('work_dir') or os.path.join('work_dirs', Path(config_path).stem)
+
+
+# ---------------------------------------------------------------- devices and processes
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """End the group of processes that is started inside, before Python ends with PyTorch's threads still at work.
+
+    After an error it stays, since the others may wait for this process: the launcher ends all.
+    """
+    is_ours = not torch.distributed.is_initialized()
+    yield
+    if is_ours and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # none may leave while another one is still sending
+        torch.distributed.destroy_process_group()
+
+
+def build_runner(cfg: Config):
+    """Tie this process to its machine and to the other processes, and build the Runner, or what `runner_type` names.
+
+    Ends in one line if `check_runner` finds something.
+
+    Raises:
+        ValueError: See `init_cpu_processes`.
+    """
+    with one_line_errors(ImportError, ValueError):
+        check_runner(cfg)
+    die_with_launcher(cfg)
+    adapt_to_cpu(cfg)
+    init_cpu_processes(cfg)
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def check_runner(cfg: Config) -> None:
+    """Check that what carries out a training exists and fits together, as far as the config tells.
+
+    Raises:
+        ImportError: It needs a package that is not installed.
+        ValueError: There is no such class, or it cannot do what the config says.
+    """
+    runner_type = cfg.get('runner_type', 'Runner')
+    wrapper_type = (cfg.get('model_wrapper_cfg') or {}).get('type', 'MMDistributedDataParallel')
+    runner, wrapper = RUNNERS.get(runner_type), MODEL_WRAPPERS.get(wrapper_type)
+    if runner is None:
+        raise ValueError(no_such_class('runner_type', runner_type, [RUNNERS]))
+    if wrapper is None:
+        raise ValueError(no_such_class('model_wrapper_cfg.type', wrapper_type, [MODEL_WRAPPERS]))
+    if wrapper in SPLITTING and not issubclass(runner, ShardedRunner):
+        raise ValueError(
+            f'model_wrapper_cfg.type={wrapper_type} needs runner_type=swinv2_mm.ShardedRunner, and it is {runner_type}'
+        )
+    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
+    if optimizer.get('type') == 'ZeroRedundancyOptimizer':
+        raise ValueError(
+            'optim_wrapper.optimizer.type=ZeroRedundancyOptimizer: the Runner waits for ever when it saves that. '
+            'Name the optimizer itself, and split its states by configs/_base_/memory/zero1.py'
+        )
+    if hasattr(runner, 'check'):
+        runner.check(cfg)
+
+
+def adapt_to_cpu(cfg: Config) -> None:
+    """Without a GPU, replace AmpOptimWrapper and SyncBN, which refuse to run there, and say so once."""
+    if get_device() != 'cpu':
+        return
+    replaced = []
+    wrapper = cfg.get('optim_wrapper') or {}
+    if str(wrapper.get('type')).split('.')[-1] == 'AmpOptimWrapper':
+        cfg.optim_wrapper = {k: v for k, v in wrapper.items() if k not in ('dtype', 'loss_scale', 'use_fsdp')}
+        cfg.optim_wrapper.type = 'OptimWrapper'
+        replaced.append('training in fp32 (OptimWrapper) instead of mixed precision (AmpOptimWrapper)')
+    if _replace_type(cfg.get('model'), 'SyncBN', 'BN'):
+        replaced.append('statistics of each process (BN) instead of all (SyncBN)')
+    if replaced and rank() == 0:
+        print_log(f'No GPU: {"; ".join(replaced)}.', logger='current', level=logging.WARNING)
+
+
+def _replace_type(value, old: str, new: str) -> bool:
+    """Replace `type=old` at any depth; returns whether there was any."""
+    if isinstance(value, (list, tuple)):
+        return any([_replace_type(item, old, new) for item in value])
+    if not isinstance(value, dict):
+        return False
+    found = value.get('type') == old
+    if found:
+        value['type'] = new
+    return any([_replace_type(item, old, new) for item in value.values()]) or found
+
+
+def init_cpu_processes(cfg: Config) -> None:
+    """On a machine without a GPU, let the processes of a launcher meet through gloo; mmengine itself would call CUDA.
+
+    Does nothing for a single process, and nothing on GPUs, where mmengine starts NCCL.
+
+    Raises:
+        ValueError: MPI is the launcher and MASTER_ADDR is not set.
+    """
+    if cfg.launcher == 'none' or get_device() != 'cpu':
+        return
+    _export_ranks(cfg.launcher)
+    # torchrun allows one thread for each process unless told otherwise, which leaves cores idle
+    if os.environ.get('OMP_NUM_THREADS', '1') == '1':
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    if not torch.distributed.is_initialized():
+        timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', 1800)
+        torch.distributed.init_process_group('gloo', timeout=datetime.timedelta(seconds=timeout))
+
+    wrapper = cfg.get('model_wrapper_cfg') or dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    if issubclass(MODEL_WRAPPERS.get(wrapper.get('type', 'MMDistributedDataParallel')), DistributedDataParallel):
+        wrapper = dict(wrapper, device_ids=None)
+    if issubclass(RUNNERS.get(cfg.get('runner_type', 'Runner')), Runner):
+        cfg.model_wrapper_cfg = wrapper
+    elif cfg.get('strategy', {}).get('type', 'DDPStrategy') == 'DDPStrategy':
+        cfg.strategy = dict(cfg.get('strategy', {}), type='DDPStrategy', model_wrapper=wrapper)
+
+
+def die_with_launcher(cfg: Config) -> None:
+    """Have this process and its data workers killed when torchrun is; they would train on, or wait for ever, unseen.
+
+    A resumed training would then write into the same folder as the one believed dead. Linux only.
+    """
+    if cfg.launcher == 'pytorch' and sys.platform == 'linux':
+        _die_with_parent()
+        os.register_at_fork(after_in_child=_die_with_parent)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _export_ranks(launcher: str) -> None:
+    """Translate the variables of SLURM or Open MPI into those that torch reads; torchrun has set these already."""
+    env = os.environ
+    if launcher == 'slurm':
+        env.update(RANK=env['SLURM_PROCID'], WORLD_SIZE=env['SLURM_NTASKS'], LOCAL_RANK=env.get('SLURM_LOCALID', '0'))
+        if 'MASTER_ADDR' not in env:
+            hosts = subprocess.check_output(['scontrol', 'show', 'hostnames', env['SLURM_NODELIST']], text=True)
+            env['MASTER_ADDR'] = hosts.split()[0]
+    elif launcher == 'mpi':
+        if 'MASTER_ADDR' not in env:
+            raise ValueError('the MPI launcher needs the address of the first machine: set MASTER_ADDR')
+        env.update(
+            {name: env[f'OMPI_COMM_WORLD_{name}'] for name in ('RANK', 'LOCAL_RANK')},
+            WORLD_SIZE=env['OMPI_COMM_WORLD_SIZE'],
+        )
+    env.setdefault('MASTER_PORT', '29500')

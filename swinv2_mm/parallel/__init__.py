@@ -1,0 +1,1 @@
+"""Trainings whose states or parameters are split among processes: ZeRO-1, FSDP, DeepSpeed. Needs no toolbox."""

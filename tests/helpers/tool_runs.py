@@ -1,0 +1,193 @@
+"""The command line tools: called in this process, in several processes, and as users run them."""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from mmengine.utils import ManagerMixin
+from processes import run_processes
+
+REPOSITORY = Path(__file__).parents[2]
+TOOLS, BENCHMARKS = REPOSITORY / 'tools', REPOSITORY / 'benchmarks'
+TINY = Path(__file__).parent / 'tiny'
+PLACE = (
+    'NNODES',
+    'NODE_RANK',
+    'MASTER_ADDR',
+    'MASTER_PORT',
+    'PORT',
+    'RANK',
+    'LOCAL_RANK',
+    'WORLD_SIZE',
+    'LOCAL_WORLD_SIZE',
+)
+
+
+@functools.cache
+def load_tool(path: Path) -> ModuleType:
+    """Import a tool, under a name that is no other module's, once."""
+    spec = importlib.util.spec_from_file_location(f'tool_{path.stem}', path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by its name
+    with beside(path):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def beside(path: Path):
+    """Let tools import their neighbours, as Python does for a script."""
+    sys.path.insert(0, str(path.parent))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(path.parent))
+
+
+# ---------------------------------------------------------------- what runs leave
+
+
+def managers(base: type = ManagerMixin):
+    """The classes of which mmengine keeps instances by name: loggers, scopes, visualizers."""
+    for manager in base.__subclasses__():
+        yield manager
+        yield from managers(manager)
+
+
+@contextlib.contextmanager
+def no_trace():
+    """Take back what a Runner or a tool's `main` leaves in the process."""
+    instances = {manager: manager._instance_dict.copy() for manager in managers()}
+    environment, folder, argv, threads = dict(os.environ), os.getcwd(), sys.argv, torch.get_num_threads()
+    deterministic, paths = torch.are_deterministic_algorithms_enabled(), sys.path.copy()
+    try:
+        yield
+    finally:
+        for manager in managers():
+            kept = instances.get(manager, {})
+            manager._instance_dict.clear()
+            manager._instance_dict.update(kept)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        sys.argv = argv
+        sys.path[:] = paths  # started processes get it, and import the torchvision of the oracles if they see it
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+# ---------------------------------------------------------------- processes
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('', 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def taken_port(port: int = 0):
+    """Hold a port, or any; one that another program holds already is taken as well."""
+    with socket.socket() as holder:
+        with contextlib.suppress(OSError):
+            holder.bind(('', port))
+            holder.listen()
+        yield port or holder.getsockname()[1]
+
+
+def command(script, *args):
+    script = str(TOOLS / script)
+    return [script] if script.endswith('.sh') else [sys.executable, script], list(map(str, args))
+
+
+def environment(**more):
+    """Variables for a process: those of this one, without what would make it a part of another run."""
+    ours = {name: value for name, value in os.environ.items() if name not in PLACE}
+    return {**ours, 'PYTHON': sys.executable, **more}
+
+
+def call(folder: Path, script: str | Path, *args) -> str:
+    """Call the `main` of a script in this process, in a folder that is not the repository's; returns what it prints.
+
+    `script` is a path below `tools/`, or an absolute one.
+
+    What it changes in the process is taken back. Use it for whatever a tool does; once for each tool, use `run`, which
+    starts a process as a user does.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            status = _call(folder, script, args)
+    except SystemExit as end:
+        status = end.code
+    assert not status, printed.getvalue()[-3000:]
+    return printed.getvalue()
+
+
+def _call(folder: Path, script: str | Path, args: tuple) -> int | None:
+    main = load_tool(TOOLS / script).main
+    with no_trace(), beside(TOOLS / script):  # a later run in the same second would take the loggers of this one
+        os.chdir(folder)
+        return main([str(arg) for arg in args])
+
+
+def refuse(folder: Path, script: str | Path, *args) -> str:
+    """Call a tool's `main` on a mistake, in this process; returns the one line that it prints, leaving with code 2."""
+    errors = io.StringIO()
+    with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(errors):
+        _call(folder, script, args)
+    assert end.value.code == 2, errors.getvalue()[-3000:]
+    lines = errors.getvalue().strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith('error: ')
+    return lines[0]
+
+
+def call_together(folder: Path, script: str, *args, processes: int = 2, **env: str) -> str:
+    """Call a tool's `main` in several processes, as dist_train.sh and dist_test.sh do; returns what they print."""
+    arguments = [str(arg) for arg in args] + ['--launcher', 'pytorch']
+    return run_processes(_main, TOOLS / script, arguments, processes=processes, folder=folder, **env)
+
+
+def _main(script: Path, arguments: list[str]) -> None:
+    load_tool(script).main(arguments)
+
+
+def make_shapes(folder: Path, train: int, val: int, size: int, seed: int = 0) -> None:
+    """Write images of shapes in COCO's layout."""
+    options = dict(train=train, val=val, size=size, seed=seed)
+    call(folder.parent, 'misc/make_shapes_coco.py', folder, *(f'--{name}={value}' for name, value in options.items()))
+
+
+def run(folder, script, *args, **env):
+    """Run a tool in a folder that is not the repository's."""
+    program, args = command(script, *args)
+    result = subprocess.run(
+        [*program, *args], cwd=folder, env=environment(**env), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+def metrics(folder: Path) -> dict:
+    """What a test has logged."""
+    return json.loads(max(folder.glob('20*/*.json')).read_text().splitlines()[-1])
+
+
+def check_training(folder: Path) -> None:
+    """A training has logged losses, and all of them are finite."""
+    losses = [json.loads(line) for line in max(folder.glob('20*/vis_data/scalars.json')).open()]
+    losses = [line['loss'] for line in losses if 'loss' in line]
+    assert losses
+    assert np.isfinite(losses).all()

@@ -1,0 +1,277 @@
+"""Memory that is counted: against counts by hand, against the memory of the process, and fake tensors against real."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from swinv2_mm.cli.memory import (
+    MemoryTracker,
+    SkippedProducts,
+    cuda_casts,
+    make_fake,
+    make_gradients,
+    measure_backbone,
+)
+from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
+
+NANO = dict(embed_dims=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8))
+# attention backend, stages with activation checkpointing, and with sequential attention
+SAVERS = [
+    ('reference', False, ()),
+    ('reference', True, ()),
+    ('reference', False, (0, 1)),
+    ('reference', True, (0, 1)),
+    ('reference', (1,), (0,)),
+    ('auto', False, ()),
+    ('auto', True, ()),
+]
+
+
+# ---------------------------------------------------------------- the tracker
+
+
+def test_a_tensor_counts_from_its_operation_to_its_end():
+    with MemoryTracker() as tracker:
+        a = torch.zeros(256)
+        assert (tracker.live, tracker.peak) == (1024, 1024)
+        b = a + 1
+        assert tracker.live == 2048
+        del a
+        assert (tracker.live, tracker.peak) == (1024, 2048)
+        tracker.reset_peak()
+        assert tracker.peak == 1024
+        c = b.double()
+        assert (tracker.live, tracker.peak) == (3072, 3072)
+    del b, c
+    assert tracker.live == 0
+
+
+def test_views_and_operations_in_place_cost_nothing_and_a_view_keeps_all_alive():
+    with MemoryTracker() as tracker:
+        a = torch.zeros(16, 16)
+        view = a.t()[3:5].reshape(-1, 1)[1:].expand(-1, 7)
+        a.add_(1)
+        assert tracker.live == 16 * 16 * 4 + 2 * 16 * 4  # the reshape of a transposed part copies it
+        del a
+        assert tracker.live == 2 * 16 * 4
+        kept = torch.zeros(100)[:1]
+        assert tracker.live == 2 * 16 * 4 + 400
+    del view, kept
+    assert tracker.live == 0
+
+
+def test_what_was_there_before_counts_when_it_is_watched_and_once():
+    before = torch.zeros(64)
+    with MemoryTracker() as tracker:
+        before.mul_(2)
+        views = before.t(), before[3:]
+        assert tracker.live == 0
+    with MemoryTracker() as tracker:
+        tracker.watch([before, before[:3]])
+        assert tracker.live == 256
+        after = before + 1
+    del before, views
+    assert (tracker.live, tracker.peak) == (256, 512)
+    del after
+    assert tracker.live == 0
+
+
+def test_shapes_without_memory_cost_nothing():
+    with MemoryTracker() as tracker:
+        torch.empty(100, device='meta').add(1)
+        assert tracker.peak == 0
+
+
+def test_memory_that_is_given_back_and_taken_again_counts_again():
+    with MemoryTracker() as tracker:
+        for _ in range(50):
+            x = torch.zeros(1000)
+            assert tracker.live == 4000
+            del x
+        assert (tracker.live, tracker.peak) == (0, 4000)
+
+
+def test_what_autograd_keeps_is_counted_until_the_backward_pass_is_done():
+    x, weight = torch.rand(100, 8), torch.rand(8, 8, requires_grad=True)
+    with MemoryTracker() as tracker:
+        loss = (x @ weight).tanh().sum()
+        assert tracker.live == 3200 + 4  # the result of tanh; the product before it is gone
+        tracker.reset_peak()
+        loss.backward()
+        # on top, where the gradient of tanh is made: that of the loss, and the result; that of the sum is a view
+        assert tracker.peak == 3200 + 4 + 4 + 3200
+        del loss
+        assert tracker.live == 8 * 8 * 4  # the gradient of the weight
+        weight.grad = None
+        assert tracker.live == 0
+
+
+@pytest.mark.slow
+def test_the_peak_is_that_of_the_process():
+    """Where tensors are large, its memory grows by them; a process of its own, since peaks do not go down."""
+    script = r"""
+        import re, torch
+        from pathlib import Path
+        from swinv2_mm.cli.memory import MemoryTracker, make_gradients
+        from swinv2_mm.models import SwinTransformerV2
+        torch.set_num_threads(1)
+        arch = dict(embed_dims=32, depths=(1, 1), num_heads=(1, 2))
+        model = SwinTransformerV2(arch, window_size=16, out_indices=(0, 1))
+        make_gradients(model)
+        def step(size):
+            x = torch.rand(1, 3, size, size)
+            sum(out.mean() for out in model(x)).backward()
+        # not getrusage: it knows the peak of the parent too
+        rss = lambda: 1024 * int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])
+        step(128)  # what libraries take for themselves
+        before = rss()
+        step(1024)
+        grown = rss() - before
+        with MemoryTracker() as tracker:
+            step(1024)
+        print(tracker.peak, grown)
+    """
+    command = [sys.executable, '-c', textwrap.dedent(script)]
+    # small blocks too go back to the system at once, instead of into holes that later ones do not fit
+    env = os.environ | dict(MALLOC_MMAP_THRESHOLD_='65536')
+    output = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    tracked, grown = map(int, output.split()[-2:])
+    assert tracked > 200e6
+    assert tracked == pytest.approx(grown, rel=0.1)
+
+
+# ---------------------------------------------------------------- fake tensors and real ones
+
+
+def backbone(axes, attention_backend, with_cp, sequential_stages):
+    kind = {2: SwinTransformerV2, 3: SwinTransformer3DV2}[axes]
+    window = {2: 4, 3: (2, 4, 4)}[axes]
+    return kind(
+        NANO,
+        window_size=window,
+        attention_backend=attention_backend,
+        with_cp=with_cp,
+        sequential_stages=sequential_stages,
+        out_indices=(0, 2),
+        drop_path_rate=0.5,
+        frozen_stages=0,
+    ).train()
+
+
+@pytest.mark.parametrize(
+    ('axes', 'savers', 'bfloat16'),
+    [
+        (3, SAVERS[0], False),
+        (3, SAVERS[1], True),
+        (2, SAVERS[2], False),
+        (2, SAVERS[3], True),
+        (2, SAVERS[4], False),
+        (2, SAVERS[5], False),
+        (3, SAVERS[6], True),
+    ],
+)
+def test_fake_tensors_take_the_memory_of_real_ones_byte_for_byte(axes, savers, bfloat16):
+    shape = (1, 3, *{2: (40, 24), 3: (6, 24, 20)}[axes])  # which windows do not divide
+    for _ in range(2):  # the first one makes the indices of the windows, which stay for all models
+        real = measure_backbone(backbone(axes, *savers), torch.rand(shape), bfloat16)
+    with torch.device('meta'):
+        model = backbone(axes, *savers)
+    with FakeTensorMode():
+        fake = measure_backbone(make_fake(model), torch.empty(shape), bfloat16)
+    assert fake.kept == real.kept
+    assert fake.forward_peak == real.forward_peak
+    assert fake.backward_peak == real.backward_peak
+    assert [(x.shape, x.dtype) for x in fake.outputs] == [(x.shape, x.dtype) for x in real.outputs]
+    assert len(fake.kept) == 1 + 3  # the patch embedding, and the stages up to the last output
+
+
+def test_what_is_kept_and_the_peaks_are_those_of_a_plain_step():
+    """Without the function that measures: the same step, written out."""
+    model, x = backbone(2, 'reference', False, ()), torch.rand(2, 3, 64, 64)
+    memory = measure_backbone(model, x)
+    model.train()  # the position biases are computed anew
+    with MemoryTracker() as tracker:
+        tracker.watch([x])
+        outputs = model(x)
+        assert tracker.live == sum(memory.kept)
+        assert tracker.peak == memory.forward_peak
+        tracker.reset_peak()
+        gradients = [torch.rand_like(out) for out in outputs]
+        torch.autograd.backward(outputs, gradients)
+    # outputs and gradients are kept here until the end
+    kept = sum(x.nbytes for x in (*outputs, *gradients))
+    assert memory.backward_peak <= tracker.peak <= memory.backward_peak + kept
+    assert kept < 0.05 * tracker.peak
+
+
+def test_each_saver_keeps_or_takes_less():
+    def measured(*savers):
+        return measure_backbone(backbone(2, *savers), torch.rand(2, 3, 128, 128))
+
+    nothing, checkpointing, sequential, both, _, fused, fused_checkpointing = (measured(*savers) for savers in SAVERS)
+    assert sum(checkpointing.kept) < sum(nothing.kept) / 5
+    assert sum(sequential.kept) < sum(nothing.kept)
+    assert both.backward_peak < checkpointing.backward_peak < nothing.backward_peak
+    assert sum(fused.kept) < sum(sequential.kept)
+    assert fused_checkpointing.backward_peak < both.backward_peak
+
+
+# ---------------------------------------------------------------- precision
+
+
+def dtypes():
+    x = torch.rand(4, 8)
+    with torch.autocast('cpu', torch.bfloat16):
+        y = nn.Linear(8, 8)(x)
+        norm, group = nn.LayerNorm(8)(y), nn.GroupNorm(2, 8)(y)
+        loss = F.cross_entropy(y, torch.zeros(4, dtype=torch.long))
+        mask = F.binary_cross_entropy_with_logits(y, torch.zeros_like(y), reduction='none')
+        return [t.dtype for t in (y, norm, group, y.softmax(-1), y.log_softmax(-1), loss, mask, F.gelu(y))]
+
+
+def test_autocast_casts_as_on_a_gpu_and_only_while_it_is_told_to():
+    """The list of float32 is that of PyTorch's documentation of autocast for CUDA."""
+    half, full = torch.bfloat16, torch.float32
+    before = dtypes()
+    with cuda_casts():
+        assert dtypes() == [half, full, full, full, full, full, full, half]
+    assert dtypes() == before
+    assert before[1] == half
+
+
+def test_casts_keep_the_gradient():
+    x = torch.rand(4, 8, requires_grad=True)
+    with cuda_casts(), torch.autocast('cpu', torch.bfloat16):
+        (x.bfloat16().softmax(-1)[:, 0]).sum().backward()
+    expected = torch.autograd.grad(x.bfloat16().float().softmax(-1)[:, 0].sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected, rtol=1e-2, atol=1e-3)
+
+
+# ---------------------------------------------------------------- products that are left out
+
+
+def test_skipped_products_take_the_memory_of_real_ones():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 2, 2), nn.Flatten(), nn.Linear(64, 5)
+    )
+    make_gradients(model)
+
+    def peak():
+        with MemoryTracker() as tracker:
+            out = model(torch.rand(2, 3, 8, 8))
+            out.square().sum().backward()
+        return tracker.peak, out
+
+    real, out = peak()
+    with SkippedProducts():
+        skipped, zeros = peak()
+    assert skipped == real
+    assert out.abs().max() > 0
+    assert zeros.abs().max() == 0

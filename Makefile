@@ -3,7 +3,7 @@ VENV ?= .venv
 
 PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=10
 
-.PHONY: setup demo demo-seg demo-video test test-all lint
+.PHONY: setup demo demo-seg demo-video test test-all lint docs
 
 setup:  ## make $(VENV) with torch, the OpenMMLab stack and this package
 	PYTHON=$(PYTHON) VENV=$(VENV) tools/misc/setup_env.sh
@@ -26,3 +26,9 @@ test-all:  ## that and all that is slow: see docs/testing.md for its parts
 lint:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# the variable switches off mkdocs-material's notice about MkDocs 2
+docs:  ## the manual as a web site: site/index.html
+	$(VENV)/bin/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || \
+		$(VENV)/bin/python -m pip install --quiet --editable '.[docs]' 'setuptools<81'
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict

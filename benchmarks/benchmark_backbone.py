@@ -86,12 +86,12 @@ class UncachedCPB(LogCPB):
 
 def attend_with_sigmoid(*args, **kwargs) -> Tensor:
     """The reference, given the logits of the position bias, to which it applies the sigmoid after the gather."""
-    attend = reference._attend
+    attention = reference._attention
 
     def with_sigmoid(qkv: Tensor, logit_scale: Tensor, bias: Tensor, regions: Tensor | None) -> Tensor:
-        return attend(qkv, logit_scale, 16 * bias.sigmoid(), regions)
+        return attention(qkv, logit_scale, 16 * bias.sigmoid(), regions)
 
-    with mock.patch.object(reference, '_attend', with_sigmoid):
+    with mock.patch.object(reference, '_attention', with_sigmoid):
         return reference.reference_window_attention(*args, **kwargs)
 
 

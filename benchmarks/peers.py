@@ -1,18 +1,16 @@
 """Public Swin V2 implementations beside ours: how each is built, called, and compared with ours.
 
-timm, transformers and torchvision are optional, see requirements/peers.txt. `make setup` puts them into a folder of its
-own inside the environment, since mmengine and mmdet import whichever of them they find.
+timm, transformers and torchvision are optional, see requirements/peers.txt.
 """
 
 import functools
 import importlib
 import logging
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
+import peer_packages
 import torch
 import torch.nn.functional as F
 from side_by_side import DEVICE, Contender, Family, NotPossibleError, Shape, randomize
@@ -21,10 +19,6 @@ from torch import Tensor, nn
 from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
 from swinv2_mm.models.attention import WindowAttention
 from swinv2_mm.ops.window_attention import BACKENDS
-
-# operators that torchvision expects of its compiled part
-TORCHVISION_OPS = ('nms', 'qnms', 'roi_align', 'ps_roi_align', 'roi_pool', 'ps_roi_pool', 'deform_conv2d')
-
 
 # ---------------------------------------------------------------- finding them
 
@@ -36,29 +30,13 @@ def find(module: str) -> ModuleType:
     Raises:
         NotPossibleError: It is not installed.
     """
-    folder = str(Path(sys.prefix, 'oracles'))
-    if folder not in sys.path:
-        sys.path.append(folder)
-        _declare_torchvision_ops()
+    peer_packages.add_to_path()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise NotPossibleError(
             f'not possible: {error.name} is not installed; see requirements/peers.txt, or run make setup'
         ) from error
-
-
-def _declare_torchvision_ops() -> None:
-    """Let torchvision import beside a torch that it was not compiled for; what it shares with Swin is plain PyTorch."""
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        return
-    except RuntimeError:  # its operators do not exist
-        library = torch.library.Library('torchvision', 'DEF')
-        for name in (*TORCHVISION_OPS, *(f'_{name}_backward' for name in TORCHVISION_OPS)):
-            library.define(f'{name}(Tensor x) -> Tensor')
-        globals()['_torchvision_ops'] = library  # the declarations live as long as this object
 
 
 def images_alone(shape: Shape) -> None:

@@ -1,6 +1,6 @@
 """Swin Transformer V2 for OpenMMLab 3.x. Importing this package imports no toolbox.
 
-Without mmengine and mmcv the operators and the backbones still work, as plain PyTorch: see `openmmlab`.
+Without mmengine and mmcv, operators and backbones still work as plain PyTorch modules: see `openmmlab`.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ if HAS_OPENMMLAB:
     from . import compat
 
     compat.apply()
-    # lets mmengine resolve `_base_ = 'swinv2_mm::...'` and get_config('swinv2_mm::...'); it knows its own family alone
+    # mmengine resolves only OpenMMLab packages in `_base_ = 'swinv2_mm::...'` and get_config('swinv2_mm::...')
     MODULE2PACKAGE.setdefault('swinv2_mm', 'swinv2_mm')
 
 
@@ -26,7 +26,7 @@ def config_path(name: str) -> str:
         name: Path below `configs/`, such as 'det/htc_swinv2_t.py'.
 
     Raises:
-        FileNotFoundError: There is no such config; the message lists those of the same folder.
+        FileNotFoundError: There is no such config; the message lists all configs.
     """
     root = Path(__file__).parent / '.mim' / 'configs'
     path = root / name

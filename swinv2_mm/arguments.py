@@ -1,10 +1,10 @@
-"""Checks of what a constructor is given, so that a wrong argument ends in one line which says what to write instead.
+"""Argument checks for constructors: a wrong argument raises a one-line error with a hint what to write instead.
 
     @check_arguments()
     class GlobalAttention(BaseModule):
         def __init__(self, in_channels: Positive, num_heads: int, drop_path_rate: Rate = 0.0) -> None:
 
-The rules are the signature: the names of the arguments, and what their type hints say. Needs Python alone.
+Names and type hints of the signature define what is valid. Uses only the standard library.
 """
 
 import difflib
@@ -22,7 +22,7 @@ Class = TypeVar('Class', bound=type)
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers of at least `low` and below `end`; `demand` says so in messages."""
+    """Numbers in [low, end); `demand` describes them in error messages."""
 
     demand: str
     low: float
@@ -36,7 +36,7 @@ Positive = Annotated[int, Range('be at least 1', 1)]
 NotNegative = Annotated[int, Range('be at least 0', 0)]
 Rate = Annotated[float, Range('lie in [0, 1)', 0, 1)]
 
-# what a type hint takes, and its name in messages; NumPy's numbers count, and tuples and sets are lists too
+# type hint -> accepted types (NumPy numbers and tuples included), and their name in error messages
 KINDS = {
     int: (Integral, 'a whole number'),
     float: (Real, 'a number'),
@@ -49,14 +49,13 @@ KINDS = {
 
 
 def check_arguments(foreign: Mapping[str, str] | None = None, more: Callable | None = None) -> Callable[[Class], Class]:
-    """Decorate a class, so that its constructor checks its arguments first; its signature stays what it is.
+    """Class decorator: check the arguments of the constructor before it runs. The signature is unchanged.
 
-    The attribute `check` of the constructor takes the name of the class and keyword arguments, and checks these without
-    building anything.
+    The constructor gets an attribute `check(name, kwargs, *args)`, which checks arguments without creating an object.
 
     Args:
-        foreign: What to write instead of arguments that other implementations have.
-        more: Method whose optional arguments the constructor takes too, by `**kwargs`.
+        foreign: Hints what to write instead of arguments of other implementations, by argument name.
+        more: Method whose optional arguments the constructor also takes, through `**kwargs`.
     """
 
     def decorate(cls: Class) -> Class:
@@ -81,14 +80,14 @@ def check_arguments(foreign: Mapping[str, str] | None = None, more: Callable | N
 
 
 def _without_arguments(self) -> None:
-    """What `object.__init__` is, whose signature has any."""
+    """Stand-in for `object.__init__`, whose signature has `*args, **kwargs`."""
 
 
 @functools.cache
 def arguments_of(cls: type, more: Callable | None = None) -> dict[str, inspect.Parameter]:
-    """The arguments of a constructor, with those of the base classes that its `*args` and `**kwargs` go to.
+    """Arguments of a constructor, including those of base classes that it passes `*args` and `**kwargs` on to.
 
-    Base classes from other packages keep no type hint but that of a number: many of the others are wrong.
+    For base classes of other packages, only type hints of numbers are kept: many of the others are wrong.
     """
     package = cls.__module__.split('.')[0]
     found = _collect(cls.__mro__[:-1], package)
@@ -97,6 +96,7 @@ def arguments_of(cls: type, more: Callable | None = None) -> dict[str, inspect.P
 
 
 def _collect(mro: Sequence[type], package: str) -> dict[str, inspect.Parameter]:
+    """Parameters of the first `__init__` in `mro`, and of later ones as far as it has `*args` and `**kwargs`."""
     mro = list(mro)
     while mro and '__init__' not in vars(mro[0]):
         del mro[0]
@@ -107,11 +107,12 @@ def _collect(mro: Sequence[type], package: str) -> dict[str, inspect.Parameter]:
     kinds = [p.kind for p in inspect.signature(init).parameters.values()]
     inherited = _collect(mro[1:], package) if inspect.Parameter.VAR_KEYWORD in kinds else {}
     if inspect.Parameter.VAR_POSITIONAL in kinds:
-        return {**inherited, **own}  # the order of positional arguments is that of the base class
+        return {**inherited, **own}  # positional arguments are in the order of the base class
     return {**own, **inherited, **own}
 
 
 def _named(method: Callable, package: str) -> dict[str, inspect.Parameter]:
+    """Parameters of a method without `self`, `*args` and `**kwargs`; see `arguments_of` for their type hints."""
     _, *parameters = inspect.signature(method).parameters.values()  # without `self`
     found = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     if method.__module__.split('.')[0] == package:
@@ -129,54 +130,56 @@ def check_call(
     """Check the arguments of a call.
 
     Args:
-        name: Of what is called, for messages.
-        arguments: What it takes.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        name: Name of the callable, for error messages.
+        arguments: Parameters of the callable.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
         foreign: See `check_arguments`.
 
     Raises:
-        TypeError: One is unknown, missing, or of another type than its hint says.
-        ValueError: A number is out of its range.
+        TypeError: An argument is unknown, missing, or of another type than its hint.
+        ValueError: A number is out of range.
     """
-    unknown = [_way_out(key, arguments, foreign) for key in kwargs if key not in arguments]
+    unknown = [_describe_unknown(key, arguments, foreign) for key in kwargs if key not in arguments]
     if unknown:
         raise TypeError(
             f'{name} has no argument {"; ".join(unknown)}. Its arguments are {", ".join(arguments) or "none"}'
         )
-    given = {**dict(zip(arguments, args, strict=False)), **kwargs}
-    missing = [key for key, p in arguments.items() if p.default is p.empty and key not in given]
+    values = {**dict(zip(arguments, args, strict=False)), **kwargs}
+    missing = [key for key, p in arguments.items() if p.default is p.empty and key not in values]
     if missing:
         raise TypeError(f'{name} needs the argument {" and ".join(missing)}')
-    for key, value in given.items():
+    for key, value in values.items():
         check_value(key, value, arguments[key].annotation)
 
 
-def _way_out(key: str, arguments: Iterable[str], foreign: Mapping[str, str]) -> str:
+def _describe_unknown(key: str, arguments: Iterable[str], foreign: Mapping[str, str]) -> str:
+    """Name of an unknown argument, followed by what to write instead, if known."""
     if key in foreign:
         return f'{key} ({foreign[key]})'
     return key + did_you_mean(key, arguments)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """For the end of a message: the known names that are close to one which is not, or nothing."""
+    """Suffix of an error message with the known names closest to an unknown one, or ''."""
     names = {_plain(candidate): candidate for candidate in known}
     close = difflib.get_close_matches(_plain(name), names, cutoff=0.75)
     return f' (did you mean {" or ".join(names[match] for match in close)}?)' if close else ''
 
 
 def _plain(name: str) -> str:
+    """Last part of a dotted name, without case and underscores, for `did_you_mean`."""
     return name.rpartition('.')[2].replace('_', '').lower()
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:
-    """Check a value by a type hint of numbers, strings, dicts, None, `Range`s, and lists of these; no other is read.
+    """Check a value against a type hint: numbers, strings, dicts, None, `Range`s, lists of these, and unions.
 
-    The entries of a list are of one kind.
+    Other hints are not checked. All entries of a list are checked against the same hint.
 
     Raises:
-        TypeError: It is of another type.
-        ValueError: A number is out of its range, or a tuple of another length.
+        TypeError: The value is of another type.
+        ValueError: A number is out of range, or a tuple has another length.
     """
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if not all(_base(kind) in KINDS for kind in kinds):
@@ -206,6 +209,7 @@ def _base(kind: Any) -> Any:
 
 
 def _is(value: Any, base: Any) -> bool:
+    """Whether a value is of a kind of `KINDS`: bool is no number, and strings and dicts are no lists."""
     if base is Sequence and isinstance(value, (str, Mapping)):
         return False
     return isinstance(value, KINDS[base][0]) and (base is bool or not isinstance(value, bool))

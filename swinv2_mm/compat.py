@@ -1,6 +1,7 @@
-"""Mends of known breakages of the stock packages: each looks whether its breakage is present, and says when it can go.
+"""Workarounds for bugs and incompatibilities of mmengine, mmdet and mmaction2 with current torch, NumPy and setuptools.
 
-Nothing here imports mmcv or a toolbox; importing `swinv2_mm` stays cheap.
+Each function checks whether its workaround is needed; its docstring names the upstream issue and when to delete it.
+Nothing here imports mmcv or a toolbox, so that importing `swinv2_mm` stays fast.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 
 
 def apply() -> None:
-    """Mend what is broken in this environment. Calling it again does no harm."""
+    """Apply all workarounds that this environment needs. Idempotent."""
     stub_drn_localizer()
     alias_importlib_metadata()
     stub_vindlu()
@@ -30,10 +31,10 @@ def apply() -> None:
 
 
 def stub_drn_localizer() -> None:
-    """Let `mmaction.models` import although the mmaction2 wheel lacks `models/localizers/drn`.
+    """Make `mmaction.models` importable although the mmaction2 wheel lacks `models/localizers/drn`.
 
-    The folder has no `__init__.py` and so is left out of the wheel: open-mmlab/mmaction2 #2714, fix #2721 not merged.
-    Delete when a release of mmaction2 holds the folder.
+    The folder has no `__init__.py` and is therefore missing from the wheel: open-mmlab/mmaction2 #2714, fix #2721 not
+    merged. Delete when a release of mmaction2 contains the folder.
     """
     name = 'mmaction.models.localizers.drn'
     spec = importlib.util.find_spec('mmaction')
@@ -49,7 +50,7 @@ def stub_drn_localizer() -> None:
 
 
 class _MissingDRN:
-    """Stands in for mmaction's DRN, which its wheel lacks."""
+    """Placeholder for mmaction's DRN, which its wheel lacks."""
 
     def __init__(self, *args, **kwargs):
         raise ImportError(
@@ -59,20 +60,20 @@ class _MissingDRN:
 
 
 def alias_importlib_metadata() -> None:
-    """Let mmaction2 import the backport `importlib_metadata`, which it does not declare as a requirement.
+    """Alias Python's `importlib.metadata` as the backport `importlib_metadata`, an undeclared dependency of mmaction2.
 
-    Needed by `mmaction/utils/dependency.py` of mmaction2 1.2.0; no upstream issue is known. Python's own module has
-    what it uses. Delete when that file imports `importlib.metadata`.
+    Needed by `mmaction/utils/dependency.py` of mmaction2 1.2.0; no upstream issue is known. Delete when that file
+    imports `importlib.metadata`.
     """
     if importlib.util.find_spec('mmaction') and importlib.util.find_spec('importlib_metadata') is None:
         sys.modules['importlib_metadata'] = importlib.metadata
 
 
 def stub_vindlu() -> None:
-    """Let `mmaction.models` import beside a transformers that lost names which mmaction's VindLU imports.
+    """Make `mmaction.models` importable with a transformers release that lacks functions used by mmaction's VindLU.
 
-    mmaction2 1.2.0 imports VindLU whenever transformers is installed. With the empty stub, VindLU's models are not
-    registered; everything else is. Delete when mmaction2 imports with the current transformers.
+    mmaction2 1.2.0 imports VindLU whenever transformers is installed. With this empty stub, only VindLU's models are
+    not registered. Delete when mmaction2 can be imported with the current transformers.
     """
     name = 'mmaction.models.multimodal.vindlu'
     transformers = importlib.util.find_spec('transformers')
@@ -84,34 +85,34 @@ def stub_vindlu() -> None:
 
 
 def _data_classes() -> list:
-    """What checkpoints hold beside tensors, each as an object or as (object, name in the file)."""
+    """Classes and functions in checkpoints besides tensors, each as an object or as (object, name in the file)."""
     from mmengine.logging import HistoryBuffer
 
     names = [HistoryBuffer, np.ndarray, np.dtype, (_history_buffer_statistic, 'builtins.getattr')]
     for function in (np.array(0.0).__reduce__()[0], np.float64(0).__reduce__()[0]):
         names += [(function, f'numpy.{core}.multiarray.{function.__name__}') for core in ('core', '_core')]
-    # the classes of dtypes have no name in a checkpoint, but an instance is filled in only if its class is on the list
+    # pickles refer to np.dtype, not to its subclasses, but torch also checks the subclass of each instance
     names += sorted({type(np.dtype(code)) for code in '?bhilqBHILQefdgFDGSUMm'}, key=str)
-    # arguments and configs of the official code and of timm: a bag of attributes, and a dict of package yacs
+    # arguments and configs in checkpoints of the official code and of timm; CfgNode is a dict of the package yacs
     return [*names, argparse.Namespace, (OrderedDict, 'yacs.config.CfgNode')]
 
 
 def allow_data_classes() -> None:
-    """Let `torch.load` read what Runners store beside tensors: logs, NumPy values, arguments.
+    """Allow `torch.load(weights_only=True)` to read what Runners store besides tensors: logs, NumPy values, arguments.
 
-    torch 2.6 made `weights_only=True` the default, which refuses them, so no training can be resumed:
-    open-mmlab/mmengine #1655, fix #1650 not merged. The check stays on; names that a file may use are added to it,
-    under the spelling of NumPy 1 as well as of NumPy 2. Delete when mmengine does this itself.
+    Since torch 2.6, `weights_only=True` is the default. It refuses these classes, so that no training can be resumed:
+    open-mmlab/mmengine #1655, fix #1650 not merged. The check stays on; the classes are added to its allow-list, with
+    their names in NumPy 1 and in NumPy 2. Delete when mmengine does this itself.
     """
     if torch_release() >= (2, 6):
         torch.serialization.add_safe_globals(_data_classes())
 
 
 def _history_buffer_statistic(owner: type, name: str):
-    """Take the place of `getattr` in a checkpoint: HistoryBuffer stores statistics as `getattr(HistoryBuffer, 'min')`.
+    """Replacement for `getattr` in checkpoints: HistoryBuffer pickles its methods as `getattr(HistoryBuffer, 'min')`.
 
     Raises:
-        UnpicklingError: The file asks for anything else, which nothing that mmengine writes does.
+        UnpicklingError: The file asks for any other attribute, which no file written by mmengine does.
     """
     from mmengine.logging import HistoryBuffer
 
@@ -121,13 +122,13 @@ def _history_buffer_statistic(owner: type, name: str):
 
 
 def load_data(path: str, map_location, mmap: bool):
-    """`torch.load(weights_only=True)`, or what comes next to it where that does not suffice.
+    """`torch.load(weights_only=True)`, or, before torch 2.6, `torch.load` with a restricted unpickler.
 
-    Before torch 2.6, it takes no further names, and runs code from files in the form of torch 0.1 (CVE-2025-32434); a
-    restricted unpickler is used there. Delete when torch 2.6 is the oldest that is supported.
+    Before torch 2.6, the allow-list cannot be extended, and files in the format of torch 0.1 can execute code in spite
+    of `weights_only=True` (CVE-2025-32434). Delete when torch 2.6 is the minimum version.
 
     Raises:
-        UnpicklingError: The file asks for a class or function that is not on the list.
+        UnpicklingError: The file asks for a class or function that is not on the allow-list.
     """
     if torch_release() >= (2, 6):
         return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
@@ -136,7 +137,7 @@ def load_data(path: str, map_location, mmap: bool):
 
 
 def data_globals() -> dict:
-    """Classes and functions that a checkpoint may name: those that torch allows, and ours."""
+    """Allow-list of classes and functions by their names in checkpoints: that of torch, and `_data_classes`."""
     from torch import _weights_only_unpickler as torch_names
 
     allowed = dict(torch_names._get_allowed_globals())
@@ -148,7 +149,7 @@ def data_globals() -> dict:
 
 
 def restricted_pickle() -> types.ModuleType:
-    """Return a module like `pickle` that makes nothing but data ("Restricting Globals" in Python's documentation)."""
+    """Substitute for the module `pickle` that loads only data ("Restricting Globals" in Python's documentation)."""
     allowed = data_globals()
 
     class Unpickler(pickle.Unpickler):
@@ -165,11 +166,11 @@ def restricted_pickle() -> types.ModuleType:
 
 
 def replace_package_lookup() -> None:
-    """Let mmengine find installed packages, for `_base_ = 'swinv2_mm::...'` and `get_config`.
+    """Replace mmengine's look-up of installed packages, for `_base_ = 'swinv2_mm::...'` and `get_config`.
 
-    mmengine 0.10.7 needs pkg_resources, which setuptools 82 removed, and joins a distribution's location with its name,
-    which does not exist for an editable install (PEP 660). Seen with `_base_` of other packages: open-mmlab/mmengine
-    #1581 (open). Replaced wherever mmengine has imported the two functions already. Delete when mmengine's
+    mmengine 0.10.7 needs pkg_resources, which setuptools 82 removed, and joins the location of a distribution with its
+    name, a path that does not exist for an editable install (PEP 660): open-mmlab/mmengine #1581 (open). The two
+    functions are replaced in all modules of mmengine that have imported them. Delete when mmengine's
     `get_installed_path` works without pkg_resources and returns the folder of an editable install.
     """
     if importlib.util.find_spec('pkg_resources') is not None and not _is_editable('swinv2_mm'):
@@ -222,10 +223,10 @@ def _module_of(distribution: str) -> str:
 
 
 def write_metrics_once() -> None:
-    """Let the first process alone write the metrics of a test.
+    """Write the metrics of a test only in the first process.
 
-    In mmengine 0.10.7, LoggerHook.after_test_epoch of every process writes the same file, so that it is garbled now and
-    then. No upstream issue is known. Delete when that method writes in the first process alone.
+    In mmengine 0.10.7, `LoggerHook.after_test_epoch` of all processes writes to the same file, which can corrupt it. No
+    upstream issue is known. Delete when that method writes only in the first process.
     """
     from mmengine.dist import master_only
     from mmengine.hooks import logger_hook
@@ -236,11 +237,11 @@ def write_metrics_once() -> None:
 
 
 def restore_numpy_names() -> None:
-    """Give NumPy the names back that it removed and that mmdet 3.3 and mmaction2 1.2 still use.
+    """Restore names that NumPy removed and that mmdet 3.3 and mmaction2 1.2 still use.
 
-    `np.float` (mmdet ytviseval.py) went in NumPy 1.24, `np.Inf` and `np.NAN` (mmaction pose transforms and AVA metrics)
-    in 2.0, `np.trapz` and `np.in1d` (mmaction metrics) in 2.4. Upstream has no release after those. Delete each name
-    when the oldest supported toolbox no longer uses it.
+    NumPy 1.24 removed `np.float` (mmdet ytviseval.py), 2.0 removed `np.Inf` and `np.NAN` (mmaction pose transforms and
+    AVA metrics), 2.4 removed `np.trapz` and `np.in1d` (mmaction metrics). The toolboxes have no later release. Delete
+    each name when the oldest supported toolbox no longer uses it.
     """
     names = {
         'float': lambda: float,

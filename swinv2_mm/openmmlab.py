@@ -1,7 +1,7 @@
-"""What the backbones use of mmengine and mmcv.
+"""The parts of mmengine and mmcv that the backbones use, with substitutes for machines without them.
 
-Benchmarks also run on machines that have neither. There the backbones are plain PyTorch modules: they have the same
-layers, but no config, no `init_cfg`, no `init_weights` and no drop path: `SwinTransformerV2(..., drop_path_rate=0.0)`.
+Without mmengine and mmcv, as on a machine for benchmarks, the backbones are plain PyTorch modules with the same layers.
+Registry, `init_cfg`, `init_weights` and drop path are not available: use `SwinTransformerV2(..., drop_path_rate=0.0)`.
 """
 
 import logging
@@ -19,13 +19,13 @@ if HAS_OPENMMLAB:
 else:
 
     class DropPath(nn.Module):
-        """Raises the error that names what is not installed."""
+        """Substitute for mmcv's DropPath that raises an ImportError."""
 
         def __init__(self, *args, **kwargs) -> None:
             check_dependencies()
 
     class BaseModule(nn.Module):
-        """A module of PyTorch, which takes no `init_cfg`."""
+        """Substitute for mmengine's BaseModule without `init_cfg`."""
 
         def __init__(self, init_cfg: None = None) -> None:
             super().__init__()
@@ -33,19 +33,19 @@ else:
                 check_dependencies()
 
         def init_weights(self) -> None:
-            """Raise the error that names what is not installed."""
+            """Raise an ImportError."""
             check_dependencies()
 
     class MODELS:
-        """A registry that registers nothing."""
+        """Substitute for the registry that registers nothing."""
 
         @staticmethod
         def register_module():
-            """Decorate a class, which stays as it is."""
+            """Return a decorator that leaves the class unchanged."""
             return lambda cls: cls
 
     def print_log(message: str, logger: str | None = None, level: int = logging.INFO) -> None:
-        """Log a message; there is only one logger."""
+        """Log a message to the logger of this package."""
         logging.getLogger('swinv2_mm').log(level, message)
 
 

@@ -1,8 +1,8 @@
 """Registries of swinv2_mm, children of mmengine's.
 
-From a config of any toolbox, `type='swinv2_mm.SwinTransformerV2'` finds the class without `custom_imports`: the prefix
-makes mmengine import this module, and the first look-up imports `locations`. This file imports mmengine alone, because
-mmengine swallows an ImportError that is raised here and then reports a missing name.
+In a config of any toolbox, `type='swinv2_mm.SwinTransformerV2'` finds the class without `custom_imports`: the prefix
+makes mmengine import this module, and the first look-up imports `locations`. This file imports only mmengine, because
+mmengine swallows an ImportError raised here and then reports a missing name instead.
 """
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
@@ -15,7 +15,7 @@ from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='swinv2_mm', locations=['swinv2_mm.models'])
-# without `locations`: transforms extend a toolbox, so a config names their file
+# without `locations`: transforms import a toolbox, so a config gives their full path
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='swinv2_mm')
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='swinv2_mm', locations=['swinv2_mm.engine'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(

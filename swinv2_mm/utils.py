@@ -1,14 +1,14 @@
-"""What mmengine expects of every package that it can resolve by name, and nothing else."""
+"""The module `utils` that mmengine expects in every package that it can resolve by name."""
 
 import importlib
 
 
 def register_all_modules(init_default_scope: bool = True) -> None:
-    """Register everything of this package, as `mmengine.hub.get_model` asks for.
+    """Register the modules of this package; called by `mmengine.hub.get_model`.
 
     Args:
-        init_default_scope: Ignored: the default scope stays that of the toolbox, since this package has no models,
-            data sets or loops of its own.
+        init_default_scope: Ignored. The default scope stays that of the toolbox, because this package has no detectors,
+            segmentors, recognizers or loops.
     """
     for module in ('swinv2_mm.models', 'swinv2_mm.engine'):
         importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Version of the package, and of what it needs."""
+"""Version of this package, and minimum versions of its dependencies."""
 
 import importlib
 import importlib.util
@@ -10,10 +10,10 @@ HAS_OPENMMLAB = any(importlib.util.find_spec(name) for name in ('mmengine', 'mmc
 
 
 def check_dependencies() -> None:
-    """Raise an ImportError that names each package which is missing or too old, and the way to get it.
+    """Raise an ImportError that names each package that is missing or too old, and how to install it.
 
-    They are no install requirements, because their builds differ from user to user: by CUDA version, as prebuilt
-    wheels, or under other distribution names.
+    They are not declared as install requirements, because their builds differ: by CUDA version, by prebuilt wheels, or
+    under other distribution names.
     """
     wrong = []
     for name, minimum in MINIMUM.items():
@@ -30,7 +30,7 @@ def check_dependencies() -> None:
         raise ImportError(
             f'swinv2_mm {__version__} needs {", ".join(wrong)}. Install torch from https://pytorch.org, then '
             '`pip install -U openmim && mim install mmengine "mmcv>=2.0.0"`; or run `make setup` in the '
-            'repository, which makes an environment with all of them.'
+            'repository, which creates an environment with all of them.'
         )
 
 

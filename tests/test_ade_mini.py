@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.registry import DefaultScope
-from nano_seg import shrink
+from nano.seg import shrink
 from tool_runs import REPOSITORY, call, call_together, check_training, metrics
 
 from swinv2_mm.cli import launch

@@ -1,4 +1,4 @@
-"""What constructors say about wrong arguments, and that they take the right ones as they did before."""
+"""Constructors name invalid arguments, and accept valid ones unchanged."""
 
 import ast
 import importlib
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import oracles
+import peer_packages
 import pytest
 from mmengine.config import ConfigDict
 from mmengine.hooks import CheckpointHook, Hook
@@ -27,7 +27,7 @@ ARCH = dict(embed_dims=16, depths=(1, 1), num_heads=(1, 2))
 @check_arguments(foreign=dict(colour='write tint'))
 class Base:
     def __init__(self, size: Positive, rate: Rate = 0.1, *, tint: str | None = None) -> None:
-        self.given = size, rate, tint
+        self.values = size, rate, tint
 
 
 @check_arguments()
@@ -40,7 +40,7 @@ class Derived(Base):
 # ---------------------------------------------------------------- signatures and subclasses
 
 
-def test_a_constructor_keeps_its_signature_name_and_documentation():
+def test_check_arguments_keeps_signature_name_and_docstring():
     def __init__(self, a: int, *, b: str = 'c') -> None:
         """Doc."""
 
@@ -56,18 +56,18 @@ def test_a_constructor_keeps_its_signature_name_and_documentation():
     assert not inspect.signature(ReproducibleResumeHook).parameters
 
 
-def test_positional_and_keyword_arguments_arrive():
-    assert Base(3, tint='red').given == (3, 0.1, 'red')
+def test_check_arguments_passes_positional_and_keyword_arguments():
+    assert Base(3, tint='red').values == (3, 0.1, 'red')
     derived = Derived(3, 0, flags=[True])
-    assert (derived.given, derived.flags) == ((3, 0, None), [True])
+    assert (derived.values, derived.flags) == ((3, 0, None), [True])
 
 
-def test_arguments_of_base_classes_are_those_of_the_class():
+def test_arguments_of_includes_base_classes():
     assert list(arguments_of(Derived)) == ['size', 'rate', 'tint', 'flags']
     assert {'interval', 'save_best'} <= arguments_of(AtomicCheckpointHook).keys()
 
 
-def test_users_may_derive_their_own_class_with_arguments_of_its_own():
+def test_check_arguments_in_a_subclass_with_further_arguments():
     class Mine(SwinTransformerV2):
         def __init__(self, *args, mine: int = 0, **kwargs):
             super().__init__(*args, **kwargs)
@@ -78,13 +78,13 @@ def test_users_may_derive_their_own_class_with_arguments_of_its_own():
         Mine(ARCH, windowsize=4)
 
 
-def test_a_class_between_ours_and_its_base_is_called_too():
-    class Beside(CheckpointHook):
+def test_check_arguments_with_cooperative_inheritance():
+    class Sibling(CheckpointHook):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.called = True
 
-    class Both(AtomicCheckpointHook, Beside):
+    class Both(AtomicCheckpointHook, Sibling):
         pass
 
     assert Both(interval=2).called
@@ -111,12 +111,12 @@ def test_a_class_between_ours_and_its_base_is_called_too():
         (Derived, (3,), dict(flags=(True, 0)), TypeError, 'flags[1] must be True or False, got 0 of type int'),
     ],
 )
-def test_one_line_names_the_argument_the_value_and_the_way_out(cls, args, kwargs, error, message):
+def test_check_arguments_names_argument_value_and_hint_in_one_line(cls, args, kwargs, error, message):
     with pytest.raises(error) as raised:
         cls(*args, **kwargs)
     assert message in str(raised.value)
     assert '\n' not in str(raised.value)
-    assert type(raised.value) is error  # mmengine makes a new one of its type
+    assert type(raised.value) is error  # mmengine re-raises an error of the same type
 
 
 @pytest.mark.parametrize(
@@ -135,16 +135,16 @@ def test_one_line_names_the_argument_the_value_and_the_way_out(cls, args, kwargs
         ('anything', type),
     ],
 )
-def test_what_configs_hold_is_taken(value, hint):
+def test_check_value_accepts_values_of_configs(value, hint):
     check_value('it', value, hint)
 
 
-def test_a_tuple_has_its_length():
+def test_check_value_rejects_a_tuple_of_another_length():
     with pytest.raises(ValueError, match=r'it must have 2 entries, got \(1, 2, 3\)'):
         check_value('it', (1, 2, 3), tuple[int, int])
 
 
-def test_hints_of_other_packages_count_for_numbers_alone():
+def test_check_arguments_uses_only_hints_of_numbers_of_other_packages():
     assert AtomicCheckpointHook(interval=2, save_best=['acc'], save_last=1).save_last == 1
     with pytest.raises(TypeError, match="interval must be a number, got '2' of type str"):
         AtomicCheckpointHook(interval='2')
@@ -159,8 +159,8 @@ def test_hints_of_other_packages_count_for_numbers_alone():
 
 
 def public_classes() -> dict[str, type]:
-    """What a config can name: what is registered, and what is named by its path."""
-    for path in PACKAGE.glob('[med]*/*.py'):  # models, engine, datasets
+    """Classes available in a config: registered ones, and those given by their full path."""
+    for path in PACKAGE.glob('[mepd]*/*.py'):  # models, engine, parallel, datasets
         importlib.import_module(f'swinv2_mm.{path.parent.name}.{path.stem}')
     found = {}
     for node in vars(registry).values():
@@ -172,12 +172,12 @@ def public_classes() -> dict[str, type]:
     return found
 
 
-def test_every_class_that_a_config_can_name_checks_its_arguments():
+def test_check_arguments_decorates_every_class_available_in_a_config():
     for package in ('mmdet', 'mmseg', 'mmaction', 'decord'):
         pytest.importorskip(package)
     classes = public_classes()
     assert len(classes) >= 19
-    classes['VideoVisualizationHook'].__init__.check('it', {}, True, 10, True, None)  # in the order of mmaction's
+    classes['VideoVisualizationHook'].__init__.check('it', {}, True, 10, True, None)  # in mmaction's order
     classes['VideoVisualizationHook'].__init__.check('it', dict(draw_gt=False, fps=3))
     for name, cls in classes.items():
         with pytest.raises(TypeError, match=rf'^{name} has no argument nonsense\. Its arguments are ') as error:
@@ -189,7 +189,7 @@ def test_every_class_that_a_config_can_name_checks_its_arguments():
 
 # mmpretrain 1.2.0
 MMPRETRAIN = 'img_size drop_rate use_abs_pos_embed interpolate_mode pad_small_map norm_cfg stage_cfgs patch_cfg'
-# other names by which these sizes and switches go: timm's factories, the official code and its configs
+# other names of such arguments, in timm's factories, the official code and its configs
 ELSEWHERE = (
     'pretrained_window_size drop_path features_only ape use_checkpoint window_sizes output_cls_token hidden_size '
     'embed_dims pretrained_cfg fused_window_process'
@@ -200,7 +200,7 @@ SITE = Path(inspect.getfile(CheckpointHook)).parents[2]
 
 
 def arguments_in(path: Path, name: str) -> set[str]:
-    """Arguments of a class, or fields of a dataclass, without importing what tests of other files want unimported."""
+    """Arguments of a class, or fields of a dataclass, parsed instead of imported: other tests need them unimported."""
     (cls,) = [node for node in ast.parse(path.read_text()).body if getattr(node, 'name', None) == name]
     for node in cls.body:
         if getattr(node, 'name', None) == '__init__':
@@ -221,8 +221,8 @@ def arguments_in(path: Path, name: str) -> set[str]:
         ('transformers/models/swinv2/configuration_swinv2.py', 'Swinv2Config'),
     ],
 )
-def test_every_argument_of_other_implementations_is_ours_or_has_a_way_out(path, name):
-    found = [folder / path for folder in (SITE, Path(oracles.PACKAGES)) if (folder / path).exists()]
+def test_foreign_arguments_cover_other_implementations(path, name):
+    found = [folder / path for folder in (SITE, Path(peer_packages.FOLDER)) if (folder / path).exists()]
     if not found:
         pytest.skip(f'{path.split("/")[0]} is not installed')
     names = arguments_in(found[0], name)
@@ -231,19 +231,17 @@ def test_every_argument_of_other_implementations_is_ours_or_has_a_way_out(path, 
 
 
 @pytest.mark.parametrize('cls', [SwinTransformerV2, SwinTransformer3DV2])
-def test_the_way_out_is_in_the_message(cls):
+def test_foreign_arguments_are_in_the_error_message(cls):
     assert set((MMPRETRAIN + ' ' + ELSEWHERE).split()) <= FOREIGN_ARGUMENTS.keys()
-    for name, sentence in FOREIGN_ARGUMENTS.items():
+    for name, hint in FOREIGN_ARGUMENTS.items():
         with pytest.raises(TypeError) as error:
             cls(**{name: 1})
-        assert str(error.value).startswith(
-            f'{cls.__name__} has no argument {name} ({sentence}). Its arguments are arch'
-        )
+        assert str(error.value).startswith(f'{cls.__name__} has no argument {name} ({hint}). Its arguments are arch')
 
 
-def test_what_is_advised_exists():
+def test_foreign_arguments_suggest_existing_arguments():
     ours = arguments_of(SwinTransformerV2).keys()
     assert not ours & FOREIGN_ARGUMENTS.keys()
-    for sentence in FOREIGN_ARGUMENTS.values():
-        words = {word.strip('=.,;()').split('=')[0] for word in sentence.split()}
-        assert sentence.startswith('leave it out') or words & ours, sentence
+    for hint in FOREIGN_ARGUMENTS.values():
+        words = {word.strip('=.,;()').split('=')[0] for word in hint.split()}
+        assert hint.startswith('leave it out') or words & ours, hint

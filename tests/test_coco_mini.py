@@ -13,7 +13,7 @@ from swinv2_mm.cli import launch
 
 pytest.importorskip('mmdet')
 from nano import trial_arguments
-from nano_det import shrink_data, shrink_heads, shrink_model, write_objects365
+from nano.det import shrink_data, shrink_heads, shrink_model, write_objects365
 
 DATA = Path(os.environ.get('SWINV2_MM_DATA', REPOSITORY.parent / 'shared' / 'data'))
 NANO = trial_arguments(REPOSITORY / 'configs/det')

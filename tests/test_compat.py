@@ -1,4 +1,7 @@
-"""Each mend on the real packages, and, in a process without it, the breakage: when that test fails, the mend can go."""
+"""Each workaround with the real packages, and the bug itself in a process without the workaround.
+
+When a test that reproduces a bug fails, the workaround is no longer needed.
+"""
 
 import argparse
 import importlib.util
@@ -25,7 +28,7 @@ from swinv2_mm import compat
 
 
 def runner_state():
-    """What mmengine's Runner stores beside tensors."""
+    """What mmengine's Runner stores besides tensors."""
     log = HistoryBuffer([1.0, 3.0], [1, 1])
     values = [
         np.float64(0.5),
@@ -39,7 +42,7 @@ def runner_state():
     return dict(message_hub=dict(log_scalars=dict(loss=log)), meta=dict(dataset_meta=values))
 
 
-def test_apply_twice_changes_nothing():
+def test_apply_is_idempotent():
     def state():
         return mmengine.utils.is_installed, np.in1d, sys.modules.get('mmaction.models.localizers.drn')
 
@@ -51,7 +54,7 @@ def test_apply_twice_changes_nothing():
 # ---------------------------------------------------------------- checkpoints
 
 
-def test_runner_state_loads_with_weights_only(tmp_path):
+def test_allow_data_classes_loads_runner_state_with_weights_only(tmp_path):
     torch.save(runner_state(), tmp_path / 'a.pth')
     state = torch.load(tmp_path / 'a.pth', weights_only=True)
     assert state['message_hub']['log_scalars']['loss'].mean() == 2
@@ -60,8 +63,8 @@ def test_runner_state_loads_with_weights_only(tmp_path):
 
 
 @pytest.mark.parametrize('core', [b'numpy.core.', b'numpy._core.'])
-def test_names_of_numpy_1_and_2(tmp_path, core):
-    """NumPy 2 moved the functions that its pickles name."""
+def test_allow_data_classes_of_numpy_1_and_2(tmp_path, core):
+    """NumPy 2 moved the functions that its pickles refer to."""
     torch.save(runner_state(), tmp_path / 'a.pth')
     with zipfile.ZipFile(tmp_path / 'a.pth') as old, zipfile.ZipFile(tmp_path / 'b.pth', 'w') as new:
         for name in old.namelist():
@@ -70,21 +73,21 @@ def test_names_of_numpy_1_and_2(tmp_path, core):
     assert torch.load(tmp_path / 'b.pth', weights_only=True)['meta']['dataset_meta'][2] == 3
 
 
-class LooksUp:
-    """A file that asks for an attribute which opens the way to more."""
+class GetsAttribute:
+    """Pickles as the look-up of an attribute through which code could be executed."""
 
     def __reduce__(self):
         return getattr, (HistoryBuffer, '__init__')
 
 
-def test_a_checkpoint_cannot_look_up_other_attributes(tmp_path):
-    torch.save(LooksUp(), tmp_path / 'a.pth')
+def test_allow_data_classes_refuses_other_attributes(tmp_path):
+    torch.save(GetsAttribute(), tmp_path / 'a.pth')
     with pytest.raises(Exception, match='refused to load a checkpoint'):
         torch.load(tmp_path / 'a.pth', weights_only=True)
 
 
-def test_arguments_and_configs_of_official_code_load_without_their_packages(tmp_path):
-    """Yacs is not installed: its class is made up here, saved, and gone when the file is read."""
+def test_allow_data_classes_of_the_official_code_without_their_packages(tmp_path):
+    """Yacs is not installed: a fake class is saved, and removed before loading."""
     module = types.ModuleType('yacs.config')
     module.CfgNode = type('CfgNode', (dict,), dict(__module__='yacs.config'))
     node = module.CfgNode(A=1)
@@ -97,8 +100,8 @@ def test_arguments_and_configs_of_official_code_load_without_their_packages(tmp_
     assert state['args'].lr == 0.1
 
 
-class Runs:
-    """A file that executes a command."""
+class RunsCommand:
+    """Pickles as the execution of a command."""
 
     def __init__(self, path):
         self.path = path
@@ -108,13 +111,13 @@ class Runs:
 
 
 @pytest.mark.parametrize('mmap', [False, True])
-def test_torch_before_2_6_reads_the_same_data_and_no_more(tmp_path, monkeypatch, mmap):
+def test_load_data_before_torch_2_6_loads_only_data(tmp_path, monkeypatch, mmap):
     monkeypatch.setattr(compat, 'torch_release', lambda: (2, 1))
     torch.save(dict(runner_state(), weight=torch.ones(3)), tmp_path / 'a.pth')
     state = compat.load_data(tmp_path / 'a.pth', 'cpu', mmap=mmap)
     assert state['message_hub']['log_scalars']['loss'].mean() == 2
     assert state['weight'].sum() == 3
-    for content in (Runs(tmp_path / 'effect'), LooksUp()):
+    for content in (RunsCommand(tmp_path / 'effect'), GetsAttribute()):
         torch.save(content, tmp_path / 'b.pth')
         with pytest.raises(pickle.UnpicklingError, match=f'{os.system.__module__}.system|refused'):
             compat.load_data(tmp_path / 'b.pth', 'cpu', mmap=mmap)
@@ -122,13 +125,13 @@ def test_torch_before_2_6_reads_the_same_data_and_no_more(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize('protocol', range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_the_restricted_unpickler_refuses_every_protocol(tmp_path, protocol):
+def test_restricted_pickle_refuses_commands_in_every_protocol(tmp_path, protocol):
     with pytest.raises(pickle.UnpicklingError, match='system'):
-        compat.restricted_pickle().load(io.BytesIO(pickle.dumps(Runs(tmp_path / 'effect'), protocol)))
+        compat.restricted_pickle().load(io.BytesIO(pickle.dumps(RunsCommand(tmp_path / 'effect'), protocol)))
     assert not (tmp_path / 'effect').exists()
 
 
-def test_breakage_of_checkpoints_is_present(tmp_path):
+def test_bug_of_checkpoints_is_present(tmp_path):
     torch.save(runner_state(), tmp_path / 'a.pth')
     result = run_python(f'import mmengine.runner.checkpoint as c; c._load_checkpoint({str(tmp_path / "a.pth")!r})')
     assert 'weights_only' in result.stderr or torch.__version__ < '2.6'
@@ -137,7 +140,7 @@ def test_breakage_of_checkpoints_is_present(tmp_path):
 # ---------------------------------------------------------------- package lookup
 
 
-def test_finds_packages():
+def test_get_installed_path_of_packages():
     assert compat.get_installed_path('swinv2_mm') == str(Path(swinv2_mm.__file__).parent)
     assert compat.get_installed_path('mmengine') == str(Path(mmengine.__file__).parent)
     assert compat.is_installed('mmengine')
@@ -147,27 +150,27 @@ def test_finds_packages():
 
 
 @pytest.mark.parametrize(('distribution', 'module'), [('mmsegmentation', 'mmseg'), ('mmaction2', 'mmaction')])
-def test_finds_distributions_with_another_name(distribution, module):
+def test_get_installed_path_of_distributions_with_another_name(distribution, module):
     spec = importlib.util.find_spec(module)
     if spec is None:
         pytest.skip(f'{distribution} is not installed')
     assert compat.get_installed_path(distribution) == str(Path(spec.origin).parent)
 
 
-def test_breakage_of_package_lookup_is_present_and_mended():
+def test_bug_of_package_lookup_is_present_and_fixed():
     code = 'import os; from mmengine.utils import get_installed_path as f; print(os.path.isdir(f("swinv2_mm")))'
-    stock, mended = run_python(code), run_python(f'import swinv2_mm; {code}')
+    stock, patched = run_python(code), run_python(f'import swinv2_mm; {code}')
     if importlib.util.find_spec('pkg_resources') is None:
         assert 'pkg_resources' in stock.stderr
     elif not swinv2_mm.__file__.startswith(sysconfig.get_path('purelib')):  # an editable install
         assert stock.stdout.strip() == 'False'
-    assert mended.stdout.strip() == 'True'
+    assert patched.stdout.strip() == 'True'
 
 
 # ---------------------------------------------------------------- NumPy names, mmaction2
 
 
-def test_numpy_names():
+def test_restore_numpy_names():
     assert np.float is float
     assert np.Inf == np.inf
     assert np.isnan(np.NAN)
@@ -177,7 +180,7 @@ def test_numpy_names():
 
 @pytest.mark.parametrize('name', ['float', 'Inf', 'NAN', 'trapz', 'in1d'])
 def test_toolboxes_still_use_the_numpy_name(name):
-    """When no toolbox uses a name any more, take it off the list."""
+    """When this fails, remove the name from `restore_numpy_names`."""
     specs = [importlib.util.find_spec(package) for package in ('mmdet', 'mmaction')]
     if None in specs:
         pytest.skip('needs mmdet and mmaction2')
@@ -189,7 +192,7 @@ needs_mmaction = pytest.mark.skipif(importlib.util.find_spec('mmaction') is None
 
 
 @needs_mmaction
-def test_mmaction_models_import_and_drn_explains_itself():
+def test_stub_drn_localizer_makes_mmaction_importable():
     from mmaction.models.localizers import DRN
 
     if DRN.__module__.startswith('mmaction'):
@@ -199,8 +202,8 @@ def test_mmaction_models_import_and_drn_explains_itself():
 
 
 @needs_mmaction
-def test_breakage_of_mmaction_is_present():
-    """Either of the two missing modules stops the import of mmaction's models."""
+def test_bug_of_mmaction_is_present():
+    """Either of the two missing modules makes the import of mmaction's models fail."""
     result = run_python('import mmaction.models')
     assert 'drn' in result.stderr or 'importlib_metadata' in result.stderr
 
@@ -208,10 +211,10 @@ def test_breakage_of_mmaction_is_present():
 # ---------------------------------------------------------------- metrics
 
 
-@pytest.mark.parametrize(('mended', 'writing'), [(True, [0]), (False, [0, 1])], ids=['mended', 'stock'])
-def test_metrics_are_written_by_the_first_process_alone(mended, writing, tmp_path, monkeypatch):
-    """Without the mend, all processes write the one file of a test."""
-    if not mended:
+@pytest.mark.parametrize(('patched', 'writing'), [(True, [0]), (False, [0, 1])], ids=['patched', 'stock'])
+def test_write_metrics_once(patched, writing, tmp_path, monkeypatch):
+    """Without the workaround, all processes write to the same file."""
+    if not patched:
         monkeypatch.setattr(logger_hook, 'dump', logger_hook.dump.__wrapped__)
     for rank in (0, 1):
         runner = mock.MagicMock(log_dir=str(tmp_path))

@@ -28,6 +28,7 @@ BENCHMARKS = (
 )
 TOOLBOXES = {'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}
 EXTENSIONS = {
+    'cli/inputs.py': {'mmdet'},
     'datasets/transforms.py': {'mmdet'},
     'datasets/video.py': {'mmaction'},
     'engine/video_visualization.py': {'mmaction'},
@@ -59,6 +60,16 @@ def test_folders_import_only_what_lies_below_them():
         for path in (PACKAGE / folder).rglob('*.py'):
             own = {name[1:] for name in imports(path) if name.startswith('.')}
             assert own <= allowed, f'{path.name} imports {own - allowed}'
+
+
+def test_modules_of_checkpoints_import_only_those_below_them():
+    order = ('layouts', 'conversion', 'backbone', 'pickles', 'files', 'loaders')
+    folder = PACKAGE / 'checkpoints'
+    assert {path.stem for path in folder.glob('*.py')} == {'__init__', *order}
+    for i, module in enumerate(order):
+        nodes = ast.walk(ast.parse((folder / f'{module}.py').read_text()))
+        siblings = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1}
+        assert siblings <= {None, *order[:i]}, module  # None: errors, from the package itself
 
 
 def test_ops_need_torch_alone():

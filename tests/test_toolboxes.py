@@ -1,11 +1,11 @@
-"""The backbone inside configs of the toolboxes themselves, found by its name alone."""
+"""The backbones in stock configs of the toolboxes, found by their registered names."""
 
 import importlib.util
 
 import pytest
 from bare_python import run_python
 
-# base config of the toolbox, and where the channels of the backbone go (and few of the widest others)
+# base config of the toolbox, and overrides for the channels of the backbone (and for smaller heads)
 STOCK = {
     'mmdet': (
         'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
@@ -30,7 +30,7 @@ model = dict(
     backbone=dict(_delete_=True, type='swinv2_mm.{backbone}', arch='tiny', window_size=8),
     {rest})
 """
-# nothing of this package is imported but through the registry; mmaction2's wheel needs the mends that come with it
+# this package is imported only through the registry, except that mmaction2's wheel needs its workarounds first
 CHECK = """
 import sys, torch
 if sys.argv[1] == 'mmaction':
@@ -60,7 +60,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize('toolbox', ['mmdet', 'mmseg', 'mmaction'])
-def test_stock_configs_take_the_backbones_without_custom_imports(toolbox, tmp_path):
+def test_stock_configs_find_the_backbones_without_custom_imports(toolbox, tmp_path):
     if importlib.util.find_spec(toolbox) is None:
         pytest.skip(f'{toolbox} is not installed')
     arguments, expected = [toolbox], []

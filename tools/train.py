@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mmengine.config import Config
 
-import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
+import swinv2_mm  # noqa: F401  before any toolbox: it applies workarounds that the toolboxes' imports need
 from swinv2_mm.cli import checks, classes, launch, unused
 
 

@@ -3,7 +3,7 @@
 #   tools/dist_train.sh configs/det/htc_swinv2_g.py 8 --cfg-options load_from=CHECKPOINT
 # Memory (Sec. 3.4): sequential self-attention in the first two stages (the backends other than 'reference' do this in
 # all stages), activation checkpointing, and FSDP where the paper has ZeRO-1. FSDP also shards parameters and gradients,
-# which fits 8 GPUs of 40 GB, see docs/large_training.md.
+# which fits 8 GPUs of 40 GB, see docs/large_models.md.
 _base_ = ['./htc_swinv2_l.py', '../_base_/memory/fsdp.py']
 from swinv2_mm.scope import add_scope
 

@@ -1,7 +1,7 @@
-"""Names in the public checkpoints of Swin V2, and how each layout becomes ours.
+"""Layouts (sets of keys) of public Swin V2 checkpoints: how to recognise each and convert it to that of this package.
 
-Ours is the official one, except for the final norm, which is the output norm of the last stage (`norm{i}`). A layout is
-a table of renames, applied in order, and functions for what renaming cannot do. Tables follow the published files.
+Ours is the official layout, except for the final norm, which is the output norm of the last stage (`norm{i}`). A layout
+is a table of renames, applied in order, and functions for what renaming cannot do. Tables follow the published files.
 """
 
 import re
@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from . import CheckpointError
 
 Weights = dict[str, Tensor]
 
 
 def official_final_norm(weights: Weights) -> Weights:
-    """Let the final norm be the output norm of the last stage, unless the file has such norms."""
+    """Rename the final norm to the output norm of the last stage, unless the file has output norms."""
     last = f'norm{num_stages(weights) - 1}.'
     if any(name.startswith(last) for name in weights):
         return weights
@@ -27,7 +27,7 @@ def official_final_norm(weights: Weights) -> Weights:
 def merge_at_end_of_stage(weights: Weights) -> Weights:
     """Move the merging that timm and mmpretrain keep at the start of a stage to the end of the one before.
 
-    Old files of timm keep it at the end, so what counts is whether the first stage has one.
+    Old files of timm already have it at the end: those in which the first stage has one.
     """
     if any(name.startswith('layers.0.downsample.') for name in weights):
         return weights
@@ -39,7 +39,7 @@ def merge_at_end_of_stage(weights: Weights) -> Weights:
 
 
 def order_merged_columns(weights: Weights) -> Weights:
-    """Reorder the inputs of mmpretrain's merging, which come from `nn.Unfold`: channels first, rows before columns."""
+    """Reorder the input columns of mmpretrain's merging, those of `nn.Unfold`: channels first, rows before columns."""
 
     def reorder(name: str, value: Tensor) -> Tensor:
         if not name.endswith('downsample.reduction.weight') or value.dim() != 2 or value.shape[1] % 4:
@@ -50,7 +50,7 @@ def order_merged_columns(weights: Weights) -> Weights:
 
 
 def join_query_key_value(weights: Weights) -> Weights:
-    """Join the three projections of transformers; each leaves the memory before the next block's are joined."""
+    """Join the three projections of transformers, block by block, and free the parts of each."""
     for name in [name for name in weights if name.endswith('attn.query.weight')]:
         parts = [name.replace('query', part) for part in ('query', 'key', 'value')]
         if all(part in weights for part in parts):
@@ -59,7 +59,7 @@ def join_query_key_value(weights: Weights) -> Weights:
 
 
 def split_qkv_bias(weights: Weights) -> Weights:
-    """Split torchvision's bias of all three projections; the part of the keys is not used by any code."""
+    """Split torchvision's bias of all three projections; that of the keys is unused in torchvision too."""
     split = {}
     for name, value in weights.items():
         if name.endswith('attn.qkv.bias') and value.dim() == 1 and len(value) % 3 == 0:
@@ -73,13 +73,13 @@ def split_qkv_bias(weights: Weights) -> Weights:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to name the weights of Swin V2.
+    """A set of keys for the weights of Swin V2.
 
     Args:
-        name: Where it comes from.
-        marker: Regular expression of names that only this layout has; what stands before them is the backbone's root.
+        name: Code that writes it.
+        marker: Regular expression of keys that only this layout has; what precedes them is the prefix of the backbone.
         renames: Pairs of a regular expression and what replaces it.
-        steps: What follows the renaming.
+        steps: Functions that follow the renaming.
     """
 
     name: str
@@ -143,56 +143,56 @@ MMPRETRAIN = Layout(
 )
 LAYOUTS = (OFFICIAL, TRANSFORMERS, TORCHVISION, MMPRETRAIN)
 
-PATCH = 'patch_embed.proj.weight'  # (C, channels, *patch): its axes are those of the model
-# buffers that follow from the input size; the tables of coordinates are read before they are dropped
-TABLE = 'attn.relative_coords_table'
+PATCH_KERNEL = 'patch_embed.proj.weight'  # (C, channels, *patch): its axes are those of the model
+# buffers that depend on the input size; the tables of coordinates are read before they are dropped
+COORDS_TABLE = 'attn.relative_coords_table'
 BUFFERS = re.compile(r'\.attn_mask$|\.attn\.(relative_coords_table|relative_position_index|k_bias)$')
-# parts of classifiers and of masked-image models that lie inside the root of the backbone
+# parts of classifiers and of masked-image models with the same prefix as the backbone
 OTHER_HEADS = re.compile(r'^(head|classifier|decoder|mask_token|projector|pre_logits)(\.|$)')
 
 
-def claims_swin_v2(names: Collection[str]) -> bool:
-    """Whether a state dict has something of a Log-CPB, and so is that of a Swin V2, damaged or not."""
-    marks = re.compile(r'\b(cpb_mlp|rpe_mlp|continuous_position_bias_mlp|relative_coords_table)\b')
-    return any(marks.search(name) for name in names)
+def has_log_cpb(names: Collection[str]) -> bool:
+    """Whether any key belongs to a Log-CPB: then the state dict is that of a Swin V2, complete or not."""
+    markers = re.compile(r'\b(cpb_mlp|rpe_mlp|continuous_position_bias_mlp|relative_coords_table)\b')
+    return any(markers.search(name) for name in names)
 
 
 def find_backbones(names: Collection[str]) -> list[tuple[Layout, str]]:
-    """Recognise every Swin V2 in a state dict: its layout, and the prefix under which it lies."""
+    """Recognise every Swin V2 in a state dict: its layout and its prefix."""
     found = []
     for layout in LAYOUTS:
         matches = (re.fullmatch(rf'((?:.*\.)?){layout.marker}', name) for name in names)
-        found += [(layout, root) for root in dict.fromkeys(match[1] or '' for match in matches if match)]
+        found += [(layout, prefix) for prefix in dict.fromkeys(match[1] or '' for match in matches if match)]
     return found
 
 
 def find_backbone(names: list[str]) -> tuple[Layout, str]:
-    """Recognise the layout of a state dict, and the prefix under which the backbone lies.
+    """Recognise the layout of a state dict, and the prefix of its backbone, or of the one without a prefix.
 
     Raises:
-        CheckpointError: There is no Swin V2, or there are several.
+        CheckpointError: There is no Swin V2, or there are several with prefixes.
     """
     found = find_backbones(names)
-    own = [(layout, root) for layout, root in found if not root]
-    if len(found) == 1 or len(own) == 1:
-        return (own or found)[0]
+    without_prefix = [(layout, prefix) for layout, prefix in found if not prefix]
+    if len(found) == 1 or len(without_prefix) == 1:
+        return (without_prefix or found)[0]
     if found:
-        roots = ', '.join(repr(root) for _, root in found)
-        raise CheckpointError(f'it holds several Swin V2 backbones, under {roots}; give the `prefix` of one')
+        prefixes = ', '.join(repr(prefix) for _, prefix in found)
+        raise CheckpointError(f'it contains several Swin V2 backbones, under {prefixes}; give the `prefix` of one')
     sample = ', '.join(names[:4])
     hint = ''
     if any('relative_position_bias_table' in name for name in names):
         hint = '; it looks like Swin V1, whose position bias and norms differ'
     raise CheckpointError(
-        f'it holds no Swin V2 that this package knows{hint}. It has {len(names)} entries'
+        f'it contains no Swin V2 of a known layout{hint}. It has {len(names)} entries'
         + (f', such as {sample}' if sample else '')
     )
 
 
-def to_ours(weights: Weights, layout: Layout) -> Weights:
-    """Rename a backbone's weights, given without their root, from a layout to ours; buffers are kept.
+def convert_keys(weights: Weights, layout: Layout) -> Weights:
+    """Convert the keys of a backbone, without their prefix, from a layout to ours; buffers are kept.
 
-    Takes the weights out of the dict that it is given, so that what is replaced does not stay in memory.
+    `weights` is emptied, so that replaced tensors do not stay in memory.
 
     Raises:
         CheckpointError: Two entries get the same name.
@@ -223,27 +223,27 @@ def depths(weights: Collection[str]) -> list[int]:
     return [1 + max((int(j) for i, j in blocks if int(i) == stage), default=-1) for stage in range(num_stages(weights))]
 
 
-WITH_BIAS = ('attn.proj', 'norm1', 'norm2', 'mlp.fc1', 'mlp.fc2')
-BLOCK = (
+LAYERS_WITH_BIAS = ('attn.proj', 'norm1', 'norm2', 'mlp.fc1', 'mlp.fc2')
+BLOCK_KEYS = (
     *(f'attn.{name}' for name in ('logit_scale', 'q_bias', 'v_bias', 'qkv.weight')),
     *(f'attn.cpb_mlp.{name}' for name in ('0.weight', '0.bias', '2.weight')),
-    *(f'{module}.{kind}' for module in WITH_BIAS for kind in ('weight', 'bias')),
+    *(f'{module}.{kind}' for module in LAYERS_WITH_BIAS for kind in ('weight', 'bias')),
 )
 
 
-def required_names(weights: Collection[str]) -> list[str]:
-    """Names in our layout of everything that a backbone with these stages and blocks cannot do without."""
-    stages = depths(weights)
+def required_keys(weights: Collection[str]) -> list[str]:
+    """Keys in our layout that a backbone with these stages and blocks must have."""
+    blocks = [f'layers.{i}.blocks.{j}' for i, depth in enumerate(depths(weights)) for j in range(depth)]
     merging = ('reduction.weight', 'norm.weight', 'norm.bias')
     return [
         *(f'patch_embed.{part}.{kind}' for part in ('proj', 'norm') for kind in ('weight', 'bias')),
-        *(f'layers.{i}.blocks.{j}.{name}' for i, depth in enumerate(stages) for j in range(depth) for name in BLOCK),
-        *(f'layers.{i}.downsample.{name}' for i in range(len(stages) - 1) for name in merging),
+        *(f'{block}.{name}' for block in blocks for name in BLOCK_KEYS),
+        *(f'layers.{i}.downsample.{name}' for i in range(num_stages(weights) - 1) for name in merging),
     ]
 
 
-def describe(shapes: Mapping[str, Sequence[int]]) -> str:
-    """Architecture of weights in our layout, given by their shapes, for messages."""
+def describe_arch(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Architecture of weights in our layout, by their shapes, for messages."""
 
     def first_axis(name: str) -> int | str:
         return next(iter(shapes.get(name, ())), '?')

@@ -15,7 +15,7 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import find_latest_checkpoint
 
 from swinv2_mm.arguments import did_you_mean
-from swinv2_mm.checkpoints import releases
+from swinv2_mm.checkpoints import loaders
 from swinv2_mm.registry import TRANSFORMS
 
 
@@ -140,8 +140,8 @@ def check_checkpoint(path: str | None, option: str) -> None:
         FileNotFoundError: No such file; the message names the option.
         ValueError: No such release.
     """
-    if path and path.startswith(releases.SCHEME):
-        releases.find(path)
+    if path and path.startswith(loaders.SCHEME):
+        loaders.find_release(path)
     elif path and '://' not in path and not os.path.exists(path):
         raise FileNotFoundError(f'{option}: checkpoint {path} does not exist{seen_from(path)}')
 

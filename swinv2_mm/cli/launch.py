@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from swinv2_mm.cli.checks import seen_from
 from swinv2_mm.cli.classes import no_such_class
 from swinv2_mm.cli.errors import one_line_errors, rank
-from swinv2_mm.parallel.sharding import SPLITTING, ShardedRunner
+from swinv2_mm.parallel.sharding import SHARDED_WRAPPERS, ShardedRunner
 from swinv2_mm.registry import MODEL_WRAPPERS, RUNNERS
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -142,7 +142,7 @@ def check_runner(cfg: Config) -> None:
         raise ValueError(no_such_class('runner_type', runner_type, [RUNNERS]))
     if wrapper is None:
         raise ValueError(no_such_class('model_wrapper_cfg.type', wrapper_type, [MODEL_WRAPPERS]))
-    if wrapper in SPLITTING and not issubclass(runner, ShardedRunner):
+    if wrapper in SHARDED_WRAPPERS and not issubclass(runner, ShardedRunner):
         raise ValueError(
             f'model_wrapper_cfg.type={wrapper_type} needs runner_type=swinv2_mm.ShardedRunner, and it is {runner_type}'
         )

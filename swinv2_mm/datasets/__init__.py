@@ -1,1 +1,1 @@
-"""Transforms and data sets that the toolboxes lack. Most extend a toolbox, so a config names their file."""
+"""Transforms and datasets that the toolboxes lack. Most modules import a toolbox, so a config gives their full path."""

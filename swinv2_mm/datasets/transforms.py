@@ -1,6 +1,6 @@
 """InstaBoost with a semantic map, for HTC.
 
-It imports mmdet, so a config names it in full: `swinv2_mm.datasets.transforms.InstaBoost`.
+This module imports mmdet, so a config gives its full path: `swinv2_mm.datasets.transforms.InstaBoost`.
 """
 
 import numpy as np
@@ -15,39 +15,40 @@ from ..registry import TRANSFORMS
 @TRANSFORMS.register_module()
 @check_arguments()
 class InstaBoost(InstaBoostWithoutMap):
-    """Instances move to places near their own, and take their part of the semantic map along.
+    """Move instances to nearby places in the image, the masks and the semantic map.
 
     InstaBoost (arXiv 1908.07801) cuts out the instances of an image, in-paints the background and pastes them
-    elsewhere; those whose boxes overlap stay together. mmdet's transform does not touch the semantic map, which HTC
-    trains on, and fails with NumPy >= 1.24 when a moved mask has several parts. This one is placed after
-    `LoadAnnotations`, mmdet's before it:
+    elsewhere; instances whose boxes overlap move as a group. mmdet's transform does not update the semantic map, which
+    HTC is trained on, and fails with NumPy >= 1.24 if a moved mask has several parts. Place this one after
+    `LoadAnnotations`, unlike mmdet's:
 
         dict(type='LoadAnnotations', with_bbox=True, with_mask=True, with_seg=True),
         dict(type='swinv2_mm.datasets.transforms.InstaBoost'),
 
-    Takes and changes `img` (H, W, 3), `gt_bboxes`, `gt_bboxes_labels`, `gt_ignore_flags`, `gt_masks`, which become
-    bitmaps, and `gt_seg_map` (H, W), uint8, if there is one:
+    Changes `img` (H, W, 3), `gt_bboxes`, `gt_bboxes_labels`, `gt_ignore_flags`, `gt_masks` (to bitmaps), and, if
+    present, `gt_seg_map` (H, W) of uint8:
 
-    - A pixel of the map moves with the pixel of the image. What was cut out and in-painted is `ignore_index`, 255.
-    - A mask ends where another instance was pasted over it. Boxes are those of the masks. An instance of which nothing
-      is left is removed.
-    - Crowds and other ignored instances, and those without a pixel, stay as they are.
+    - Pixels of the semantic map move with those of the image. In-painted pixels become `ignore_index` (255).
+    - Pixels of a mask that another instance covers are removed. Boxes are recomputed from the masks. Instances without
+      a remaining pixel are removed.
+    - Ignored instances, such as crowds, and instances with empty masks are not moved.
 
     Args:
-        action_candidate: What may be done with a group of instances: 'normal', 'horizontal', 'vertical' or 'skip'. One
-            at the border is not flipped, so that 'normal' or 'skip' must be possible too.
-        action_prob: Probability of each of them.
-        scale: Smallest and largest scale.
-        dx: An instance moves horizontally by at most its width divided by this.
-        dy: An instance moves vertically by at most its height divided by this.
-        theta: Smallest and largest rotation in degrees.
+        action_candidate: Possible actions on a group of instances: 'normal', 'horizontal', 'vertical' or 'skip'. Groups
+            at the image border are not flipped, so that 'normal' or 'skip' must be among them.
+        action_prob: Probability of each action.
+        scale: Minimum and maximum scale.
+        dx: Instances move horizontally by at most their width / dx.
+        dy: Instances move vertically by at most their height / dy.
+        theta: Minimum and maximum rotation in degrees.
         color_prob: Probability of changing the colours of the image.
-        hflag: Whether places are drawn from a map of similar surroundings, which takes long.
-        aug_ratio: Probability that an image is changed at all.
+        hflag: Whether to draw places from a heatmap of similar surroundings, which is slow.
+        aug_ratio: Probability of augmenting an image.
 
     Raises:
-        ImportError: The package instaboostfast, or one that it needs, is not installed.
-        ValueError: There are no masks because `LoadAnnotations` comes later or loads none, or the map is not of uint8.
+        ImportError: The package instaboostfast, or one of its dependencies, is not installed.
+        ValueError: There are no masks, because `LoadAnnotations` comes later or loads none; or the semantic map is not
+            uint8.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -57,12 +58,12 @@ class InstaBoost(InstaBoostWithoutMap):
             raise ImportError(
                 f'InstaBoost needs the package instaboostfast ({error.__context__ or error}): '
                 'pip install scikit-image && pip install --no-deps instaboostfast '
-                '(with its dependencies, pip would put opencv-python over any other build of OpenCV)'
+                '(with its dependencies, pip would install opencv-python over any other build of OpenCV)'
             ) from error
 
     @autocast_box_type()
     def transform(self, results: dict) -> dict:
-        """Move all instances or, with probability 1 - `aug_ratio`, none."""
+        """Move the instances with probability `aug_ratio`."""
         _check(results)
         masks = results['gt_masks'].to_ndarray().astype(np.uint8)  # a copy
         moving = masks.any((1, 2)) & ~results['gt_ignore_flags']
@@ -93,13 +94,13 @@ def _check(results: dict) -> None:
         )
     seg_map = results.get('gt_seg_map')
     if seg_map is not None and seg_map.dtype != np.uint8:
-        raise ValueError(f'InstaBoost moves semantic maps of uint8, got {seg_map.dtype}')
+        raise ValueError(f'InstaBoost supports only semantic maps of uint8, got {seg_map.dtype}')
 
 
 def _move(
     img: np.ndarray, masks: np.ndarray, seg_map: np.ndarray | None, ignore_index: int, config: object
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Move instances: image (H, W, 3), masks (n, H, W) and map (H, W), none of them empty -> the same, moved."""
+    """Move the instances in an image (H, W, 3), masks (n, H, W) and semantic map (H, W). No mask may be empty."""
     from instaboostfast import get_new_data
     from instaboostfast.affine_transform import transform_image
     from instaboostfast.get_instance_group import extract
@@ -112,10 +113,10 @@ def _move(
     background, pieces, moves, bounds, groups = extract(objects, img, config)
     if config.heatmap_flag:
         for move, (y, x) in zip(moves, paste_position(objects, img, groups, bounds), strict=True):
-            if y != -1:  # else no place was found
+            if y != -1:  # otherwise no place was found
                 move.update(tx=x, ty=y)
     img = transform_image(background, pieces, moves)
-    _, img = get_new_data([], img, config)  # without objects: the change of colours alone
+    _, img = get_new_data([], img, config)  # without objects, it only changes the colours
 
     moved_masks = np.zeros_like(masks)
     moved_map = None if seg_map is None else np.where(masks.any(0), np.uint8(ignore_index), seg_map)
@@ -130,7 +131,7 @@ def _move(
 
 
 def _place(values: np.ndarray, move: dict, bound: list[int]) -> np.ndarray:
-    """(H, W) -> (H, W), uint8: what is within `bound`, placed as instaboostfast places that part of the image."""
+    """Move the part of (H, W) uint8 values within `bound` like instaboostfast moves that part of the image."""
     from instaboostfast.affine_transform import __transform_img as place
 
     x1, y1, x2, y2 = bound
@@ -141,12 +142,12 @@ def _place(values: np.ndarray, move: dict, bound: list[int]) -> np.ndarray:
 
 
 def _boxes(masks: np.ndarray):
-    """(n, H, W) -> tensor (n, 4) of whole pixels, as (x1, y1, x2, y2)."""
+    """Bounding boxes (n, 4) of masks (n, H, W), as (x1, y1, x2, y2) in whole pixels."""
     return HorizontalBoxes.from_instance_masks(BitmapMasks(masks, *masks.shape[1:])).tensor
 
 
 def _run_lengths(mask: np.ndarray) -> dict:
-    """(H, W) of 0 and 1 -> COCO's uncompressed run lengths, column by column and starting with zeros."""
+    """Encode a mask (H, W) of 0 and 1 as COCO's uncompressed RLE: column-major, starting with a run of zeros."""
     columns = mask.ravel(order='F')
     starts = np.flatnonzero(np.diff(columns, prepend=0))
     return dict(size=list(mask.shape), counts=np.diff(starts, prepend=0, append=columns.size).tolist())

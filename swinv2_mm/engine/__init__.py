@@ -1,4 +1,4 @@
-"""Hooks and the optimizer constructors, registered in `swinv2_mm.registry`; needs no toolbox."""
+"""Hooks and optimizer wrapper constructors, registered in `swinv2_mm.registry`; needs no toolbox."""
 
 from .hooks import AtomicCheckpointHook, ReproducibleResumeHook
 from .optim_wrapper_constructor import LearningRateDecayOptimWrapperConstructor, SwinV2OptimWrapperConstructor

@@ -1,4 +1,4 @@
-"""Hooks that make a training survive an interruption: no broken checkpoint, and the same weights after resuming."""
+"""Hooks for interrupted training: checkpoints are written atomically, and resuming reproduces the same weights."""
 
 import functools
 import os
@@ -23,31 +23,33 @@ UNFINISHED = '.unfinished'
 @HOOKS.register_module()
 @check_arguments()
 class AtomicCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook with the same arguments, safe against a kill at any moment.
+    """mmengine's CheckpointHook with the same arguments, but crash-safe.
 
-    A checkpoint gets its name only when it is complete on the disk, `last_checkpoint` changes only after that, and
-    older files are removed last. (The stock hook removes first and writes in place.) What a kill leaves unfinished is
-    removed at the next start. Holds for checkpoints that are files in a local folder; sharded ones that are folders
-    (DeepSpeed, FSDP with local state) get their name when complete too, but when validation writes the same epoch again
-    there is a moment between two renames. Remote `out_dir`s are left to their backend.
+    A checkpoint is written under a temporary name and renamed when it is complete on disk. Only then is
+    `last_checkpoint` updated, and outdated files are removed last. (The stock hook removes first and writes in place.)
+    Unfinished files of a killed run are removed at the next start.
+
+    This holds for checkpoints that are files in a local folder. Sharded checkpoints that are folders (DeepSpeed, FSDP
+    with local state) are renamed too, but replacing one of the same epoch takes two renames, which are not atomic.
+    Remote `out_dir`s are left to their file backend.
 
     Examples:
         >>> default_hooks = dict(checkpoint=dict(type='swinv2_mm.AtomicCheckpointHook', interval=1, max_keep_ckpts=3))
     """
 
     def before_train(self, runner) -> None:
-        """Find the folder as mmengine does, and clear it of what an interrupted run left unfinished."""
+        """Resolve `out_dir` as in mmengine, and remove unfinished files of an interrupted run."""
         super().before_train(runner)
         self._is_local = isinstance(self.file_backend, LocalBackend)
-        self.file_backend = _LateRemovals(self.file_backend)
+        self.file_backend = _DeferredRemovals(self.file_backend)
         if is_main_process():
             folders = {Path(runner.work_dir), Path(self.out_dir)} if self._is_local else {Path(runner.work_dir)}
             for leftover in [path for folder in folders for path in folder.glob(f'*{UNFINISHED}')]:
-                runner.logger.info(f'Removing {leftover}, left by an interrupted run.')
+                runner.logger.info(f'Removing {leftover}, left unfinished by an interrupted run.')
                 _remove(leftover)
 
     def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
-        """Write the checkpoint, then `last_checkpoint`, and only then remove what they replace."""
+        """Write the checkpoint, then `last_checkpoint`, and only then remove outdated checkpoints."""
         if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
             if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
                 oldest = self.filename_tmpl.format(self.keep_ckpt_ids.popleft())
@@ -76,7 +78,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self._remove_outdated()
 
     def _save_best_checkpoint(self, runner, metrics: dict) -> None:
-        """Let mmengine decide; its removal of the former best waits until `last_checkpoint` knows the new one."""
+        """As in mmengine, but the previous best is removed only after `last_checkpoint` refers to the new one."""
         super()._save_best_checkpoint(self._atomic(runner), metrics)
         self._remove_outdated()
 
@@ -89,7 +91,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
 
 class _AtomicSaves:
-    """A runner whose `save_checkpoint` writes under another name, and renames when every rank has written its part."""
+    """Proxy of a runner: `save_checkpoint` writes under a temporary name, and renames when all ranks have written."""
 
     def __init__(self, runner):
         self._runner = runner
@@ -104,8 +106,8 @@ class _AtomicSaves:
             _finish(Path(out_dir, filename))
 
 
-class _LateRemovals:
-    """A file backend that remembers what it shall remove, until it is told that the replacements are in place."""
+class _DeferredRemovals:
+    """Proxy of a file backend that collects removals until `remove_now`, when the replacements are on disk."""
 
     def __init__(self, backend):
         self._backend = backend
@@ -133,7 +135,7 @@ def _unfinished(path: str | Path) -> Path:
 
 
 def _finish(path: Path) -> None:
-    """Give a complete file or folder its name, a file in one step, and have it on the disk before returning."""
+    """Sync a complete file or folder to disk and rename it to its final name; for a file, the rename is atomic."""
     unfinished = _unfinished(path)
     for written in [*(unfinished.iterdir() if unfinished.is_dir() else ()), unfinished]:
         _sync(written)
@@ -148,10 +150,10 @@ def _finish(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have a file on the disk, or the entries of a folder, where the system can: Windows does not open folders."""
+    """Sync a file, or the entries of a folder, to disk. Folders are skipped on Windows, which cannot open them."""
     is_folder = path.is_dir()
     try:
-        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows syncs only what may be written
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows syncs only writable descriptors
     except PermissionError:
         if is_folder:
             return
@@ -172,22 +174,22 @@ def _remove(path: Path) -> None:
 @HOOKS.register_module()
 @check_arguments()
 class ReproducibleResumeHook(Hook):
-    """Make a resumed training reach the same weights as one that was never interrupted.
+    """Make resumed training reach the same weights as uninterrupted training.
 
-    mmengine restores weights, optimizer and schedules, but not the state of the random generators, so that drop path,
-    sampling of RoIs and augmentation differ after resuming. This hook makes every random state a pure function of the
-    seed: of (seed, rank, epoch) at the start of an epoch and in its data loader workers, of (seed, rank, iteration)
-    before each iteration. The seed is the runner's; a resumed runner takes it from the checkpoint, so that none has to
-    be given. As a side effect, augmentation differs from epoch to epoch, where mmengine starts the workers of each
-    epoch alike.
+    mmengine restores weights, optimizer and schedules, but not the state of the random number generators, so that drop
+    path, RoI sampling and augmentation differ after resuming. This hook reseeds all generators: with (seed, rank,
+    epoch) at the start of an epoch and in its data loader workers, and with (seed, rank, iteration) before each
+    iteration. The seed is that of the runner; when resuming, it is read from the checkpoint and need not be set. As a
+    side effect, augmentation differs from epoch to epoch, while mmengine seeds the workers of all epochs alike.
 
-    With the same configuration, number of processes and machine, the weights are equal bit for bit if
+    With the same config, number of processes and machine, the weights are bitwise equal if
 
-    - the kernels are deterministic: CPU, or a GPU under `randomness=dict(deterministic=True)`;
-    - with `EpochBasedTrainLoop`, checkpoints are those of ends of epochs, `persistent_workers=False`, and no transform
-      in the main process remembers data of earlier epochs (`CachedMosaic` with `num_workers=0` does);
-    - with `IterBasedTrainLoop`, nothing more: mmengine replays the data loader up to the iteration of the checkpoint;
-    - gradients are not being accumulated across the checkpoint (`accumulative_counts` divides its iteration).
+    - the kernels are deterministic: on CPU, or on a GPU with `randomness=dict(deterministic=True)`;
+    - with `EpochBasedTrainLoop`, checkpoints are saved at ends of epochs, `persistent_workers=False`, and no transform
+      in the main process caches data of earlier epochs (as `CachedMosaic` does with `num_workers=0`);
+    - with `IterBasedTrainLoop`, mmengine replays the data loader up to the iteration of the checkpoint, and there is no
+      further condition;
+    - no gradient accumulation spans the checkpoint (`accumulative_counts` divides its iteration).
 
     Examples:
         >>> custom_hooks = [dict(type='swinv2_mm.ReproducibleResumeHook')]
@@ -196,60 +198,60 @@ class ReproducibleResumeHook(Hook):
     priority = 'VERY_HIGH'
 
     def before_run(self, runner) -> None:
-        """Remember with which seed the samplers were built: resuming comes later and may bring another."""
+        """Remember the seed of the samplers: they are built before the checkpoint, and its seed, is loaded."""
         self._sampler_seed = runner.seed
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Refuse to resume from weights alone, where mmengine would miss an entry later on.
+        """Refuse to resume from a file with weights only; mmengine would fail later, on a missing entry.
 
         Raises:
-            ValueError: The checkpoint is not that of a training.
+            ValueError: The checkpoint has no training state.
         """
         if runner._resume and not {'epoch', 'iter'} <= checkpoint.get('meta', {}).keys():
             raise ValueError(
-                f'{runner._load_from} cannot be resumed: it holds weights, but no state of a training; to start from '
-                'its weights, set load_from (or init_cfg of the backbone) instead of resume'
+                f'{runner._load_from} cannot be resumed: it has weights, but no training state; to start from its '
+                'weights, set load_from (or init_cfg of the backbone) instead of resume'
             )
 
     def before_train(self, runner) -> None:
-        """Take charge of the data loader.
+        """Set up the seeding of the data loader.
 
         Raises:
-            ValueError: The data loader's workers live on from epoch to epoch, or different seeds per rank are to be
-                resumed without being given.
+            ValueError: The data loader has persistent workers; or training with `diff_rank_seed` is resumed without
+                its seed.
         """
         loop = runner.train_loop
         iter_based = hasattr(loop, 'dataloader_iterator')
         if loop.dataloader.persistent_workers and not iter_based:
             raise ValueError(
-                'ReproducibleResumeHook needs workers that start anew in each epoch: set '
+                'ReproducibleResumeHook needs workers that are restarted in each epoch: set '
                 'train_dataloader.persistent_workers=False (or remove the hook)'
             )
         if runner.seed != self._sampler_seed:
             self._rebuild_dataloader(runner)
         if not iter_based and runner.iter % len(loop.dataloader):
             runner.logger.warning(
-                'Resuming from the middle of an epoch, which mmengine begins again: the weights will '
-                'differ from those of an uninterrupted training.'
+                'Resuming from the middle of an epoch, which mmengine restarts: the weights will differ from those '
+                'of uninterrupted training.'
             )
         loop.dataloader.worker_init_fn = functools.partial(_seed_worker, first=loop.dataloader.worker_init_fn)
         if iter_based:
             loop.dataloader_iterator = _SeededFetches(loop.dataloader_iterator, runner.seed, runner.rank)
 
     def before_train_epoch(self, runner) -> None:
-        """Seed what draws the order and the augmentation of this epoch."""
+        """Seed the sample order and augmentation of this epoch."""
         _seed_all(runner.seed, runner.rank, _EPOCH, runner.epoch)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        """Seed what the model draws in this iteration."""
+        """Seed the random numbers of the model in this iteration."""
         _seed_all(runner.seed, runner.rank, _ITERATION, runner.iter)
 
     def _rebuild_dataloader(self, runner) -> None:
-        """Build the data loader anew with the restored seed: its samplers took theirs before the file was read."""
+        """Rebuild the data loader with the seed of the checkpoint, which was read after the samplers were built."""
         loop = runner.train_loop
         if runner.cfg.get('randomness', {}).get('diff_rank_seed', False):
             raise ValueError(
-                'to resume a training with different seeds per rank, give the seed of the first run: '
+                'to resume training with diff_rank_seed, set the seed of the first run: '
                 f'randomness.seed={runner.seed - runner.rank}'
             )
         loop.dataloader = runner.build_dataloader(runner.cfg.train_dataloader, seed=runner.seed)
@@ -257,11 +259,11 @@ class ReproducibleResumeHook(Hook):
             loop.dataloader_iterator = type(loop.dataloader_iterator)(loop.dataloader)
 
 
-_EPOCH, _ITERATION, _FETCH = range(3)  # keep the streams of random numbers apart
+_EPOCH, _ITERATION, _FETCH = range(3)  # part of the seed, so that the random streams differ
 
 
 class _SeededFetches:
-    """Iterator over batches that seeds before each one: replaying them gives the same without training between."""
+    """Iterator that reseeds before each batch, so that a replay without training in between gives the same batches."""
 
     def __init__(self, batches: Iterator, seed: int, rank: int):
         self._batches = batches
@@ -278,7 +280,7 @@ class _SeededFetches:
 
 
 def _seed_worker(worker_id: int, first=None) -> None:
-    """Seed a worker by its epoch as well: torch draws `get_worker_info().seed` from the main process's generator."""
+    """Seed a worker with torch's worker seed, which is drawn in the main process and so depends on the epoch."""
     if first is not None:
         first(worker_id)
     _seed_all(get_worker_info().seed)

@@ -1,4 +1,4 @@
-"""Which parameters of a Swin V2 are decayed, and how fast each of its layers learns."""
+"""Optimizer wrapper constructors for Swin V2: weight decay exemptions and layer-wise learning-rate decay."""
 
 import re
 
@@ -11,30 +11,31 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from ..arguments import check_arguments
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 
-# beside norms and biases (Sec. A1 names none; these are the official code's)
+# in addition to norms and biases; from the official code, because Sec. A1 lists no exemptions
 NO_DECAY = ('logit_scale', 'cpb_mlp')
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 @check_arguments()
 class SwinV2OptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """mmengine's default constructor, with norms, biases, `logit_scale` and `cpb_mlp` exempt from weight decay.
+    """mmengine's default constructor with norms, biases, `logit_scale` and `cpb_mlp` exempt from weight decay.
 
-    The default cannot do that together with a learning rate for the backbone: its `custom_keys` override its rules for
-    norms and biases. Here they give learning rates, and the exemption holds beside them:
+    The default constructor cannot combine that with a learning rate for the backbone, because `custom_keys` override
+    its rules for norms and biases. Here, the exemptions apply in addition to `custom_keys`:
 
         optim_wrapper = dict(
             constructor='swinv2_mm.SwinV2OptimWrapperConstructor',
             paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}))
 
-    Parameters with the same settings are one group, which optimizers update together; mmengine makes a group of each.
+    Parameters with the same settings are merged into one group, for multi-tensor optimizers; mmengine creates one group
+    per parameter.
 
     Raises:
-        ValueError: `paramwise_cfg` has an option that is not known, which mmengine would ignore; or the model is an
-            FSDP one without `use_orig_params`, where several parameters are one.
+        ValueError: `paramwise_cfg` has an unknown option, which mmengine would ignore; or the model is wrapped by FSDP
+            without `use_orig_params`, which flattens parameters.
     """
 
-    # those of mmengine's default constructor
+    # of mmengine's default constructor
     options: tuple[str, ...] = (
         'custom_keys',
         'bias_lr_mult',
@@ -47,49 +48,49 @@ class SwinV2OptimWrapperConstructor(DefaultOptimWrapperConstructor):
     )
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
-        # without an option the default would not look at parameters one by one
+        # without options, the default constructor would not call add_params
         super().__init__(optim_wrapper_cfg, paramwise_cfg or dict(custom_keys={}))
         unknown = {key: value for key, value in self.paramwise_cfg.items() if key not in self.options}
         if unknown:
-            ways_out = [f'{key} ({_way_out(key, value)})' for key, value in unknown.items()]
-            raise ValueError(f'paramwise_cfg has options {self.options}, but not {", ".join(ways_out)}')
+            hints = [f'{key} ({_hint(key, value)})' for key, value in unknown.items()]
+            raise ValueError(f'paramwise_cfg has options {self.options}, but not {", ".join(hints)}')
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        """Build the optimizer of a model, or of one in a wrapper for several processes."""
-        self._sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+        """Build the optimizer wrapper of a model, which may be wrapped for distributed training."""
+        self._is_fsdp = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
         return super().__call__(model)
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', **kwargs) -> None:
-        """Append a group for each parameter of `module`; called by mmengine for each module in turn."""
+        """Append a group for each parameter of `module`; called by mmengine recursively."""
         super().add_params(params, module, prefix=prefix, **kwargs)
-        if not prefix:  # the whole model, after all of its modules
+        if not prefix:  # back at the model, after all of its submodules
             names = {id(p): name for name, p in module.named_parameters()}
             if any(name.endswith('_flat_param') for name in names.values()):
-                raise ValueError('settings for each parameter need use_orig_params=True of FSDP')
+                raise ValueError('parameter-wise settings need use_orig_params=True of FSDP')
             for group in params:
                 (param,) = group['params']
                 self.finish_group(group, names[id(param)], module)
             exempt = sum(group.get('weight_decay') == 0 for group in params)
             total = len(params)
             params[:] = merge_groups(params)
-            print_log(  # what mmengine has logged by now is without these exemptions
+            print_log(  # mmengine has already logged its settings, without these exemptions
                 f'paramwise_options -- no weight decay for {exempt} of {total} parameters: norms, biases, '
                 f'{", ".join(NO_DECAY)}',
                 logger='current',
             )
 
     def finish_group(self, group: dict, name: str, model: nn.Module) -> None:
-        """Change what mmengine settled for the parameter `name` of `model`, the only one of its group."""
-        if self._sharded:  # shards have one axis, whatever the parameter has
-            is_flat = name.endswith('bias') or is_norm(model.get_submodule(name.rpartition('.')[0]))
+        """Adjust the settings of the group that mmengine created for the parameter `name` of `model`."""
+        if self._is_fsdp:  # shards are 1-D, whatever the shape of the parameter
+            is_norm_or_bias = name.endswith('bias') or is_norm(model.get_submodule(name.rpartition('.')[0]))
         else:
-            is_flat = group['params'][0].ndim <= 1
-        if is_flat or any(key in name for key in NO_DECAY):
+            is_norm_or_bias = group['params'][0].ndim <= 1
+        if is_norm_or_bias or any(key in name for key in NO_DECAY):
             group['weight_decay'] = 0.0
 
 
 def merge_groups(groups: list[dict]) -> list[dict]:
-    """Join the optimizer groups that have the same settings, in the order of their first parameters."""
+    """Merge optimizer groups with equal settings, in the order of their first parameters."""
     merged = {}
     for group in groups:
         settings = tuple(sorted((key, value) for key, value in group.items() if key != 'params'))
@@ -100,22 +101,23 @@ def merge_groups(groups: list[dict]) -> list[dict]:
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 @check_arguments()
 class LearningRateDecayOptimWrapperConstructor(SwinV2OptimWrapperConstructor):
-    """Learning rates that fall from the head towards the input of the backbone, by the same factor with each layer.
+    """Layer-wise learning-rate decay from the head to the input of the backbone.
 
-    A parameter in layer d of n learns with lr * layer_decay_rate ** (n - 1 - d), where the backbone's `get_layer_depth`
-    tells d and n. The head and all else outside the backbone are in the last layer, and learn with lr itself. The
-    `custom_keys` multiply that, and the exemptions from weight decay are those of `SwinV2OptimWrapperConstructor`:
+    The learning rate in layer d of n is lr * layer_decay_rate ** (n - 1 - d), where d and n are returned by the
+    backbone's `get_layer_depth`. Parameters outside the backbone are in the last layer, with learning rate lr.
+    `custom_keys` multiply it, and the same parameters are exempt from weight decay as in
+    `SwinV2OptimWrapperConstructor`:
 
         optim_wrapper = dict(
             constructor='swinv2_mm.LearningRateDecayOptimWrapperConstructor',
             paramwise_cfg=dict(layer_decay_rate=0.95))
 
-    0.95 is the paper's for ADE20K (Sec. A1), 0.87 that of the supervised pre-training of SwinV2-G (Sec. A2.2). Name and
-    option are mmpretrain's; mmdet, mmsegmentation and mmaction2 have other ones, for backbones of their own.
+    The paper uses 0.95 on ADE20K (Sec. A1) and 0.87 in the supervised pre-training of SwinV2-G (Sec. A2.2). Class name
+    and option are those of mmpretrain; the constructors of mmdet, mmsegmentation and mmaction2 support other backbones.
 
     Raises:
         ValueError: `layer_decay_rate` is missing, or not in (0, 1]; the optimizer has no `lr`; `paramwise_cfg` has an
-            option that is not known; or the model has no backbone that knows its layers.
+            unknown option; or the backbone has no `get_layer_depth`.
     """
 
     options = ('layer_decay_rate', *SwinV2OptimWrapperConstructor.options)
@@ -133,7 +135,7 @@ class LearningRateDecayOptimWrapperConstructor(SwinV2OptimWrapperConstructor):
             )
 
     def finish_group(self, group: dict, name: str, model: nn.Module) -> None:
-        """See `SwinV2OptimWrapperConstructor`."""
+        """Multiply the learning rate by that of the layer; see `SwinV2OptimWrapperConstructor`."""
         super().finish_group(group, name, model)
         backbone = getattr(model, 'backbone', None)
         if not hasattr(backbone, 'get_layer_depth'):
@@ -149,12 +151,12 @@ class LearningRateDecayOptimWrapperConstructor(SwinV2OptimWrapperConstructor):
         print_log(f'paramwise_options -- {name}:lr={group["lr"]} (layer {depth} of {num_layers})', logger='current')
 
 
-def _way_out(key: str, value: object) -> str:
-    """Say what to write instead of an option that is not known; most are those of OpenMMLab's other constructors."""
+def _hint(key: str, value: object) -> str:
+    """What to write instead of an unknown option; most are options of OpenMMLab's other constructors."""
     if key in ('layer_decay_rate', 'decay_rate'):
         return f"write layer_decay_rate={value}, and constructor='swinv2_mm.LearningRateDecayOptimWrapperConstructor'"
     if key in ('decay_type', 'num_layers'):
         return 'leave it out: rates decay with each layer, and the backbone counts them'
-    if isinstance(value, dict):  # as mmaction's SwinOptimWrapperConstructor takes them
-        return f'parts of names go into custom_keys={{{key!r}: {dict(value)}}}'
-    return 'leave it out, or mend its name'
+    if isinstance(value, dict):  # the form of mmaction's SwinOptimWrapperConstructor
+        return f'parts of parameter names go into custom_keys={{{key!r}: {dict(value)}}}'
+    return 'leave it out, or correct its name'

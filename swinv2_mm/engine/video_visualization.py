@@ -1,4 +1,4 @@
-"""Pictures of what a video recognizer predicts; extends mmaction."""
+"""Visualization of video recognition. This module imports mmaction."""
 
 from collections.abc import Sequence
 
@@ -15,22 +15,22 @@ from swinv2_mm.arguments import check_arguments
 
 @check_arguments(more=ActionVisualizer.add_datasample)
 class VideoVisualizationHook(VisualizationHook):
-    """Draw the frames of a video's first view, with its class and the predicted one.
+    """Draw the frames of a video's first view with the true and the predicted class.
 
-    mmaction's own hook fails: it gives its visualizer an argument `show` that is unknown there, and takes the views of
-    3D recognizers for frames. Its visualizer looks for labels under names that mmaction's samples no longer have. Named
-    by its path, so that nothing imports mmaction for it:
+    mmaction's own hook fails: it passes an unknown argument `show` to its visualizer and takes the views of 3D
+    recognizers for frames, and the visualizer reads labels under names that mmaction's samples no longer have. This
+    class is not registered, so that nothing else imports mmaction; a config gives its full path:
 
         default_hooks=dict(visualization=dict(type='swinv2_mm.engine.video_visualization.VideoVisualizationHook'))
 
-    Pictures go to `<out_dir>/<video>_<step>/frames_<step>/<frame>.png`, where the video is its file's name if the
-    pipeline's PackActionInputs has 'filename' among its `meta_keys`, else its number in the data set.
+    Images are written to `<out_dir>/<video>_<step>/frames_<step>/<frame>.png`. <video> is the file name if the
+    pipeline's PackActionInputs has 'filename' among its `meta_keys`, otherwise the index in the dataset.
 
     Args:
-        enable: Whether to draw at all.
-        interval: Draw every so many samples of a process.
+        enable: Whether to draw.
+        interval: Draw every n-th sample of a process.
         show: Whether to show the frames one after the other in a window.
-        out_dir: Folder for the pictures; None for where the visualizer has its own.
+        out_dir: Folder for the images; None for the folder of the visualizer.
         **kwargs: Arguments of `mmaction.visualization.ActionVisualizer.add_datasample`.
     """
 
@@ -40,11 +40,11 @@ class VideoVisualizationHook(VisualizationHook):
         self._seen = 0
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Start to count."""
+        """Reset the sample counter."""
         self._seen = 0
 
     def before_test_epoch(self, runner: Runner) -> None:
-        """Start to count."""
+        """Reset the sample counter."""
         self._seen = 0
 
     def _draw_samples(
@@ -56,25 +56,25 @@ class VideoVisualizationHook(VisualizationHook):
             self._seen += 1
 
     def _draw(self, video: Tensor, sample: ActionDataSample, step: int) -> None:
-        number = self._seen * get_world_size() + get_rank()  # processes take samples in turn
+        number = self._seen * get_world_size() + get_rank()  # samples are distributed round-robin
         path = sample.get('filename') or sample.get('frame_dir') or str(number)
         name = path.replace('\\', '/').rstrip('/').split('/')[-1]
-        place = {}
+        destination = {}
         if self.out_dir is not None:
-            place['out_path'] = self.file_client.join_path(self.out_dir, f'{name}_{step}')
+            destination['out_path'] = self.file_client.join_path(self.out_dir, f'{name}_{step}')
         self._visualizer.add_datasample(
-            name, first_view(video).numpy(), labelled(sample), step=step, **self.draw_args, **place
+            name, first_view(video).numpy(), labelled(sample), step=step, **self.draw_args, **destination
         )
 
 
 def first_view(video: Tensor) -> Tensor:
-    """Frames (T, H, W, C) of a video as mmaction's pipelines leave it.
+    """Frames (T, H, W, C) of the first view of a video, from the output of mmaction's pipelines.
 
     Args:
-        video: Views (N, C, T, H, W) for 3D recognizers, or frames (T, C, H, W) for 2D ones.
+        video: Views (N, C, T, H, W) for 3D recognizers, or frames (T, C, H, W) for 2D recognizers.
 
     Raises:
-        ValueError: It is neither, as the joints of a skeleton.
+        ValueError: It has another number of axes, such as skeleton data.
     """
     if video.dim() == 5:
         return video[0].permute(1, 2, 3, 0)
@@ -84,7 +84,7 @@ def first_view(video: Tensor) -> Tensor:
 
 
 def labelled(sample: ActionDataSample) -> ActionDataSample:
-    """A sample with its labels under the names that the visualizer looks for; unknown ones, of -1, are left out."""
+    """Copy the labels to the names that the visualizer reads; unknown labels (-1) are left out."""
     drawn = ActionDataSample()
     if 'gt_label' in sample and (sample.gt_label >= 0).all():
         drawn.gt_label = drawn.gt_labels = sample.gt_label

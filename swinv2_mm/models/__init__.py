@@ -1,4 +1,4 @@
-"""Backbones and necks, registered in `swinv2_mm.registry.MODELS`; needs no toolbox and no compiled op."""
+"""Backbones and necks, registered in `swinv2_mm.registry.MODELS`; needs no toolbox and no compiled op of mmcv."""
 
 from .global_attention import GlobalAttention
 from .swin_v2 import SwinTransformer3DV2, SwinTransformerV2

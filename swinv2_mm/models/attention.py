@@ -1,4 +1,4 @@
-"""Window attention as a module: projections, scale and position bias around `swinv2_mm.ops.window_attention`."""
+"""Window attention as a module: its parameters and projections around `swinv2_mm.ops.window_attention`."""
 
 import math
 
@@ -11,17 +11,17 @@ from ..ops.window_attention import check_backend, window_attention
 from ..ops.windows import pad_to_windows
 from .log_cpb import LogCPB
 
-# depend on the size of the map, which a symbolic trace does not know
+# leaf functions of torch.fx: they depend on the spatial shape, which a symbolic trace does not know
 torch.fx.wrap('crop')
 torch.fx.wrap('pad_to_windows')
 torch.fx.wrap('window_attention')
 
 
 class QKVLinear(nn.Linear):
-    """A linear layer without a bias of its own, which may be given one together with the input."""
+    """A linear layer that takes its bias as an argument."""
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """(..., in) -> (..., out); bias (out,)."""
         return F.linear(x, self.weight, bias)
 
 
@@ -33,11 +33,11 @@ class WindowAttention(nn.Module):
         num_heads: Attention heads; must divide `dim`.
         window_size: Tokens of a window along each axis.
         shift_size: Shift of the windows along each axis.
-        pretrained_window_size: Window that the position bias was learnt with, along each axis.
-        mask_padding: Whether tokens added by padding are excluded. If not, they are attended as tokens of value zero,
-            the convention of Swin's dense code; a map smaller than the window is then padded up to it.
+        pretrained_window_size: Window size that the position bias was pre-trained with, along each axis.
+        mask_padding: Whether padding is masked. If not, padded tokens are zeros before the projection and take part in
+            attention, as in Swin's dense code; a feature map smaller than the window is then padded up to it.
         backend: Backend of `swinv2_mm.ops.window_attention`.
-        sequential: Whether windows are attended a few at a time, see `swinv2_mm.ops.window_attention`.
+        sequential: Whether to compute a few windows at a time, see `swinv2_mm.ops.window_attention`.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class WindowAttention(nn.Module):
         self.reset_scale_and_biases()
 
     def reset_scale_and_biases(self) -> None:
-        """Initialise the parameters that are this module's own."""
+        """Initialise the parameters that belong to no submodule."""
         nn.init.constant_(self.logit_scale, math.log(10))
         nn.init.zeros_(self.q_bias)
         nn.init.zeros_(self.v_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend within windows: (B, *S, C) -> (B, *S, C)."""
+        """(B, *S, C) -> (B, *S, C)."""
         tokens = x if self.mask_padding else pad_to_windows(x, self.window_size)
         out = window_attention(
             self._project(tokens).unflatten(-1, (3, self.num_heads, -1)),
@@ -89,13 +89,13 @@ class WindowAttention(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         """Queries, keys and values: (..., C) -> (..., 3C)."""
-        # queries and values have a bias, keys have none
+        # queries and values have a bias, keys do not
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         if type(self.qkv).forward is QKVLinear.forward and 'forward' not in vars(self.qkv):
-            return self.qkv(x, bias=bias)  # which adds it as the official code does, to the last bit
-        return self.qkv(x) + bias  # an adapter, or another layer in its place
+            return self.qkv(x, bias=bias)  # F.linear adds it as in the official code: bitwise equal
+        return self.qkv(x) + bias  # a replaced or adapted layer, such as LoRA, takes no bias
 
 
 def crop(x: Tensor, like: Tensor) -> Tensor:
-    """Take off what padding has added at the end of the axes of a map (B, *S, C)."""
+    """Crop a padded feature map (B, *S, C) to the spatial shape of `like`."""
     return x[(slice(None), *(slice(size) for size in like.shape[1:-1]))]

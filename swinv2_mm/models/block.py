@@ -1,4 +1,4 @@
-"""The residual post-norm block and the stage made of it."""
+"""The res-post-norm block, its MLP, and the stage."""
 
 import contextlib
 import math
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..openmmlab import DropPath
-from ..ops.recording import are_plain, has_hooks_of_all, is_graphed, is_recorded, is_transformed
+from ..ops.tracing import are_plain, has_global_hooks, is_capturing, is_compiling_or_tracing, is_transformed
 from ..ops.triton import post_norm, selfcheck
 from .attention import WindowAttention
 from .patch import PatchMerging
 
 
 def reset_layers(model: nn.Module) -> None:
-    """Draw the weights of all linear layers, norms and convolutions inside a model as the official code does."""
+    """Initialise all linear layers, norms and convolutions of a model as in the official code."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
@@ -26,13 +26,14 @@ def reset_layers(model: nn.Module) -> None:
             module.reset_parameters()
 
 
-# Tokens that a CPU takes at a time. Their hidden channels stay in its cache, and in memory that the C library uses
-# again: tensors beyond 32 MiB it asks of the system anew for each operation, whose pages cost more than the arithmetic.
+# Tokens that an MLP takes at a time on a CPU, so that the hidden channels stay in its cache. Besides, glibc reuses the
+# memory of tensors up to 32 MiB; larger ones are mapped anew by each operation, and the page faults cost more than the
+# arithmetic.
 CPU_TOKENS = 1024
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between them, the hidden one four times as wide."""
+    """Two linear layers with GELU between them; the hidden dimension is 4 * dim."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -42,27 +43,27 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        # what may stand in the place of a layer, and hooks, get all tokens at once, as on a GPU
+        # replaced layers and hooks get all tokens at once, as on a GPU
         is_plain = are_plain((self.fc1, self.act, self.fc2), (nn.Linear, nn.GELU, nn.Linear))
-        if is_recorded() or x.device.type != 'cpu' or not is_plain:
-            return self._run(x)
+        if is_capturing() or x.device.type != 'cpu' or not is_plain:
+            return self._forward(x)
         tokens = x.flatten(0, -2)
-        # equal parts, since PyTorch rounds the product with a single row differently
-        parts = tokens.tensor_split(max(1, math.ceil(len(tokens) / CPU_TOKENS)))
-        return torch.cat([self._run(part) for part in parts]).view(x.shape)
+        # chunks of equal size, because PyTorch rounds the product with a single row differently
+        chunks = tokens.tensor_split(max(1, math.ceil(len(tokens) / CPU_TOKENS)))
+        return torch.cat([self._forward(chunk) for chunk in chunks]).view(x.shape)
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
 
 
 class SwinBlock(nn.Module):
-    """Attention and MLP, each normalised after it and then added to the main branch (res-post-norm, Sec. 3.2).
+    """Attention and MLP, each followed by a norm and then added to the main branch (res-post-norm, Sec. 3.2).
 
     Args:
         dim: Channels.
-        drop_path: Probability of dropping a residual branch for a sample. The branch is dropped after its norm, so that
-            a dropped branch adds nothing, not even the norm's bias.
-        extra_norm: Whether the main branch itself is normalised at the end, as every sixth block of H and G does.
+        drop_path: Probability of dropping a residual branch for a sample. DropPath follows the norm, so that a dropped
+            branch adds nothing, not even the norm's bias.
+        extra_norm: Whether the main branch is normalised at the end, as in every sixth block of H and G.
         **attention: Arguments of `WindowAttention`.
     """
 
@@ -83,25 +84,25 @@ class SwinBlock(nn.Module):
 
     def _add(self, x: Tensor, branch: Tensor, norm: nn.Module) -> Tensor:
         """Add a residual branch: both (B, *S, C)."""
-        if not self._is_fused(x, branch, norm):
+        if not self._uses_triton(x, branch, norm):
             return x + self.drop_path(norm(branch))
         kept, keep_prob = None, 1 - getattr(self.drop_path, 'drop_prob', 0.0)
-        if keep_prob < 1 and self.drop_path.training:  # as mmcv's DropPath draws it
+        if keep_prob < 1 and self.drop_path.training:  # the same random numbers as mmcv's DropPath
             shape = (len(branch),) + (1,) * (branch.dim() - 1)
             kept = (keep_prob + torch.rand(shape, dtype=post_norm.normed_dtype(branch), device=branch.device)).floor()
         return post_norm.add_post_norm(x, branch, norm.weight, norm.bias, norm.eps, kept, keep_prob)
 
-    def _is_fused(self, x: Tensor, branch: Tensor, norm: nn.Module) -> bool:
-        """Whether a Triton kernel adds the branch.
+    def _uses_triton(self, x: Tensor, branch: Tensor, norm: nn.Module) -> bool:
+        """Whether one Triton kernel computes norm, drop path and addition.
 
-        Not where a model is compiled: Inductor fuses the same operators itself, with the casts around them too, and an
-        operator of ours would be a border that it cannot cross.
+        Not in a compiled model: Inductor fuses these with the operators around them, and cannot fuse across a custom
+        operator.
         """
         backend = getattr(self.attn, 'backend', '')
-        if is_graphed() or is_transformed() or backend not in ('triton', 'auto'):
+        if is_compiling_or_tracing() or is_transformed() or backend not in ('triton', 'auto'):
             return False
         modules, kinds = (norm, self.drop_path), (nn.LayerNorm, type(self.drop_path))
-        if not are_plain(modules, kinds) or kinds[1] not in (DropPath, nn.Identity) or has_hooks_of_all():
+        if not are_plain(modules, kinds) or kinds[1] not in (DropPath, nn.Identity) or has_global_hooks():
             return False
         as_built = norm.normalized_shape == branch.shape[-1:] and norm.bias is not None
         if not as_built or post_norm.can_run(x, branch):
@@ -110,15 +111,15 @@ class SwinBlock(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Blocks with windows that are shifted in every second one, and the merging that leads to the next stage.
+    """Blocks, every second one with shifted windows, and the patch merging before the next stage.
 
     Args:
         dim: Channels.
         drop_path: Drop-path rate of each block; its length is the depth.
         window_size: Tokens of a window along each axis.
-        extra_norm_every_n_blocks: The main branch is normalised after every n-th block; 0 for never.
-        downsample: Whether patches are merged at the end.
-        with_cp: Whether activations of a block are recomputed in the backward pass.
+        extra_norm_every_n_blocks: Normalise the main branch after every n-th block; 0 for never.
+        downsample: Whether the stage has a `PatchMerging`, which the backbone calls after `forward`.
+        with_cp: Whether to recompute the activations of each block in the backward pass (gradient checkpointing).
         **attention: Further arguments of `WindowAttention`.
     """
 
@@ -149,19 +150,19 @@ class SwinStage(nn.Module):
         self.downsample = PatchMerging(dim) if downsample else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, *S, C) -> (B, *S, C), before merging."""
+        """(B, *S, C) -> (B, *S, C), before patch merging."""
         for block in self.blocks:
-            # torch.func cannot differentiate what is computed again in the backward pass
+            # torch.func cannot differentiate through torch.utils.checkpoint
             recompute = self.with_cp and torch.is_grad_enabled() and not is_transformed()
-            x = recomputed(block, x) if recompute else block(x)
+            x = checkpoint_module(block, x) if recompute else block(x)
         return x
 
 
-def recomputed(module: nn.Module, x: Tensor) -> Tensor:
-    """Call a module such that its activations are computed again for the backward pass, with the same random numbers.
+def checkpoint_module(module: nn.Module, x: Tensor) -> Tensor:
+    """Call a module and recompute its activations in the backward pass, with the same random numbers.
 
-    Autocast keeps the half-precision copies of all weights until the forward pass of the whole model ends, for weights
-    that are used again. These are not, and the copies would take half as much memory as the weights themselves.
+    Without autocast's weight cache: it would keep the half-precision copies of all weights, half the size of the
+    weights, until the end of the forward pass, and no weight is used twice in it.
     """
     with _no_autocast_cache():
         return checkpoint(module, x, use_reentrant=False)

@@ -1,6 +1,6 @@
-"""Test-time augmentation of instance segmentation; mmdet's own merges boxes alone.
+"""Test-time augmentation for instance segmentation; mmdet's own merges only boxes.
 
-It imports mmdet, so a config names it in full: `swinv2_mm.models.det_tta.InstanceSegTTAModel`.
+This module imports mmdet, so a config gives its full path: `swinv2_mm.models.det_tta.InstanceSegTTAModel`.
 """
 
 from collections.abc import Sequence
@@ -23,20 +23,19 @@ FLIPPED_AXES = dict(horizontal=(-1,), vertical=(-2,), diagonal=(-2, -1))
 @MODELS.register_module()
 @check_arguments()
 class InstanceSegTTAModel(DetTTAModel):
-    """Boxes and masks of a Cascade Mask R-CNN or an HTC, merged over scales and flips.
+    """Merges boxes and masks of a Cascade Mask R-CNN or an HTC over scales and flips.
 
-    In two passes over the views, as the HTC of ViT-Adapter does it (`htc_aug.py`): the boxes of all views are merged,
-    then every view predicts masks for the merged boxes, and the masks' probabilities are averaged before one pasting.
-    Features are those of one view at a time and are computed twice, once for boxes and once for masks: memory does not
-    grow with the number of views, and the backbone runs twice per view.
+    There are two passes over the views, as in the HTC of ViT-Adapter (`htc_aug.py`): the boxes of all views are merged;
+    then each view predicts masks for the merged boxes, whose probabilities are averaged before they are pasted once.
+    Only one view's features are in memory at a time. They are computed twice, so the backbone runs twice per view.
 
-    Boxes enter the merge with a score above `test_cfg.rcnn.score_thr` and unsuppressed. There is one suppression, that
-    of `tta_cfg`: with one in each view before it, soft-NMS would lower the scores twice. A single view thus gives what
-    the plain detector gives, if `tta_cfg` has the `nms` and `max_per_img` of `test_cfg.rcnn`.
+    Boxes with a score above `test_cfg.rcnn.score_thr` are merged by a single NMS, that of `tta_cfg`. NMS is off within
+    each view, because soft-NMS would lower the scores twice. A single view gives the same result as the plain detector
+    if `tta_cfg` has the `nms` and `max_per_img` of `test_cfg.rcnn`.
 
-    A detector without masks is left to mmdet's `DetTTAModel`, with the limits of size in addition.
+    For a detector without masks, this is mmdet's `DetTTAModel` with `size_limits`.
 
-    In a config, beside a `tta_pipeline`:
+    In a config, together with a `tta_pipeline`:
 
         tta_model = dict(
             type='swinv2_mm.models.det_tta.InstanceSegTTAModel',
@@ -46,13 +45,13 @@ class InstanceSegTTAModel(DetTTAModel):
     Args:
         tta_cfg: `nms` (of mmcv's `batched_nms`) and `max_per_img` for the merged boxes.
         size_limits: (min, max) for each scale, in the order of the pipeline's `TestTimeAug`, which must list its
-            resizes before its flips. A view gives only boxes of min <= sqrt(width * height) < max, in pixels of the
-            original image, so that small views speak of large objects alone. Default: no limits.
+            resizes before its flips. Keeps only boxes within that scale's range, min <= sqrt(width * height) < max in
+            pixels of the original image, so that small scales contribute only large objects. Default: no limits.
         **kwargs: `module`, the detector, and `data_preprocessor`, as for mmengine's `BaseTTAModel`.
 
     Raises:
         TypeError: An argument is unknown or of another type.
-        ValueError: A limit is no such range, or the detector predicts masks in another way than Cascade or HTC.
+        ValueError: A limit is not a valid range, or the mask head is not that of a Cascade Mask R-CNN or HTC.
     """
 
     def __init__(self, tta_cfg: dict, size_limits: Sequence[Sequence[float]] | None = None, **kwargs) -> None:
@@ -72,11 +71,11 @@ class InstanceSegTTAModel(DetTTAModel):
             data: `inputs` and `data_samples` of `TestTimeAug` after collation: for each view, a list over the images.
 
         Returns:
-            A sample for each image: `bboxes` (n, 4), `scores` (n), `labels` (n) and, of a detector with masks, `masks`
-            (n, H, W), all at the size of the original image.
+            For each image, a sample with `bboxes` (n, 4), `scores` (n), `labels` (n) and, for a detector with masks,
+            `masks` (n, H, W), in coordinates of the original image.
 
         Raises:
-            ValueError: The samples do not tell how they were resized and flipped, or do not fit `size_limits`.
+            ValueError: The samples lack metainfo of resize and flip, or do not match `size_limits`.
         """
         for sample in (sample for view in data['data_samples'] for sample in view):
             check_meta(sample)
@@ -89,25 +88,25 @@ class InstanceSegTTAModel(DetTTAModel):
         return samples
 
     def _merge_single_sample(self, data_samples: Sequence[DetDataSample]) -> DetDataSample:
-        """See `DetTTAModel`: views of one image -> one sample, after the limits of size."""
+        """See `DetTTAModel`: apply `size_limits`, then merge the views of one image into one sample."""
         if self.size_limits:
             for sample, limits in zip(data_samples, self._limits(data_samples), strict=True):
                 keep_sizes(sample, *limits)
         return super()._merge_single_sample(data_samples)
 
     def _limits(self, data_samples: Sequence[DetDataSample]) -> list[tuple[float, float]]:
-        """The limits of each view: views of one scale follow each other."""
+        """Size limits of each view. Views of the same scale are adjacent."""
         share, rest = divmod(len(data_samples), len(self.size_limits))
         factors = [tuple(sample.scale_factor) for sample in data_samples]
         if rest or any(factor != factors[i - i % share] for i, factor in enumerate(factors)):
             raise ValueError(
-                f'size_limits has {len(self.size_limits)} entries, which do not fit {len(factors)} views of scale '
+                f'size_limits has {len(self.size_limits)} entries, which do not match {len(factors)} views of scale '
                 f'factors {factors}: give one for each scale, and list the resizes of TestTimeAug before the flips'
             )
         return [limits for limits in self.size_limits for _ in range(share)]
 
     def _predict_boxes(self, view: dict) -> list[DetDataSample]:
-        """Unsuppressed boxes of one view, still flipped, but at the size of the original image."""
+        """Boxes of one view before NMS, still flipped, but rescaled to the original image."""
         x, samples = self._extract(view)
         head = self.module.roi_head
         results = head.predict_bbox(
@@ -142,9 +141,9 @@ class InstanceSegTTAModel(DetTTAModel):
         metas = [sample.metainfo for sample in samples]
         rois = bbox2roi([to_view(b, meta) for b, meta in zip(boxes, metas, strict=True)])
         stages = mask_logits(self.module.roi_head, x, rois)
-        # over stages alone: of a flipped image it would need negative strides, which tensors do not have
-        maps = merge_aug_masks([logits.float().sigmoid() for logits in stages], {})
-        return [unflip(m, meta) for m, meta in zip(maps.split([len(b) for b in boxes]), metas, strict=True)]
+        # without metainfo, merge_aug_masks only averages the stages: its unflipping fails on tensors (negative strides)
+        masks = merge_aug_masks([logits.float().sigmoid() for logits in stages], {})
+        return [unflip(m, meta) for m, meta in zip(masks.split([len(b) for b in boxes]), metas, strict=True)]
 
     def _extract(self, view: dict) -> tuple[tuple[Tensor, ...], list[DetDataSample]]:
         """Features (B, C, H_i, W_i) and samples of one view."""
@@ -153,7 +152,7 @@ class InstanceSegTTAModel(DetTTAModel):
 
 
 def check_masks(detector: torch.nn.Module) -> None:
-    """See `InstanceSegTTAModel`, Raises."""
+    """Raise a ValueError unless the mask head is that of a Cascade Mask R-CNN or an HTC."""
     head = getattr(detector, 'roi_head', None)
     if not isinstance(head, CascadeRoIHead) or isinstance(head, (SCNetRoIHead, SparseRoIHead)):
         raise ValueError(
@@ -163,43 +162,43 @@ def check_masks(detector: torch.nn.Module) -> None:
 
 
 def check_meta(sample: DetDataSample) -> None:
-    """See `InstanceSegTTAModel.test_step`, Raises."""
+    """Raise a ValueError if a sample lacks metainfo of resize and flip."""
     missing = [key for key in META_KEYS if key not in sample.metainfo]
     if missing:
         raise ValueError(
             f'data sample without {", ".join(missing)}: the TestTimeAug of tta_pipeline needs Resize, RandomFlip '
-            f'(of prob=0.0 for no flips) and PackDetInputs with these among its meta_keys'
+            f'(prob=0.0 for no flips) and PackDetInputs with these among its meta_keys'
         )
 
 
 def keep_sizes(sample: DetDataSample, low: float, high: float) -> None:
-    """Drop boxes whose sqrt(area) lies outside [low, high)."""
+    """Keep only boxes with sqrt(area) in [low, high)."""
     width, height = get_box_wh(sample.pred_instances.bboxes)
     size = (width * height).sqrt()
     sample.pred_instances = sample.pred_instances[(size >= low) & (size < high)]
 
 
 def to_view(boxes: Tensor, meta: dict) -> Tensor:
-    """Boxes (n, 4) of the original image -> the same in the pixels of a view."""
+    """Map boxes (n, 4) of the original image to the coordinates of a view."""
     if meta['flip']:
         boxes = bbox_flip(boxes, meta['ori_shape'], meta['flip_direction'])
     return scale_boxes(boxes, meta['scale_factor'])
 
 
-def unflip(maps: Tensor, meta: dict) -> Tensor:
-    """Maps (..., h, w) of a view's boxes -> as the original image has them."""
-    return maps.flip(FLIPPED_AXES[meta['flip_direction']]) if meta['flip'] else maps
+def unflip(masks: Tensor, meta: dict) -> Tensor:
+    """Undo the flip of a view for masks (..., h, w)."""
+    return masks.flip(FLIPPED_AXES[meta['flip_direction']]) if meta['flip'] else masks
 
 
 def semantic_feat(head: CascadeRoIHead, x: tuple[Tensor, ...]) -> dict:
-    """What HTC's box and mask branches take beyond Cascade's: features of the semantic branch, None without one."""
+    """Extra arguments of HTC's box and mask branches: features of the semantic branch, None without one."""
     if not isinstance(head, HybridTaskCascadeRoIHead):
         return {}
     return dict(semantic_feat=head.semantic_head(x)[1] if head.with_semantic else None)
 
 
 def mask_logits(head: CascadeRoIHead, x: tuple[Tensor, ...], rois: Tensor) -> list[Tensor]:
-    """Mask logits (n, classes, h, w) that the detector averages: of each stage of Cascade, of the last one of HTC."""
+    """Mask logits (n, classes, h, w) to be averaged: of each stage for Cascade, of the last stage for HTC."""
     if isinstance(head, HybridTaskCascadeRoIHead):
         return head._mask_forward(-1, x, rois, **semantic_feat(head, x), training=False)['mask_preds']
     return [head._mask_forward(stage, x, rois)['mask_preds'] for stage in range(head.num_stages)]

@@ -1,6 +1,6 @@
-"""What mmdet's two-stage detectors need to run in bfloat16, which they would otherwise use for pixel coordinates too.
+"""Float32 heads for mmdet's two-stage detectors in bfloat16, which is too coarse for pixel coordinates.
 
-The only part of `models` that imports mmdet, so a config names it in full: `swinv2_mm.models.detection.Float32RPNHead`.
+This module imports mmdet, so a config gives its full path: `swinv2_mm.models.detection.Float32RPNHead`.
 """
 
 from mmdet.models.dense_heads import RPNHead
@@ -14,10 +14,10 @@ from ..registry import MODELS
 @MODELS.register_module()
 @check_arguments()
 class Float32RPNHead(RPNHead):
-    """mmdet's RPN with its predictions in float32.
+    """mmdet's RPNHead with predictions in float32.
 
-    mmdet makes anchors of the predictions' dtype: in bfloat16 they would lie on a grid of 8 pixels at the far side of
-    an image of 1333, and so would the proposals; mmcv's NMS refuses them on a CPU.
+    mmdet creates anchors in the dtype of the predictions. In bfloat16, coordinates around 1333 pixels are multiples of
+    8, for anchors and proposals alike, and mmcv's NMS raises an error on a CPU.
     """
 
     def forward_single(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,11 +29,11 @@ class Float32RPNHead(RPNHead):
 @MODELS.register_module()
 @check_arguments()
 class Float32RoIExtractor(SingleRoIExtractor):
-    """mmdet's RoI extractor with features and boxes in float32, whatever the precision of the neck.
+    """mmdet's RoI extractor with features and boxes in float32, whatever the dtype of the neck.
 
-    mmcv's RoIAlign has no bfloat16, and mmdet casts boxes to the features' dtype.
+    mmcv's RoIAlign does not support bfloat16, and mmdet casts boxes to the dtype of the features.
     """
 
     def forward(self, feats: tuple[Tensor, ...], rois: Tensor, roi_scale_factor: float | None = None) -> Tensor:
-        """See `SingleRoIExtractor`: maps (B, C, H_i, W_i) and boxes (n, 5) -> (n, C, size, size) in float32."""
+        """See `SingleRoIExtractor`: feature maps (B, C, H_i, W_i) and boxes (n, 5) -> (n, C, size, size) in float32."""
         return super().forward(tuple(f.float() for f in feats), rois, roi_scale_factor)

@@ -4,35 +4,35 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..ops.recording import is_compiling
+from ..ops.tracing import is_compiling
 from ..ops.windows import Size, pad_end, pad_to_windows
 
-# depend on the size of the input, which a symbolic trace does not know
-torch.fx.wrap('corners')
+# leaf functions of torch.fx: they depend on the input size, which a symbolic trace does not know
+torch.fx.wrap('concat_2x2')
 torch.fx.wrap('pad_to_patches')
 torch.fx.wrap('pad_to_windows')
 
 
-def pad_to_patches(x: Tensor, patch_size: Size, first: int) -> Tensor:
-    """Append zeros to the axes of x from the axis `first` on, at least until the patches divide them.
+def pad_to_patches(x: Tensor, patch_size: Size, start_dim: int) -> Tensor:
+    """Zero-pad the axes of x from `start_dim` on, at their ends, at least to multiples of the patch size.
 
-    A compiled graph appends as many as can be needed, which makes it the same for all sizes; no patch begins in what is
-    too much.
+    A compiled graph always pads by patch_size - 1, so that one graph serves all sizes. The strided operator that
+    follows ignores the excess, which no whole patch fits into.
     """
     if is_compiling():
-        return pad_end(x, [p - 1 for p in patch_size], first)
-    return pad_to_windows(x, patch_size, first)
+        return pad_end(x, [p - 1 for p in patch_size], start_dim)
+    return pad_to_windows(x, patch_size, start_dim)
 
 
-def corners(x: Tensor) -> Tensor:
-    """Join each 2x2 tokens of (..., H, W, C) in the official order: (..., ceil(H / 2), ceil(W / 2), 4C)."""
+def concat_2x2(x: Tensor) -> Tensor:
+    """Concatenate each 2x2 tokens of (..., H, W, C) in the official order: (..., ceil(H / 2), ceil(W / 2), 4C)."""
     height, width = x.shape[-3:-1]
-    x = pad_to_patches(x, (2, 2), first=-3)
+    x = pad_to_patches(x, (2, 2), start_dim=-3)
     return torch.cat([x[..., i : height + i : 2, j : width + j : 2, :] for j in (0, 1) for i in (0, 1)], -1)
 
 
 class PatchEmbed(nn.Module):
-    """Cut the input into patches and embed each: a strided convolution and a norm.
+    """Patch embedding: a strided convolution and a norm.
 
     Args:
         in_channels: Channels of the input.
@@ -48,13 +48,13 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *input size) -> (B, *S, dim); inputs that patches do not divide are padded with zeros at the end."""
-        pad = pad_to_patches if self._cuts_patches() else pad_to_windows
-        x = pad(x, self.patch_size, first=2)
+        """(B, C, *input size) -> (B, *S, dim); the input is zero-padded at the end to multiples of the patch size."""
+        pad = pad_to_patches if self._is_patchify() else pad_to_windows
+        x = pad(x, self.patch_size, start_dim=2)
         return self.norm(self.proj(x).movedim(1, -1))
 
-    def _cuts_patches(self) -> bool:
-        """Whether the convolution takes one patch after the other, as it was built; users put stems in its place."""
+    def _is_patchify(self) -> bool:
+        """Whether `proj` is still the convolution over disjoint patches; users may replace it by a stem."""
         conv = self.proj
         if type(conv) not in (nn.Conv2d, nn.Conv3d):
             return False
@@ -63,7 +63,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halve height and width, the last two axes, and double the channels; the norm comes last, unlike in Swin V1."""
+    """Halve height and width, the last two axes, and double the channels. The norm is last, unlike in Swin V1."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -72,4 +72,4 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, [T,] H, W, C) -> (B, [T,] ceil(H / 2), ceil(W / 2), 2C)."""
-        return self.norm(self.reduction(corners(x)))
+        return self.norm(self.reduction(concat_2x2(x)))

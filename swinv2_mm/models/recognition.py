@@ -1,7 +1,6 @@
-"""What mmaction2's recognizers need to train in bfloat16.
+"""A float32 head for training mmaction2's recognizers in bfloat16.
 
-The only part of `models` that imports mmaction, so a config names it in full:
-`swinv2_mm.models.recognition.Float32I3DHead`.
+This module imports mmaction, so a config gives its full path: `swinv2_mm.models.recognition.Float32I3DHead`.
 """
 
 from mmaction.models import I3DHead
@@ -14,9 +13,9 @@ from ..registry import MODELS
 @MODELS.register_module()
 @check_arguments()
 class Float32I3DHead(I3DHead):
-    """mmaction's I3DHead with its scores in float32.
+    """mmaction's I3DHead with scores in float32.
 
-    For the accuracy of a training step mmaction turns them into NumPy arrays, and NumPy has no bfloat16.
+    mmaction computes the accuracy of a training step with NumPy, which has no bfloat16.
     """
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the arguments of a backbone mean for its stages and axes."""
+"""Model sizes, and arguments of a backbone resolved per stage and axis."""
 
 from collections.abc import Sequence
 from numbers import Integral
@@ -6,8 +6,8 @@ from typing import Any
 
 from ..arguments import NotNegative, Positive, check_value
 
-# Sec. 3.5 of the paper; every head has 32 channels. `giant_simmim` is the size of the SimMIM files named "giant", whose
-# `huge` and `giant` carry no extra norms: load those with `extra_norm_every_n_blocks=0`.
+# Sec. 3.5 of the paper; every head has 32 channels. `giant_simmim` is the size of the SimMIM files named "giant".
+# SimMIM's `huge` and `giant` have no extra norms: load those with `extra_norm_every_n_blocks=0`.
 ARCHS = {
     'tiny': dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
     'small': dict(embed_dims=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
@@ -26,11 +26,14 @@ ARCH_HINTS = dict(
 
 
 def resolve_arch(arch: str | dict) -> dict[str, Any]:
-    """Give the sizes of an `arch` by its name, or those of a dict after checking them.
+    """Look up an `arch` by its name, or check a dict.
+
+    Returns:
+        Entries for all keys of `ARCH_HINTS`, lists as tuples.
 
     Raises:
         TypeError: An entry of the dict is of another type.
-        ValueError: There is no such name; or the dict has other keys, or numbers that do not fit each other.
+        ValueError: The name is unknown; or the dict has other keys, or numbers that do not match each other.
     """
     keys = tuple(ARCH_HINTS)
     if isinstance(arch, str):
@@ -57,10 +60,12 @@ def resolve_arch(arch: str | dict) -> dict[str, Any]:
 def per_axis(
     name: str, value: int | Sequence[int], num_axes: int, minimum: int = 0, time: int | None = None
 ) -> tuple[int, ...]:
-    """One number per axis; a single number is that of all axes, or of height and width if `time` is given.
+    """Expand `value` to one number per axis.
+
+    A single number stands for all axes, or only for height and width if `time` is the number for the time axis.
 
     Raises:
-        ValueError: Another number of numbers, or one below the minimum.
+        ValueError: There are not `num_axes` numbers, or one is below the minimum.
     """
     if isinstance(value, Integral):
         axes = (value if time is None else time,) * (num_axes - 2) + (value,) * 2
@@ -74,10 +79,10 @@ def per_axis(
 def per_stage(
     name: str, value: int | Sequence, num_stages: int, num_axes: int, minimum: int = 0, time: int | None = None
 ) -> list[tuple[int, ...]]:
-    """One number per axis for each stage, see `per_axis`; a single entry is that of all stages.
+    """Expand `value` to one number per axis for each stage, see `per_axis`; a single entry stands for all stages.
 
     Raises:
-        ValueError: Another number of entries, or a wrong one.
+        ValueError: There are not `num_stages` entries, or one is invalid.
     """
     if isinstance(value, Integral):
         stages = [value] * num_stages
@@ -96,10 +101,10 @@ def per_stage(
 
 
 def check_stages(name: str, indices: Sequence[int], num_stages: int) -> None:
-    """Check numbers of stages.
+    """Check a list of stage indices.
 
     Raises:
-        ValueError: There is no such stage, or one comes twice; or there is none in `out_indices`.
+        ValueError: An index is out of range or repeated, or `out_indices` is empty.
     """
     if not all(0 <= i < num_stages for i in indices) or len(set(indices)) != len(indices):
         raise ValueError(f'{name} must be different stages between 0 and {num_stages - 1}, got {tuple(indices)}')

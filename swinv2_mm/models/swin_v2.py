@@ -1,4 +1,4 @@
-"""Swin Transformer V2 backbones: one trunk for any number of axes, and what each toolbox sees of it."""
+"""Swin Transformer V2 backbones for images and video, with a common base class for any number of axes."""
 
 import re
 from collections.abc import Sequence
@@ -8,8 +8,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..arguments import Positive, Rate, check_arguments
-from ..checkpoints.backbone import Target, check_file, fit_backbone
-from ..checkpoints.errors import in_file
+from ..checkpoints.backbone import Target, check_prefix, fit_backbone, in_file
 from ..openmmlab import MODELS, BaseModule
 from ..ops.window_attention import check_backend
 from .attention import WindowAttention
@@ -19,12 +18,12 @@ from .log_cpb import LogCPB
 from .patch import PatchEmbed
 from .sizes import check_stages, per_axis, per_stage, resolve_arch
 
-torch.fx.wrap('check_input')  # looks at the size of the input, which a symbolic trace does not know
+torch.fx.wrap('check_input')  # leaf function of torch.fx: it depends on the input size
 
 
 @check_arguments(foreign=FOREIGN_ARGUMENTS)
 class SwinV2(BaseModule):
-    """Trunk of the Swin Transformer V2 backbones, for as many axes as the subclass says.
+    """Base class of the Swin Transformer V2 backbones; `num_axes` is set by the subclass.
 
     Parameters are named as in the official code, so that its checkpoints need no renaming, except for the output norms
     (`norm{i}` for stage i) and the extra norms of H and G (`enorm`, which the official code lacks).
@@ -32,30 +31,30 @@ class SwinV2(BaseModule):
     Args:
         arch: 'tiny', 'small', 'base', 'large', 'huge', 'giant_simmim' or 'giant', or a dict with `embed_dims`,
             `depths`, `num_heads` and, if wanted, `extra_norm_every_n_blocks`.
-        window_size: Tokens of a window: one number; or one number per axis, such as (8, 7, 7) for video; or one entry
-            per stage, each of these forms.
-        pretrained_window_sizes: Windows that the position bias was pre-trained with, in the same forms, where a number
-            speaks of height and width alone: for example (12, 12, 12, 6) for the models pre-trained on ImageNet-22K.
-            Needed for checkpoints that do not say so themselves; official files and those of this package do. If None,
-            or 0 for an axis, the checkpoint tells, or, without one, it is the window itself.
-        patch_size: Pixels of a patch, one number or one per axis.
+        window_size: Tokens of a window along each axis: one number for all axes; one number per axis, such as (8, 7, 7)
+            for video; or a list with one of these per stage.
+        pretrained_window_sizes: Window sizes that the position bias was pre-trained with, in the same forms, except
+            that a single number means height and width only: for example (12, 12, 12, 6) for the models pre-trained on
+            ImageNet-22K. Needed for checkpoints that do not store them; official files and those of this package do.
+            None, or 0 for an axis, takes the value of the checkpoint, or the window size if none is loaded.
+        patch_size: Pixels (and frames) of a patch: one number, or one per axis.
         in_channels: Channels of the input.
-        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
-        out_indices: Stages to return, each through a norm of its own. Stages after the last one are not built.
+        drop_path_rate: Drop-path rate of the last block; rates grow linearly from 0 at the first.
+        out_indices: Stages whose feature maps are returned, each after its own norm. Later stages are not built.
         frozen_stages: 0 freezes the patch embedding, n > 0 also the first n stages; -1 freezes nothing.
         norm_eval: Whether norms stay in eval mode during training.
-        with_cp: Whether activations of each block are recomputed in the backward pass, to save memory; or the stages
-            in which they are.
-        mask_padding: Whether tokens that pad the map to whole windows are excluded from attention. False gives the
-            convention of Swin's dense code, where they take part.
+        with_cp: Whether to recompute the activations of each block in the backward pass, to save memory (gradient
+            checkpointing); or a list of the stages where to do so.
+        mask_padding: Whether tokens that pad the feature map to whole windows are masked. False gives the convention
+            of Swin's dense code, where they take part in attention.
         attention_backend: Backend of `swinv2_mm.ops.window_attention`: 'auto', 'triton', 'sdpa' or 'reference'. 'auto'
-            takes the first of these that can run, and 'triton' only if its kernels have been checked on this GPU.
-        sequential_stages: Stages that attend in a few windows at a time, to save memory (Sec. 3.4).
+            takes the first of these that can run, and 'triton' only if its kernels pass a check on this GPU.
+        sequential_stages: Stages that compute attention a few windows at a time, to save memory (Sec. 3.4).
         init_cfg: See `mmengine.model.BaseModule`.
 
     Raises:
         TypeError: An argument is unknown or of another type.
-        ValueError: An argument is out of its range, or its length does not fit the number of stages or axes.
+        ValueError: An argument is out of range, or its length does not match the number of stages or axes.
     """
 
     num_axes: int
@@ -86,7 +85,7 @@ class SwinV2(BaseModule):
             0 if pretrained_window_sizes is None else pretrained_window_sizes,
             len(depths),
             self.num_axes,
-            time=0,  # the public models, whose windows a single number describes, know images alone
+            time=0,  # a single number is the window of an image checkpoint, which has no time axis
         )
         check_stages('out_indices', out_indices, len(depths))
         check_stages('sequential_stages', sequential_stages, len(depths))
@@ -97,7 +96,7 @@ class SwinV2(BaseModule):
         if not -1 <= frozen_stages <= len(depths):
             raise ValueError(f'frozen_stages must lie between -1 and {len(depths)}, got {frozen_stages}')
 
-        self.windows, self.told_windows = windows, pretrained
+        self.windows, self.cfg_windows = windows, pretrained
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -105,9 +104,9 @@ class SwinV2(BaseModule):
         self.patch_embed = PatchEmbed(
             in_channels, arch['embed_dims'], per_axis('patch_size', patch_size, self.num_axes, minimum=1)
         )
-        # plain floats: a tensor's .item() would fail on the meta device
+        # Python floats: .item() of a tensor would fail on the meta device
         rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
-        last = max(self.out_indices)  # stages after it would never be used
+        last = max(self.out_indices)  # later stages would never be used
         self.layers = nn.ModuleList(
             SwinStage(
                 dim,
@@ -126,13 +125,13 @@ class SwinV2(BaseModule):
         )
         for i in self.out_indices:
             self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
-        # taken now, shapes alone: FSDP flattens parameters later, and what subclasses add is theirs to load
+        # names and shapes as built: FSDP flattens parameters later, and subclasses load what they add themselves
         self._built = {name: value.to('meta') for name, value in self.state_dict().items()}
         self._reset_parameters()
         self._freeze()
 
     def init_weights(self) -> None:
-        """Initialise as the official code does, then load what `init_cfg` names."""
+        """Initialise as in the official code, then as `init_cfg` says, such as from a checkpoint."""
         self._reset_parameters()
         super().init_weights()
 
@@ -159,30 +158,32 @@ class SwinV2(BaseModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Convert the entries under `prefix` from whatever layout they have; every road of loading comes through here.
+        """Convert the entries under `prefix` from any public layout, then load them.
+
+        All loading paths (`init_cfg`, `load_from`, resuming, `init_detector`) call this method.
 
         Raises:
-            CheckpointError: They do not fit, or do not fill the backbone though they have to, see `fit_backbone`;
-                nothing has been changed then.
+            CheckpointError: The entries do not match the backbone, or are incomplete where they must not be, see
+                `fit_backbone`. The backbone is then unchanged.
         """
-        given = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
-        target = Target(self._state(), self._built, self.told_windows, self.windows)
+        entries = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+        target = Target(self._state(), self._built, self.cfg_windows, self.windows)
         source = local_metadata.get('source')
         with in_file(source):
-            if not given:
-                check_file(prefix, **local_metadata)
+            if not entries:
+                check_prefix(prefix, **local_metadata)
             weights = fit_backbone(
-                {name.removeprefix(prefix): value for name, value in given.items()},
+                {name.removeprefix(prefix): value for name, value in entries.items()},
                 target,
-                is_file=source is not None,
-                is_part=bool(prefix),
+                from_file=source is not None,
+                in_model=bool(prefix),
             )
-        missing, norms = target.lacks(weights)
-        if not missing:  # output norms that a checkpoint does not have are not what a strict load should fail for
+        missing, norms = target.missing_keys(weights)
+        if not missing:  # a strict load must not fail only because a checkpoint has no output norms
             weights |= {name: self.get_parameter(name).detach() for name in norms}
         if not weights:
-            unexpected_keys.extend(given)
-        for name in given:
+            unexpected_keys.extend(entries)
+        for name in entries:
             del state_dict[name]
         state_dict.update({prefix + name: value for name, value in weights.items()})
         super()._load_from_state_dict(
@@ -190,9 +191,9 @@ class SwinV2(BaseModule):
         )
 
     def _state(self) -> dict[str, Tensor | None]:
-        """What a state dict of this module holds now, whatever was replaced in it, see `checkpoints.backbone.Target`.
+        """Current state dict, including modules that were replaced, see `checkpoints.backbone.Target`.
 
-        Within units of FSDP it cannot be looked at: their parameters are parts, or are all flattened into one.
+        With FSDP, parameters are sharded or flattened into one, so their shapes are those at construction.
         """
         if not any('_fsdp_wrapped_module' in name for name, _ in self.named_modules()):
             return self.state_dict(keep_vars=True)
@@ -203,7 +204,7 @@ class SwinV2(BaseModule):
         return {name: self._built.get(name) for name in names}
 
     def train(self, mode: bool = True) -> 'SwinV2':
-        """Set the mode of all but what is frozen, or what `norm_eval` keeps in eval mode."""
+        """Set the mode, except for frozen modules and, with `norm_eval`, norms, which stay in eval mode."""
         super().train(mode)
         self._freeze()
         if mode and self.norm_eval:
@@ -226,7 +227,7 @@ class SwinV2(BaseModule):
         Raises:
             ValueError: The input has another number of axes or channels.
         """
-        # what may stand in the place of the convolution need not tell its channels
+        # a module that replaced the convolution need not have `in_channels`
         channels = getattr(self.patch_embed.proj, 'in_channels', x.shape[1])
         check_input(x, type(self).__name__, channels, self.num_axes)
         x = self.patch_embed(x)
@@ -240,19 +241,19 @@ class SwinV2(BaseModule):
         return tuple(outs)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Tell the layer of a parameter, for learning rates that decay from layer to layer; called as mmpretrain's.
+        """Layer index of a parameter, for layer-wise learning-rate decay; same interface as in mmpretrain.
 
         The patch embedding is layer 0, the first block of the network is layer 1, and so on over all stages; patch
-        merging counts with the block before it. What comes after the blocks, the output norms and all that is outside
-        the backbone, is the last layer. These are the layers of the official fine-tuning code (`get_swin_layer` in
-        `optimizer.py` of microsoft/SimMIM).
+        merging belongs to the layer of the block before it. Output norms, and parameters outside the backbone, are the
+        last layer. This is the numbering of the official fine-tuning code (`get_swin_layer` in `optimizer.py` of
+        microsoft/SimMIM).
 
         Args:
             param_name: Name of the parameter in the model.
-            prefix: Name of the backbone in the model, with the dot that follows it.
+            prefix: Name of the backbone in the model, with a trailing dot.
 
         Returns:
-            The layer, counted from 0, and the number of layers, which is that of the blocks and two more.
+            The layer, counted from 0, and the number of layers, which is the number of blocks + 2.
         """
         depths = [len(stage.blocks) for stage in self.layers]
         num_layers = sum(depths) + 2
@@ -286,8 +287,8 @@ class SwinTransformer3DV2(SwinV2):
 
     Takes clips of any length and size; only height and width are merged from stage to stage. The arguments are those of
     `SwinV2`, with other defaults for `patch_size`, whose first number is the frames of a patch, and for `out_indices`.
-    With several of these the result is a tuple, as that of mmaction2's SwinTransformer3D. Checkpoints of images are
-    inflated when they are loaded, see `swinv2_mm.checkpoints.inflation`:
+    Several `out_indices` give a tuple, as in mmaction2's SwinTransformer3D. Image checkpoints are inflated when they
+    are loaded, see `swinv2_mm.checkpoints.conversion`:
 
         backbone=dict(
             type='swinv2_mm.SwinTransformer3DV2', arch='tiny', window_size=(8, 7, 7),
@@ -312,7 +313,7 @@ class SwinTransformer3DV2(SwinV2):
 
 
 def check_input(x: Tensor, name: str, channels: int, num_axes: int) -> None:
-    """Raise a ValueError unless an input has these axes and channels."""
+    """Raise a ValueError unless the input has this number of axes and channels."""
     if x.dim() != num_axes + 2 or x.shape[1] != channels:
         axes = ('T, ' if num_axes == 3 else '') + 'H, W'
         raise ValueError(f'{name} takes an input of shape (N, {channels}, {axes}), got {tuple(x.shape)}')

@@ -1,4 +1,4 @@
-"""Operations that need torch alone."""
+"""Window attention and its geometry. Only torch is required; Triton is optional."""
 
 from .window_attention import window_attention
 

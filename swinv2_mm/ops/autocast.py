@@ -1,8 +1,8 @@
-"""What is computed in full precision whatever autocast says."""
+"""Computation in full precision under autocast."""
 
 import torch
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
-    """Turn autocast off for tensors of a device; the meta device, which has none of its own, stands for any."""
+    """Context manager that disables autocast for a device; meta tensors, which have no autocast, count as CPU."""
     return torch.autocast('cpu' if device.type == 'meta' else device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""The meaning of window attention, in plain PyTorch. Every other backend is tested against this one."""
+"""Window attention in plain PyTorch, equal to the official code. The other backends are tested against it."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .autocast import no_autocast
-from .recording import is_transformed
+from .tracing import is_transformed
 from .windows import (
     Size,
     attention_mask,
@@ -21,15 +21,15 @@ from .windows import (
 )
 
 MAX_LOGIT_SCALE = math.log(100)  # tau > 0.01 (Sec. 3.2)
-# logits of the windows that sequential attention takes at a time: 128 MiB in float32, enough to keep a GPU busy
+# logits that sequential attention computes at a time: 128 MiB in float32, enough to keep a GPU busy
 CHUNK = 2**25
 
 
-def unit_vectors(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """Divide by the L2 norm over the last axis.
 
-    Equal to F.normalize, forward and backward, except where the norm is zero: there F.normalize has a gradient of
-    1e12, which overflows in half precision and turns the weights' gradient into NaN.
+    Equal to `F.normalize`, forward and backward, except for zero vectors: there `F.normalize` has a gradient of 1e12,
+    which overflows in half precision and makes the gradient of the weights NaN.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.where(norm < 1e-12, 1.0, norm)
@@ -44,35 +44,35 @@ def reference_window_attention(
     sequential: bool = False,
 ) -> Tensor:
     """See `swinv2_mm.ops.window_attention`."""
-    map_size = tuple(qkv.shape[1:-3])
-    axes = tuple(range(1, 1 + len(map_size)))
-    window, shift = fit_window(map_size, window_size, shift_size)
+    spatial_shape = tuple(qkv.shape[1:-3])
+    axes = tuple(range(1, 1 + len(spatial_shape)))
+    window, shift = fit_window(spatial_shape, window_size, shift_size)
 
     qkv = pad_to_windows(qkv, window)
-    padded_size = tuple(qkv.shape[1:-3])
+    padded_shape = tuple(qkv.shape[1:-3])
     if any(shift):
         qkv = qkv.roll([-d for d in shift], axes)
     qkv = partition(qkv, window)  # (B * nW, N, 3, heads, head_dim)
-    # logits are computed in this type: half precision cannot hold +-100, nor sum up the gradient of the table
+    # also the type of the logits: half precision is too coarse for +-100, and for sums over the gradient of the table
     table = bias_table.to(torch.promote_types(qkv.dtype, torch.float32))
     bias = crop_bias_table(table, window_size, window)[:, relative_position_index(window, qkv.device)]
-    regions = token_regions(map_size, padded_size, window, shift, qkv.device)
-    # torch.func cannot differentiate what is computed again in the backward pass
-    attend = _attend_in_chunks if sequential and not is_transformed() else _attend
-    out = reverse(attend(qkv, logit_scale, bias, regions), window, padded_size)
+    regions = token_regions(spatial_shape, padded_shape, window, shift, qkv.device)
+    # torch.func cannot differentiate through torch.utils.checkpoint
+    attention = _chunked_attention if sequential and not is_transformed() else _attention
+    out = reverse(attention(qkv, logit_scale, bias, regions), window, padded_shape)
     if any(shift):
         out = out.roll(shift, axes)
-    return out[(slice(None), *(slice(s) for s in map_size))]
+    return out[(slice(None), *(slice(s) for s in spatial_shape))]
 
 
-def _attend(qkv: Tensor, logit_scale: Tensor, bias: Tensor, regions: Tensor | None) -> Tensor:
-    """Attention within each of the windows (n, N, 3, heads, head_dim): (n, N, heads * head_dim).
+def _attention(qkv: Tensor, logit_scale: Tensor, bias: Tensor, regions: Tensor | None) -> Tensor:
+    """Attention within each window: (n, N, 3, heads, head_dim) -> (n, N, heads * head_dim).
 
-    `bias` is (heads, N, N); `regions` (m, N) belong to the windows in turn, where m divides n.
+    `bias` is (heads, N, N). `regions` are the region ids (m, N) of m windows, repeated n / m times.
     """
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (n, heads, N, head_dim)
     with no_autocast(qkv.device):
-        logits = unit_vectors(q.to(bias.dtype)) @ unit_vectors(k.to(bias.dtype)).transpose(-2, -1)
+        logits = l2_normalize(q.to(bias.dtype)) @ l2_normalize(k.to(bias.dtype)).transpose(-2, -1)
         logits = logits * logit_scale.to(bias.dtype).clamp(max=MAX_LOGIT_SCALE).exp() + bias
         if regions is not None:
             mask = attention_mask(regions)[:, None].to(bias.dtype)
@@ -81,10 +81,10 @@ def _attend(qkv: Tensor, logit_scale: Tensor, bias: Tensor, regions: Tensor | No
     return out.transpose(1, 2).flatten(2)
 
 
-def _attend_in_chunks(qkv: Tensor, logit_scale: Tensor, bias: Tensor, regions: Tensor | None) -> Tensor:
-    """As `_attend`, for some of the windows at a time; each chunk is computed again in the backward pass.
+def _chunked_attention(qkv: Tensor, logit_scale: Tensor, bias: Tensor, regions: Tensor | None) -> Tensor:
+    """As `_attention`, a few windows at a time, each chunk recomputed in the backward pass.
 
-    Without that, autograd would keep the attention weights of all chunks, and nothing would be saved.
+    Without recomputation, autograd would keep the attention weights of all chunks, and no memory would be saved.
     """
     chunks = qkv.split(max(1, CHUNK // bias.numel()))
     if regions is None:
@@ -93,7 +93,7 @@ def _attend_in_chunks(qkv: Tensor, logit_scale: Tensor, bias: Tensor, regions: T
         parts = regions.repeat(len(qkv) // len(regions), 1).split(len(chunks[0]))
     return torch.cat(
         [
-            checkpoint(_attend, chunk, logit_scale, bias, part, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(_attention, chunk, logit_scale, bias, part, use_reentrant=False, preserve_rng_state=False)
             for chunk, part in zip(chunks, parts, strict=True)
         ]
     )

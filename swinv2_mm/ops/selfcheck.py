@@ -2,9 +2,9 @@
 
 python -m swinv2_mm.ops.selfcheck
 
-It prints the error of each result and what is allowed, and replaces the verdicts that `attention_backend='auto'` keeps.
-The exit code is 1 if a result is wrong, and 2 if the kernels cannot run. With TRITON_INTERPRET=1 it can be tried out
-without a GPU, on tiny feature maps.
+Prints the error and the tolerance of each result, and updates the cached verdicts that `attention_backend='auto'`
+reads. The exit code is 1 if a result is wrong, and 2 if the kernels cannot run. With TRITON_INTERPRET=1 it runs without
+a GPU, on tiny feature maps.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Shifted-window cosine attention with one signature and a choice of backends."""
+"""Shifted-window cosine attention: one function with a choice of backends."""
 
 import functools
 import logging
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from . import reference, sdpa
-from .recording import at_compilation, flop_counter
+from .tracing import active_flop_counter, assume_constant_result
 from .triton import attention as triton
 from .triton import selfcheck
 
 
 class Backend(NamedTuple):
-    """A way to compute window attention."""
+    """An implementation of window attention."""
 
     run: Callable[..., Tensor]
-    can_run: Callable[[Tensor], str | None]  # why it cannot for this qkv, or None
+    can_run: Callable[[Tensor], str | None]  # qkv -> reason why it cannot run, or None
 
 
 BACKENDS = {
@@ -27,7 +27,7 @@ BACKENDS = {
     'sdpa': Backend(sdpa.sdpa_window_attention, sdpa.can_run),
     'reference': Backend(reference.reference_window_attention, lambda qkv: None),
 }
-AUTO = 'triton', 'sdpa', 'reference'  # what 'auto' asks, in this order
+AUTO = 'triton', 'sdpa', 'reference'  # 'auto' takes the first of these that can run
 
 
 def check_backend(name: str) -> None:
@@ -38,29 +38,29 @@ def check_backend(name: str) -> None:
         )
 
 
-def _choose(name: str, qkv: Tensor, window_size: Sequence[int]) -> Backend:
+def _select_backend(name: str, qkv: Tensor, window_size: Sequence[int]) -> Backend:
     if name != 'auto':
         reason = BACKENDS[name].can_run(qkv)
         if reason:
             raise ValueError(f"attention backend {name!r} cannot run: {reason}; 'auto' takes another one")
         return BACKENDS[name]
-    for other in AUTO:
-        reason = BACKENDS[other].can_run(qkv)
-        if reason is None and other == 'triton':
+    for candidate in AUTO:
+        reason = BACKENDS[candidate].can_run(qkv)
+        if reason is None and candidate == 'triton':
             reason = selfcheck.why_not(qkv, window_size)
         if reason is None:
-            return BACKENDS[other]
-        _tell(other, reason)
+            return BACKENDS[candidate]
+        _log_skipped(candidate, reason)
     raise AssertionError('the reference runs everywhere')
 
 
-@at_compilation
-def _tell(name: str, reason: str) -> None:
-    _tell_once(name, reason)
+@assume_constant_result  # torch.compile would break the graph at the logger
+def _log_skipped(name: str, reason: str) -> None:
+    _log_skipped_once(name, reason)
 
 
 @functools.cache
-def _tell_once(name: str, reason: str) -> None:
+def _log_skipped_once(name: str, reason: str) -> None:
     logging.getLogger('swinv2_mm').info('attention backend %r is not used: %s', name, reason)
 
 
@@ -73,43 +73,44 @@ def window_attention(
     backend: str = 'auto',
     sequential: bool = False,
 ) -> Tensor:
-    """Scaled cosine attention within the shifted windows of a map (Sec. 3.2 and 3.3), for any number of axes.
+    """Scaled cosine attention within shifted windows (Sec. 3.2 and 3.3), for any number of axes.
 
-    A map that the windows do not divide is padded at the end of each axis, and no token attends to padding. An axis
-    that fits into one window is not shifted. Logits and softmax are computed in float32, or in float64 for float64.
+    A feature map whose spatial shape `*S` is no multiple of the window size is padded at the end of each axis, and no
+    token attends to padding. An axis that fits into one window is not shifted. Logits and softmax are computed in
+    float32, or in float64 for float64 inputs.
 
     Args:
         qkv: (B, *S, 3, heads, head_dim), in image order.
-        logit_scale: (heads, 1, 1), the logarithm of the scale; its exponential is cut off at 100.
-        bias_table: (heads, prod(2 * window - 1)), added to the logits by relative position (see `LogCPB`). For maps in
-            half precision, 'triton' is made for biases from 0 to 16: it rounds their distance to 8 to float16.
+        logit_scale: (heads, 1, 1), the logarithm of the scale; the scale is clamped to 100.
+        bias_table: (heads, prod(2 * window - 1)), added to the logits by relative position (see `LogCPB`). With qkv in
+            half precision, 'triton' rounds bias - 8 to float16, which is accurate for biases from 0 to 16.
         window_size: Tokens of a window along each axis of `*S`.
-        shift_size: How far the windows are shifted along each axis, from 0 to the window size less 1.
-        backend: 'triton', 'sdpa' or 'reference', or 'auto' for the first of these that can run. It takes 'triton' only
-            if its kernels agree with 'reference' on this GPU, which is checked once.
-        sequential: Whether to attend in a few windows at a time, and to compute them again in the backward pass, so
-            that the attention weights of those alone are in memory (sequential self-attention, Sec. 3.4). The backends
-            'triton' and 'sdpa' do so in any case.
+        shift_size: Shift of the windows along each axis, from 0 to window size - 1.
+        backend: 'triton', 'sdpa' or 'reference', or 'auto' for the first of these that can run. 'auto' takes 'triton'
+            only if its kernels agree with 'reference' on this GPU, which is checked once.
+        sequential: Whether 'reference' computes a few windows at a time and recomputes them in the backward pass, so
+            that only their attention weights are in memory (sequential self-attention, Sec. 3.4). The other backends
+            never hold the attention weights of all windows.
 
     Returns:
         (B, *S, heads * head_dim), in image order.
 
     Raises:
-        ValueError: The shapes do not fit each other, or the backend is not known or cannot run.
+        ValueError: The shapes do not match, or the backend is unknown or cannot run.
     """
     check_backend(backend)
     _check_shapes(qkv, logit_scale, bias_table, window_size, shift_size)
-    _give_formulas(flop_counter())
-    run = _choose(backend, qkv, window_size).run
+    _add_flop_formulas(active_flop_counter())
+    run = _select_backend(backend, qkv, window_size).run
     return run(qkv, logit_scale, bias_table, tuple(window_size), tuple(shift_size), sequential)
 
 
-def _give_formulas(counter: Any) -> None:
+def _add_flop_formulas(counter: Any) -> None:
     if counter is None or not hasattr(torch.library, 'custom_op'):
         return
     from . import flops  # not at the top: it imports Triton
 
-    flops.tell(counter)
+    flops.add_formulas(counter)
 
 
 def _check_shapes(
@@ -120,13 +121,11 @@ def _check_shapes(
         raise ValueError(f'qkv must have the shape (B, *S, 3, heads, head_dim), got {tuple(qkv.shape)}')
     if not len(window_size) == len(shift_size) == axes:
         raise ValueError(
-            f'qkv of shape {tuple(qkv.shape)} has {axes} map axes, but window_size is {tuple(window_size)} '
+            f'qkv of shape {tuple(qkv.shape)} has {axes} spatial axes, but window_size is {tuple(window_size)} '
             f'and shift_size is {tuple(shift_size)}'
         )
     if any(not 0 <= d < w for w, d in zip(window_size, shift_size, strict=True)):
-        raise ValueError(
-            f'shift_size {tuple(shift_size)} must lie between 0 and window_size {tuple(window_size)} less 1'
-        )
+        raise ValueError(f'shift_size {tuple(shift_size)} must lie between 0 and window_size {tuple(window_size)} - 1')
     heads = qkv.shape[-2]
     table_shape = (heads, math.prod([2 * w - 1 for w in window_size]))
     if tuple(bias_table.shape) != table_shape or tuple(logit_scale.shape) != (heads, 1, 1):

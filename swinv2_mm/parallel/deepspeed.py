@@ -161,7 +161,7 @@ class DeepSpeedStrategy(BaseStrategy):
             group['params'] = [param for param in group['params'] if param.requires_grad]
         # at stage 3 the order of all modules that run must be the same in all processes; whether losses and RoI layers
         # do depends on the image, and without parameters DeepSpeed need not know of them
-        with _hooks_aside(module for module in model.modules() if next(module.parameters(), None) is None):
+        with _without_hooks(module for module in model.modules() if next(module.parameters(), None) is None):
             engine, self.optim_wrapper.optimizer, *_ = deepspeed.initialize(
                 model=model, optimizer=self.optim_wrapper.optimizer, config=self.config
             )
@@ -256,7 +256,7 @@ class DeepSpeedStrategy(BaseStrategy):
             time=time.strftime('%Y%m%d_%H%M%S', time.localtime()),
             mmengine_version=mmengine.__version__ + get_git_hash(),
         )
-        with self.model.whole():
+        with self.model.gathered():
             checkpoint['state_dict'] = weights_to_cpu(self.model.module.state_dict())
             if save_param_scheduler and hasattr(self, 'param_schedulers'):
                 checkpoint['param_schedulers'] = self.scheduler_state_dict()
@@ -311,7 +311,7 @@ class DeepSpeedStrategy(BaseStrategy):
         if not isinstance(self.model, EngineWrapper):  # of a test
             _load_checkpoint_to_model(self.model, checkpoint, strict, revise_keys=revise_keys)
             return
-        with self.model.whole(change=True):
+        with self.model.gathered(change=True):
             _load_checkpoint_to_model(self.model.module, checkpoint, strict, revise_keys=revise_keys)
         self.optim_wrapper.optimizer.refresh_fp32_params()  # its parts are copies, even of parameters in fp32
 
@@ -341,7 +341,7 @@ class EngineWrapper(MMDeepSpeedEngineWrapper):
         At stage 3 it is made whole for that: which of its modules run depends on what an image shows (no mask head
         without boxes), and processes that gather different modules would wait for each other for ever.
         """
-        with self.whole(), _hooks_aside(self.module.modules() if self._is_partitioned else ()):
+        with self.gathered(), _without_hooks(self.module.modules() if self._is_partitioned else ()):
             return self.module.val_step(data)
 
     test_step = val_step
@@ -351,11 +351,11 @@ class EngineWrapper(MMDeepSpeedEngineWrapper):
         return self.model.zero_optimization_partition_weights()
 
     @contextlib.contextmanager
-    def whole(self, change: bool = False) -> Iterator[None]:
-        """Have all parameters in each process; at stages 1 and 2 they are. All processes enter and leave together.
+    def gathered(self, change: bool = False) -> Iterator[None]:
+        """Gather all parameters in each process; at stages 1 and 2 they always are. A collective operation.
 
         Args:
-            change: Whether what is done to them remains; that of the first process counts.
+            change: Whether changes are kept; those of rank 0 are.
         """
         params = list(self.module.parameters()) if self._is_partitioned else []
         with (
@@ -375,8 +375,8 @@ class EngineWrapper(MMDeepSpeedEngineWrapper):
 
 
 @contextlib.contextmanager
-def _hooks_aside(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Take away the hooks of modules; those that they are given meanwhile do not stay."""
+def _without_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Remove the forward hooks of modules and restore them at the end; hooks added meanwhile are dropped."""
     hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in modules]
     for module, *_ in hooks:
         module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()

@@ -1,7 +1,7 @@
-"""Training whose optimizer states, or parameters too, lie in parts on several processes, in mmengine's Runner.
+"""Sharded training in mmengine's Runner: of optimizer states (ZeRO-1), or of parameters too (FSDP2).
 
-`configs/_base_/memory/zero1.py` and `fsdp.py` choose it by the keys `runner_type` and `model_wrapper_cfg` alone, so any
-config can add it. Checkpoints are those of an ordinary training.
+`configs/_base_/memory/zero1.py` and `fsdp.py` enable it. They set only `runner_type` and `model_wrapper_cfg`, so any
+config can inherit from them. Checkpoints have the format of an ordinary training.
 """
 
 import contextlib
@@ -28,12 +28,11 @@ from ..registry import MODEL_WRAPPERS, RUNNERS
 @MODEL_WRAPPERS.register_module()
 @check_arguments()
 class ZeroDistributedDataParallel(MMDistributedDataParallel):
-    """DistributedDataParallel for optimizer states that are split among the processes (ZeRO-1, Sec. 3.4).
+    """DistributedDataParallel with optimizer states sharded over the processes (ZeRO-1, Sec. 3.4).
 
-    Each process keeps and computes the states of its share of the parameters, and sends these to the others. Which
-    optimizer that is, the config says as always; `ShardedRunner`, which this needs, splits it. Buffers are not
-    broadcast, as in the toolboxes. Gradients are views of the buckets in which they are sent; apart, they would take
-    their memory twice.
+    Each process updates its share of the parameters and broadcasts them. The optimizer is set in `optim_wrapper` as
+    usual; `ShardedRunner`, which is required, shards it. Buffers are not broadcast, as in the toolboxes. Gradients are
+    views of the communication buckets, because separate ones would double their memory.
     """
 
     def __init__(self, module: nn.Module, **kwargs) -> None:
@@ -43,15 +42,15 @@ class ZeroDistributedDataParallel(MMDistributedDataParallel):
 @MODEL_WRAPPERS.register_module()
 @check_arguments()
 class FullyShardedModel(nn.Module):
-    """A model whose parameters, gradients and optimizer states are split among the processes (PyTorch's FSDP2).
+    """A model whose parameters, gradients and optimizer states are sharded over the processes (PyTorch's FSDP2).
 
-    The parameters of a block of Swin V2 are together on a process only while that block is computed, in their own type,
-    so that everything is as in DistributedDataParallel: names, per-parameter settings of the optimizer, autocast, the
-    norm of all gradients. What is not in a block is one unit more. In eval mode all parameters are together, since
-    processes that have different numbers of images to test could not wait for each other. Needs `ShardedRunner`.
+    Each Swin V2 block is one FSDP unit, and the rest of the model another one. Parameters are gathered in their own
+    dtype while their unit is computed. Parameter names, per-parameter optimizer settings, autocast and the total
+    gradient norm are therefore those of DistributedDataParallel. In eval mode all parameters stay gathered, because
+    processes with different numbers of test images would deadlock otherwise. Requires `ShardedRunner`.
 
-    (mmengine's FSDPStrategy is built on FSDP1: it flattens parameters, and clips by the norm of a process's part, since
-    it calls `torch.nn.utils.clip_grad_norm_` instead of FSDP1's own. With FSDP2 that function knows the parts.)
+    (mmengine's FSDPStrategy uses FSDP1. It flattens parameters, and clips by the norm of the local shard, because it
+    calls `torch.nn.utils.clip_grad_norm_` instead of FSDP1's own method. FSDP2 supports that function.)
 
     Args:
         module: The model, with its initial weights.
@@ -73,7 +72,7 @@ class FullyShardedModel(nn.Module):
         self._blocks = [fully_shard(m, mesh=mesh) for m in module.modules() if isinstance(m, SwinBlock)]
         self.module = fully_shard(module, mesh=mesh)
         for part in module.modules():
-            part.register_load_state_dict_pre_hook(_split_entries)
+            part.register_load_state_dict_pre_hook(_shard_entries)
 
     def train(self, mode: bool = True) -> 'FullyShardedModel':
         """Set the mode; all processes have to call this together."""
@@ -103,68 +102,70 @@ class FullyShardedModel(nn.Module):
         return self.module.test_step(data)
 
 
-SPLITTING = (ZeroDistributedDataParallel, FullyShardedModel)
+SHARDED_WRAPPERS = (ZeroDistributedDataParallel, FullyShardedModel)
 
 
-def is_split(value: object) -> bool:
-    """Whether a parameter, or anything else, is a tensor of which this process has a part."""
+def is_dtensor(value: object) -> bool:
+    """Whether a value is a DTensor, of which each process has a shard; torch without FSDP2 has none."""
     return hasattr(value, 'device_mesh')
 
 
-def split_like(whole: Tensor, param: Tensor) -> Tensor:
-    """Split a tensor that every process has in the same way as a parameter."""
+def shard_like(full: Tensor, param: Tensor) -> Tensor:
+    """Shard a full tensor, which every process has, like a parameter."""
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(whole.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
+    return distribute_tensor(full.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
 
 
-def _split_entries(module: nn.Module, state_dict: dict, prefix: str, *args) -> None:
-    """Split the entries of a checkpoint that are parameters of `module` itself, just before they are copied."""
+def _shard_entries(module: nn.Module, state_dict: dict, prefix: str, *args) -> None:
+    """Shard the entries of a checkpoint that are direct parameters of `module`, before they are copied."""
     for name, param in module.named_parameters(prefix.removesuffix('.'), recurse=False):
         entry = state_dict.get(name)
-        if is_split(param) and isinstance(entry, Tensor) and not is_split(entry) and entry.shape == param.shape:
-            state_dict[name] = split_like(entry, param)
+        if is_dtensor(param) and isinstance(entry, Tensor) and not is_dtensor(entry) and entry.shape == param.shape:
+            state_dict[name] = shard_like(entry, param)
 
 
-def split_states(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
-    """Split the states of a checkpoint like the parameters that they belong to; called before they are loaded."""
+def shard_optimizer_state(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+    """Shard the optimizer state of a checkpoint like the parameters; a pre-hook of `load_state_dict`."""
     params = [param for group in optimizer.param_groups for param in group['params']]
     states = {}
     for index, state in state_dict['state'].items():
         param = params[index]
         states[index] = {
-            name: split_like(value, param)
-            if is_split(param) and isinstance(value, Tensor) and value.shape == param.shape
+            name: shard_like(value, param)
+            if is_dtensor(param) and isinstance(value, Tensor) and value.shape == param.shape
             else value
             for name, value in state.items()
         }
     return dict(state_dict, state=states)
 
 
-def gather(value):
-    """Replace split tensors at any depth by whole ones, in the memory of the first process's CPU; None elsewhere.
+def gather_to_rank0(value):
+    """Replace DTensors at any depth by full tensors on the CPU of rank 0, and by None on the other ranks.
 
-    One tensor after the other, so that no GPU holds more than one of them.
+    One tensor at a time, so that a GPU never stores more than one full tensor. (`get_state_dict` of
+    torch.distributed.checkpoint gathers too, but names the optimizer state by parameters. An ordinary checkpoint has
+    the indices of `Optimizer.state_dict`.)
     """
     if isinstance(value, dict):
-        return type(value)((key, gather(item)) for key, item in value.items())
-    if not is_split(value):
+        return type(value)((key, gather_to_rank0(item)) for key, item in value.items())
+    if not is_dtensor(value):
         return value
-    whole = value.full_tensor()
-    return whole.cpu() if is_main_process() else None
+    full = value.full_tensor()
+    return full.cpu() if is_main_process() else None
 
 
 @RUNNERS.register_module()
 @check_arguments()
 class ShardedRunner(Runner):
-    """mmengine's Runner, for what the wrappers of this module split among the processes.
+    """mmengine's Runner for the wrappers of this module.
 
-    The Runner itself saves checkpoints on the first process alone, where collecting the parts would wait for ever
-    (open-mmlab/mmengine #551 has the history), and initialises the weights after it has wrapped the model. Here all
-    processes take part in saving, and the weights are there before they are split.
+    The Runner saves checkpoints only on rank 0, where gathering would deadlock (open-mmlab/mmengine #551), and
+    initialises the weights after wrapping the model. Here all processes take part in saving, and the weights are
+    initialised before they are sharded.
 
     Raises:
-        ValueError: An EMAHook is to average parameters that are split, which PyTorch cannot copy.
+        ValueError: The config has an EMAHook and FullyShardedModel; PyTorch cannot copy sharded parameters.
     """
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
@@ -184,37 +185,37 @@ class ShardedRunner(Runner):
         """See `mmengine.runner.Runner`."""
         if isinstance(self.model, ZeroDistributedDataParallel) and isinstance(optim_wrapper, dict):
             optimizer = optim_wrapper['optimizer']
-            split = dict(type=ZeroRedundancyOptimizer, optimizer_class=OPTIMIZERS.get(optimizer['type']))
-            optim_wrapper = dict(optim_wrapper, optimizer=dict(optimizer, **split))
+            sharded = dict(type=ZeroRedundancyOptimizer, optimizer_class=OPTIMIZERS.get(optimizer['type']))
+            optim_wrapper = dict(optim_wrapper, optimizer=dict(optimizer, **sharded))
         wrapper = super().build_optim_wrapper(optim_wrapper)
         if isinstance(self.model, FullyShardedModel):
-            wrapper.optimizer.register_load_state_dict_pre_hook(split_states)
+            wrapper.optimizer.register_load_state_dict_pre_hook(shard_optimizer_state)
         return wrapper
 
     def train(self) -> nn.Module:
         """See `mmengine.runner.Runner`."""
         if isinstance(self.model, FullyShardedModel) and any(isinstance(hook, EMAHook) for hook in self.hooks):
             raise ValueError(
-                'EMAHook copies the model, and PyTorch cannot copy one whose parameters are split (FullyShardedModel): '
-                'leave the hook out, or split the optimizer states alone (configs/_base_/memory/zero1.py)'
+                'EMAHook copies the model, and PyTorch cannot copy one with sharded parameters (FullyShardedModel): '
+                'leave the hook out, or shard only the optimizer states (configs/_base_/memory/zero1.py)'
             )
         return super().train()
 
     def save_checkpoint(self, *args, **kwargs) -> None:
-        """Save a whole checkpoint, with the arguments of `mmengine.runner.Runner.save_checkpoint`; on every process."""
-        with contextlib.ExitStack() as whole:
+        """Save a full checkpoint, with the arguments of `mmengine.runner.Runner.save_checkpoint`; on every process."""
+        with contextlib.ExitStack() as stack:
             if isinstance(self.optim_wrapper.optimizer, ZeroRedundancyOptimizer):
                 self.optim_wrapper.optimizer.consolidate_state_dict(to=0)
             elif isinstance(self.model, FullyShardedModel):
-                whole.enter_context(_gathered(self.model.module, self.optim_wrapper.optimizer))
+                stack.enter_context(_full_state_dicts(self.model.module, self.optim_wrapper.optimizer))
             super().save_checkpoint(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def _gathered(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within this context, `state_dict()` of both gives whole tensors on the first process."""
+def _full_state_dicts(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within this context, `state_dict()` of both returns full tensors on rank 0."""
     for owner in (model, optimizer):
-        state = gather(owner.state_dict())
+        state = gather_to_rank0(owner.state_dict())
         owner.state_dict = lambda *args, state=state, **kwargs: state
     try:
         yield

@@ -1,6 +1,6 @@
-"""Code in interpreters that have not imported this package: forked from one that has imported what it must import.
+"""Run code in an interpreter that has not imported this package, for tests of imports.
 
-An interpreter of its own takes seconds for torch; what is imported beyond that is what tests look at.
+It is forked from one that has imported torch, mmengine and mmcv: a new interpreter takes seconds for them.
 """
 
 import functools
@@ -60,7 +60,7 @@ def _ask(request: str) -> int:
 
 @functools.cache
 def _server() -> subprocess.Popen:
-    """The process to fork from; it ends with this one, which holds its input open."""
+    """The process to fork from; it ends with this one, which keeps its input open."""
     return subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd='/'
     )

@@ -1,6 +1,6 @@
-"""Compile all Triton kernels for heads of all sizes, and write what they take of an SM to a JSON file.
+"""Compile all Triton kernels for heads of all sizes, and write their use of an SM to a JSON file.
 
-Tests interpret kernels, so that this has a process of its own: python tests/compile_kernels.py OUT
+Tests interpret the kernels, so this runs in its own process: python tests/helpers/compile_kernels.py OUT
 """
 
 import itertools
@@ -32,7 +32,7 @@ POST_NORM_DTYPES = (  # of the main branch and the weights, and of the residual 
 
 
 def jobs_of(window: tuple[int, ...], head_dim: int, dtype: torch.dtype, arch: str) -> dict[str, aot_compile.Job]:
-    """The kernels of shifted windows on a map that they do not divide, by name."""
+    """The kernels of shifted windows, by name, for a feature map that the windows do not divide."""
     qkv = torch.empty(1, *(2 * w + 1 for w in window), 3, 4, head_dim, dtype=dtype, device='meta')
     table_size, shift = math.prod(2 * w - 1 for w in window), [w // 2 for w in window]
     launches = itertools.chain(*kernel_report.launches_of(qkv, table_size, window, shift))

@@ -1,9 +1,10 @@
-"""The files in which public SwinV2 weights come, written from the weights of our backbone.
+"""Writers of the public checkpoint layouts of SwinV2, from the weights of our backbone.
 
 Derived from the key names of each source, and from nothing in `swinv2_mm.checkpoints`: what is read there is written
-here a second time. `test_layouts.py` holds the writers against the real models of timm, transformers and torchvision.
+here a second time. `test_layouts.py` checks the writers against the real models of timm, transformers and torchvision.
 """
 
+import functools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,16 +16,18 @@ import torch
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
+from swinv2_mm.models import SwinTransformerV2
+
 Weights = dict[str, Tensor]
 Window = int | tuple[int, int]
 
 
 def canonical(backbone: nn.Module) -> Weights:
-    """The weights alone: names of the official code, except for the output norms."""
+    """The weights without buffers, by their official names; only the names of the output norms are ours."""
     return {k: v.clone() for k, v in backbone.state_dict().items() if not k.endswith('pretrained_window_size')}
 
 
-# What a file stores beside weights
+# Buffers of a file
 
 
 def _pair(window: Window) -> tuple[int, int]:
@@ -49,7 +52,7 @@ def position_index(window: Window) -> Tensor:
 
 
 def attention_mask(size: int, window: int) -> Tensor:
-    """(windows, N, N) of a square map whose windows are shifted by half: -100 between tokens that were far apart."""
+    """(windows, N, N) of a square feature map, windows shifted by half: -100 between tokens that were far apart."""
     row = torch.arange(size)
     region = (row >= size - window).int() + (row >= size - window // 2).int()
     regions = (region[:, None] * 3 + region).view(size // window, window, size // window, window)
@@ -60,7 +63,7 @@ def attention_mask(size: int, window: int) -> Tensor:
 def stored_buffers(
     weights: Weights, windows: Sequence[Window], pretrained: Sequence[Window], image_size: int | None = None
 ) -> Weights:
-    """Tables of every block and, for an image size, the masks of odd blocks whose map is larger than the window."""
+    """Tables of every block and, for an image size, masks of odd blocks with several windows."""
     buffers = {}
     for name in weights:
         if not name.endswith('attn.logit_scale'):
@@ -298,7 +301,74 @@ def hf_masked_image(weights: Weights, *_) -> Weights:
     }
 
 
-# What tests of loading share
+# A file of each layout
+
+# no stage of one head: PyTorch multiplies by a single row in another order for each number of rows, one bit off
+ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16))
+EXTRA_NORMS = dict(ARCH, extra_norm_every_n_blocks=2)
+WINDOWS, PRETRAINED, IMAGE = (8, 8, 8, 4), (6, 6, 6, 3), 128
+WRITERS = [
+    'official',
+    'simmim_pretrained',
+    'simmim_finetuned',
+    'msra_dense',
+    'mmpretrain',
+    'torchvision',
+    'timm_old',
+    'timm_new',
+    'hf_backbone',
+    'hf_classifier',
+    'hf_masked_image',
+]
+MICROSOFT = ('official', 'simmim_pretrained', 'simmim_finetuned')
+WITH_EXTRA_NORMS = ('msra_dense', 'mmpretrain')
+WITHOUT_TABLES = ('timm_old', 'timm_new', 'hf_backbone', 'hf_classifier', 'hf_masked_image')
+
+
+def arch_of(writer):
+    """Architecture of the files of a layout."""
+    return EXTRA_NORMS if writer in WITH_EXTRA_NORMS else ARCH
+
+
+def pretrained_of(writer):
+    """Pre-training windows that the user has to give: none if the file has tables."""
+    return PRETRAINED if writer in WITHOUT_TABLES else None
+
+
+@functools.cache
+def source_once(writer):
+    """The same as `source`, made once."""
+    weights = canonical(oracles.randomize(SwinTransformerV2(arch_of(writer), WINDOWS, drop_path_rate=0.0)))
+    return weights, globals()[writer](weights, WINDOWS, PRETRAINED, IMAGE)
+
+
+def source(writer):
+    """Our weights, and the dict of the layout that is made from them; the dicts may be changed, not the tensors."""
+    weights, model = source_once(writer)
+    return dict(weights), dict(model)
+
+
+def save(writer, model, path):
+    """Write a dict of a layout in the container of its files; returns the path."""
+    if writer in MICROSOFT:
+        save_microsoft_file(model, path)
+    elif writer in WITH_EXTRA_NORMS:  # the two of OpenMMLab
+        torch.save({'meta': {'epoch': 300, 'CLASSES': ('tench', 'goldfish')}, 'state_dict': model}, path)
+    else:
+        torch.save(model, path)
+    return str(path)
+
+
+def weights_in_file(writer, weights):
+    """Those of our weights that a file of this layout has."""
+    kept = {
+        'msra_dense': ('norm0', 'norm1', 'norm2', 'norm3'),
+        'hf_backbone': (),
+    }.get(writer, ('norm3',))
+    return {k: v for k, v in weights.items() if not k.startswith('norm') or k.split('.')[0] in kept}
+
+
+# The log
 
 
 @contextmanager

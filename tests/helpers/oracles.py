@@ -1,15 +1,12 @@
-"""Swin V2 of timm and transformers, fed with the weights of ours. Both are independent of this package."""
+"""Swin V2 of timm and transformers with the weights of our backbone, as independent oracles."""
 
-import sys
-from pathlib import Path
-
+import peer_packages
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from swinv2_mm import compat
 
-PACKAGES = str(Path(sys.prefix, 'oracles'))
 HF_NAMES = (
     ('patch_embed.proj', 'embeddings.patch_embeddings.projection'),
     ('patch_embed.norm', 'embeddings.norm'),
@@ -25,36 +22,9 @@ HF_NAMES = (
 
 
 def find_peers() -> None:
-    """Make timm and transformers importable, and torchvision beside a torch that it was not compiled for.
-
-    `make setup` keeps them out of the environment proper: mmengine imports any torchvision that it sees, and mmdet any
-    transformers.
-    """
-    sys.path.append(PACKAGES)
-    compat.stub_vindlu()  # mmaction may be imported after this, and sees transformers then
-    try:
-        import torchvision  # noqa: F401
-
-        return
-    except RuntimeError:  # its operators do not exist
-        pass
-    library = torch.library.Library('torchvision', 'DEF')
-    for name in (
-        'nms',
-        'qnms',
-        'roi_align',
-        'ps_roi_align',
-        'roi_pool',
-        'ps_roi_pool',
-        '_roi_align_backward',
-        '_ps_roi_align_backward',
-        '_roi_pool_backward',
-        '_ps_roi_pool_backward',
-        'deform_conv2d',
-        '_deform_conv2d_backward',
-    ):
-        library.define(f'{name}(Tensor x) -> Tensor')
-    globals()['_torchvision_ops'] = library  # the schemas live as long as this object
+    """Make timm, transformers and torchvision importable; mmaction still is."""
+    peer_packages.add_to_path()
+    compat.stub_vindlu()  # mmaction may be imported after this, and finds transformers then
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

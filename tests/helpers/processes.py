@@ -1,6 +1,6 @@
-"""Processes that tests start: forked from one that has imported everything, so that starting them costs nothing.
+"""Run a function in several processes of a gloo group, forked from one that has imported everything.
 
-They meet in a file, so that no port is taken. What torchrun does beyond that is tested with torchrun itself.
+The group initialises through a file, so that it needs no port. What torchrun adds is tested with torchrun itself.
 """
 
 import multiprocessing
@@ -14,12 +14,12 @@ from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import peer_packages
 import torch
 from bare_python import exit_code
-from oracles import PACKAGES
 
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['imported_once'])
+CONTEXT.set_forkserver_preload(['preload'])
 
 
 class ProcessError(AssertionError):
@@ -38,7 +38,7 @@ def run_processes(target: Callable, *args, processes: int = 2, folder: Path, **e
         args: What can be pickled.
         processes: How many; with 1, there is a process group too.
         folder: Where they run.
-        env: Variables, beside those of torchrun.
+        env: Variables, in addition to those of torchrun.
 
     Raises:
         ProcessError: One of them failed; the others are ended.
@@ -97,13 +97,13 @@ def _enter(target: Callable, args: tuple, folder: str, variables: dict[str, str]
         stream.flush()
         os.dup2(log, stream.fileno())
     # as left by a test that ran before: mmengine would import the torchvision that lies there
-    sys.path[:] = [path for path in sys.path if path != PACKAGES]
+    sys.path[:] = [path for path in sys.path if path != peer_packages.FOLDER]
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
     code = 1
     try:
-        assert 'imported_once' in sys.modules, 'each process would import all by itself'
+        assert 'preload' in sys.modules, 'each process would import everything itself'
         torch.distributed.init_process_group(
             'gloo',
             init_method=f'file://{meet}/store',

@@ -1,4 +1,4 @@
-"""The command line tools: called in this process, in several processes, and as users run them."""
+"""Run the command line tools: in this process, in several processes, and as users run them."""
 
 import contextlib
 import functools
@@ -20,8 +20,8 @@ from processes import run_processes
 
 REPOSITORY = Path(__file__).parents[2]
 TOOLS, BENCHMARKS = REPOSITORY / 'tools', REPOSITORY / 'benchmarks'
-TINY = Path(__file__).parent / 'tiny'
-PLACE = (
+HELPERS = Path(__file__).parent
+DISTRIBUTED = (
     'NNODES',
     'NODE_RANK',
     'MASTER_ADDR',
@@ -40,14 +40,14 @@ def load_tool(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f'tool_{path.stem}', path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up by its name
-    with beside(path):
+    with folder_on_path(path):
         spec.loader.exec_module(module)
     return module
 
 
 @contextlib.contextmanager
-def beside(path: Path):
-    """Let tools import their neighbours, as Python does for a script."""
+def folder_on_path(path: Path):
+    """Put the folder of a script on `sys.path`, as Python does when it runs the script."""
     sys.path.insert(0, str(path.parent))
     try:
         yield
@@ -55,19 +55,19 @@ def beside(path: Path):
         sys.path.remove(str(path.parent))
 
 
-# ---------------------------------------------------------------- what runs leave
+# ---------------------------------------------------------------- state of the process
 
 
 def managers(base: type = ManagerMixin):
-    """The classes of which mmengine keeps instances by name: loggers, scopes, visualizers."""
+    """The classes of which mmengine keeps named instances: loggers, scopes, visualizers."""
     for manager in base.__subclasses__():
         yield manager
         yield from managers(manager)
 
 
 @contextlib.contextmanager
-def no_trace():
-    """Take back what a Runner or a tool's `main` leaves in the process."""
+def restored_process():
+    """Restore the state of the process that a Runner or a tool's `main` changes."""
     instances = {manager: manager._instance_dict.copy() for manager in managers()}
     environment, folder, argv, threads = dict(os.environ), os.getcwd(), sys.argv, torch.get_num_threads()
     deterministic, paths = torch.are_deterministic_algorithms_enabled(), sys.path.copy()
@@ -82,7 +82,7 @@ def no_trace():
         os.environ.update(environment)
         os.chdir(folder)
         sys.argv = argv
-        sys.path[:] = paths  # started processes get it, and import the torchvision of the oracles if they see it
+        sys.path[:] = paths  # started processes inherit it, and would import the torchvision of the peers
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
 
@@ -91,6 +91,7 @@ def no_trace():
 
 
 def free_port():
+    """A port that no program listens on."""
     with socket.socket() as probe:
         probe.bind(('', 0))
         return probe.getsockname()[1]
@@ -98,7 +99,7 @@ def free_port():
 
 @contextlib.contextmanager
 def taken_port(port: int = 0):
-    """Hold a port, or any; one that another program holds already is taken as well."""
+    """Listen on a port, or on any free one; the port may be in use already."""
     with socket.socket() as holder:
         with contextlib.suppress(OSError):
             holder.bind(('', port))
@@ -107,13 +108,14 @@ def taken_port(port: int = 0):
 
 
 def command(script, *args):
+    """Program and arguments that start a tool."""
     script = str(TOOLS / script)
     return [script] if script.endswith('.sh') else [sys.executable, script], list(map(str, args))
 
 
 def environment(**more):
-    """Variables for a process: those of this one, without what would make it a part of another run."""
-    ours = {name: value for name, value in os.environ.items() if name not in PLACE}
+    """Variables for a process: those of this one without `DISTRIBUTED`, so that it is not part of another run."""
+    ours = {name: value for name, value in os.environ.items() if name not in DISTRIBUTED}
     return {**ours, 'PYTHON': sys.executable, **more}
 
 
@@ -137,7 +139,10 @@ def call(folder: Path, script: str | Path, *args) -> str:
 
 def _call(folder: Path, script: str | Path, args: tuple) -> int | None:
     main = load_tool(TOOLS / script).main
-    with no_trace(), beside(TOOLS / script):  # a later run in the same second would take the loggers of this one
+    with (
+        restored_process(),
+        folder_on_path(TOOLS / script),
+    ):  # a later run in the same second would take the loggers of this one
         os.chdir(folder)
         return main([str(arg) for arg in args])
 
@@ -181,12 +186,12 @@ def run(folder, script, *args, **env):
 
 
 def metrics(folder: Path) -> dict:
-    """What a test has logged."""
+    """The metrics that a test run has logged."""
     return json.loads(max(folder.glob('20*/*.json')).read_text().splitlines()[-1])
 
 
 def check_training(folder: Path) -> None:
-    """A training has logged losses, and all of them are finite."""
+    """Assert that a training has logged losses, and that all of them are finite."""
     losses = [json.loads(line) for line in max(folder.glob('20*/vis_data/scalars.json')).open()]
     losses = [line['loss'] for line in losses if 'loss' in line]
     assert losses

@@ -1,9 +1,11 @@
-"""What Triton's interpreter needs to run the kernels on a CPU rightly, and in seconds instead of minutes."""
+"""Triton kernels on a CPU: corrections of the interpreter, and shortcuts with which it takes seconds, not minutes."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip('triton')
 import triton.language as tl
@@ -17,6 +19,25 @@ NUMPY_TYPES = {}
 GET_NUMPY_TYPE = interpreter._get_np_dtype
 # without its check of each operation with integers of 32 bits, which takes half of the time
 UNCHECKED = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor whose `is_cuda` is true, for checks that compute nothing."""
+
+    is_cuda = True
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """Fill allocated memory with NaN."""
+    former = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = former
+        torch.use_deterministic_algorithms(False)
 
 
 def multiply(self, a, b, *args):
@@ -54,15 +75,15 @@ def take_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, 'choose_tiles', lambda *_: tiles.TileConfig(128, 128, warps=4, stages=1))
 
 
-def mend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change the interpreter for one test."""
+def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one test, correct the interpreter and make it faster."""
     monkeypatch.setattr(interpreter.InterpreterBuilder, 'create_dot', multiply)
     monkeypatch.setattr(interpreter.InterpretedFunction, '__call__', call)
     monkeypatch.setattr(interpreter, '_get_np_dtype', numpy_type)
     monkeypatch.setattr(interpreter.interpreter_builder, 'options', UNCHECKED)
 
 
-def contract(monkeypatch: pytest.MonkeyPatch, side: int) -> None:
+def fuse_multiply_add(monkeypatch: pytest.MonkeyPatch, side: int) -> None:
     """For one test, round the sum or difference of a product and a number once, as GPUs do in a multiply-add.
 
     All of them are float32. Of two products, that on this `side` of the sum, 0 or 1, is the one that is not rounded.
@@ -101,7 +122,7 @@ def contract(monkeypatch: pytest.MonkeyPatch, side: int) -> None:
             monkeypatch.setattr(builder, name, change(getattr(builder, name)))
 
 
-def truncate(monkeypatch: pytest.MonkeyPatch) -> None:
+def truncate_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     """For one test, leave out the bits of float32 that the tensor cores of GPUs do not read in TF32."""
 
     def read(tile):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='on a GPU the 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
     """A faster interpreter."""
-    triton_interpreter.mend(monkeypatch)
+    triton_interpreter.patch(monkeypatch)
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from pathlib import Path
 import layouts
 import pytest
 import torch
+from loading_paths import ALL_STAGES, ARCH, detector_config, official_weights, source_backbone
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from safetensors.torch import save_file
-from test_roads import ALL_STAGES, ARCH, coords_table, detector_config, official_weights, source_backbone
 
 from swinv2_mm.checkpoints import CheckpointError
 from swinv2_mm.models import SwinTransformerV2
@@ -123,7 +123,7 @@ def add_flipped_bits(rng: random.Random) -> None:
 
 
 def rewritten(change: Callable[[str, bytes], object]) -> Callable[[Path], None]:
-    """A zip file with right checksums whose records went through `change`: None drops one, a list holds several."""
+    """A zip file with right checksums whose records went through `change`: None drops one, a list gives several."""
 
     def write(path: Path) -> None:
         with (
@@ -236,7 +236,7 @@ OTHER_OBJECTS = {
     'no state_dict': {'state_dict': None, 'meta': {}},
     'model that is a text': {'model': 'swinv2_tiny'},
     'model that is a list': {'model': [torch.ones(2)]},
-    'training state alone': {'optimizer': {'state': {}, 'param_groups': []}, 'epoch': 3},
+    'training state without weights': {'optimizer': {'state': {}, 'param_groups': []}, 'epoch': 3},
     'another network': {'state_dict': {'conv1.weight': torch.ones(8, 3, 7, 7), 'layer1.0.conv1.weight': torch.ones(8)}},
     'another detector': {
         'state_dict': {'backbone.conv1.weight': torch.ones(8, 3, 7, 7), 'bbox_head.weight': torch.ones(8)},
@@ -382,13 +382,13 @@ def add_types() -> None:
 
 def add_windows() -> None:
     tables = {
-        'of another window than its stage': coords_table(7, 7),
+        'of another window than its stage': layouts.coords_table(7, 7),
         'of even size': torch.zeros(1, 12, 12, 2),
-        'of no window': coords_table(6, 6) * 1.03,
+        'of no window': layouts.coords_table(6, 6) * 1.03,
         'of zeros': torch.zeros(1, 11, 11, 2),
         'of no numbers': torch.full((1, 11, 11, 2), torch.nan),
-        'flat': coords_table(6, 6).flatten(),
-        'whole': coords_table(6, 6).long(),
+        'flat': layouts.coords_table(6, 6).flatten(),
+        'whole': layouts.coords_table(6, 6).long(),
         'a text': 'table',
     }
     for kind, table in tables.items():
@@ -410,7 +410,7 @@ def add_windows() -> None:
     blocks = [name.removesuffix('logit_scale') for name in good() if name.endswith('logit_scale')]
     negative = {f'{block}cpb_mlp.pretrained_window_size': torch.tensor([-6, -6]) for block in blocks}
     all_negative = lambda: without(*no_tables)() | negative  # noqa: E731
-    add_weights('negative windows are stored alone', all_negative, 'pretrained_window_size must hold')
+    add_weights('only negative windows', all_negative, 'pretrained_window_size must be')
     add_weights('no table tells the windows', without(*no_tables), 'pretrained_window_sizes')
 
 
@@ -446,12 +446,12 @@ def model_and_state(kind: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]
 
 
 def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers, also those that no checkpoint holds."""
+    """Parameters and buffers, also those that no checkpoint has."""
     return dict(model.named_parameters()) | {f'buffer {name}': value for name, value in model.named_buffers()}
 
 
 def assert_refused(load: Callable[[torch.nn.Module], object], kind: str, *named: str) -> None:
-    """Loading fails with an error that holds these texts and more, and each parameter and buffer is what it was."""
+    """Loading fails with an error that contains these texts and more, and each parameter and buffer is what it was."""
     model, before = model_and_state(kind)
     with pytest.raises(CheckpointError) as refusal:
         load(model)
@@ -504,7 +504,7 @@ NO_WEIGHTS = ('list', 'tuple', 'tensor', 'number', 'text', 'none', 'dict of numb
 
 
 @pytest.mark.parametrize('name', NO_WEIGHTS)
-def test_a_detector_refuses_a_file_that_holds_something_else(name, tmp_path):
+def test_a_detector_refuses_a_file_without_weights(name, tmp_path):
     """Only files that can be read come to a model, so that those which cannot need no other one."""
     path = tmp_path / 'checkpoint.pth'
     CASES[f'{name} in a file'](path)
@@ -526,7 +526,7 @@ def test_a_detector_warns_of_a_file_without_its_backbone(name, tmp_path):
 
 @pytest.mark.parametrize('name', STATE_DICTS)
 def test_broken_weights_are_refused(name, tmp_path):
-    """As they are, and in a file; neither road is strict, which makes no difference."""
+    """As they are, and in a file; neither load is strict in the sense of torch, which makes no difference."""
     make, named = STATE_DICTS[name]
     assert_refused(lambda model: model.load_state_dict(make(), strict=False), 'backbone', named)
     path = tmp_path / 'checkpoint.pth'

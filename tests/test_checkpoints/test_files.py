@@ -18,7 +18,7 @@ def is_mapped(path: Path) -> bool:
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc')
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
-def test_weights_are_mapped(tmp_path, suffix):
+def test_read_checkpoint_maps_weights(tmp_path, suffix):
     path = tmp_path / f'weights{suffix}'
     save_file(WEIGHTS, path) if suffix == '.safetensors' else torch.save(WEIGHTS, path)
     weights = read_checkpoint(path)
@@ -28,7 +28,7 @@ def test_weights_are_mapped(tmp_path, suffix):
     assert not is_mapped(path)
 
 
-def test_an_optimizer_keeps_its_state_when_the_file_is_overwritten(tmp_path):
+def test_read_checkpoint_does_not_map_a_training_state(tmp_path):
     """Optimizers take the tensors that they are given, and the next checkpoint may have the same name."""
     path = tmp_path / 'epoch_1.pth'
     torch.save({'state_dict': WEIGHTS, 'optimizer': {'state': {0: WEIGHTS}}}, path)
@@ -38,12 +38,12 @@ def test_an_optimizer_keeps_its_state_when_the_file_is_overwritten(tmp_path):
         assert all(torch.equal(weights[name], value) for name, value in WEIGHTS.items())
 
 
-def test_files_from_before_torch_1_6_are_read(tmp_path):
+def test_read_checkpoint_from_before_torch_1_6(tmp_path):
     torch.save(WEIGHTS, tmp_path / 'a.pth', _use_new_zipfile_serialization=False)
     weights = read_checkpoint(tmp_path / 'a.pth')
     assert all(torch.equal(weights[name], value) for name, value in WEIGHTS.items())
 
 
-def test_tensors_go_where_they_are_asked_to(tmp_path):
+def test_read_checkpoint_map_location(tmp_path):
     torch.save(WEIGHTS, tmp_path / 'a.pth')
     assert read_checkpoint(tmp_path / 'a.pth', map_location='meta')['a'].is_meta

@@ -1,4 +1,4 @@
-"""Checkpoints of image models in video models, of every layout and by every road; and video ones in larger windows."""
+"""Checkpoints of image models in video models, in every layout; and video checkpoints in larger windows."""
 
 import copy
 import re
@@ -8,14 +8,14 @@ import layouts
 import oracles
 import pytest
 import torch
+from layouts import ARCH, PRETRAINED, arch_of, pretrained_of, save, source, weights_in_file
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner, load_checkpoint
 from mmengine.runner.checkpoint import save_checkpoint
-from test_layouts import ARCH, PRETRAINED, arch_of, in_file, pretrained_of, save, source
 
 from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict
-from swinv2_mm.checkpoints.windows import set_windows
+from swinv2_mm.checkpoints.conversion import write_windows
 from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
 from swinv2_mm.models.log_cpb import LogCPB
 
@@ -66,13 +66,13 @@ def inflated(name, value, frames):
     ('writer', 'frames'),
     [('official', 1), ('official', 2), ('hf_backbone', 4), ('msra_dense', 2), ('mmpretrain', 2), ('torchvision', 4)],
 )
-def test_a_file_of_any_layout_is_inflated(writer, frames, tmp_path):
+def test_inflate_a_file_of_any_layout(writer, frames, tmp_path):
     weights, model = source(writer)
     path = save(writer, model, tmp_path / 'file.pth')
     backbone = build(arch_of(writer), pretrained=pretrained_of(writer), patch_size=(frames, 4, 4))
     fresh = layouts.canonical(backbone)
     load_checkpoint(backbone, path)
-    expected = in_file(writer, weights)
+    expected = weights_in_file(writer, weights)
     for name, value in layouts.canonical(backbone).items():
         assert torch.equal(value, inflated(name, expected[name], frames) if name in expected else fresh[name]), name
     assert set(expected) <= set(fresh)
@@ -81,7 +81,7 @@ def test_a_file_of_any_layout_is_inflated(writer, frames, tmp_path):
 
 @pytest.mark.parametrize('window', [8, 16])
 @torch.no_grad()
-def test_a_still_clip_has_the_features_of_timm(window, tmp_path):
+def test_inflate_a_still_clip_has_the_features_of_timm(window, tmp_path):
     """An independent image model, its own file, and the video model that comes of it, at another window too."""
     oracles.find_peers()
     from timm.models.swin_transformer_v2 import SwinTransformerV2 as Peer
@@ -99,7 +99,7 @@ def test_a_still_clip_has_the_features_of_timm(window, tmp_path):
         torch.testing.assert_close(ours, theirs[:, :, None].expand_as(ours), rtol=1e-6, atol=1e-6)
 
 
-def test_the_patches_are_those_of_mmactions_own_inflation(tmp_path):
+def test_inflate_patch_embed_as_mmaction(tmp_path):
     """Swin V1 has the same patch embedding: its file goes through mmaction's code, the same weights through ours."""
     pytest.importorskip('mmaction')
     from mmaction.models import SwinTransformer3D
@@ -123,7 +123,7 @@ def test_the_patches_are_those_of_mmactions_own_inflation(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('writer', 'told', 'time'),
+    ('writer', 'pretrained', 'time'),
     [
         ('official', None, 4),
         ('official', PRETRAINED, 4),
@@ -134,9 +134,9 @@ def test_the_patches_are_those_of_mmactions_own_inflation(tmp_path):
         ('timm_new', None, None),
     ],
 )
-def test_time_is_scaled_by_what_the_config_says_or_by_the_own_window(writer, told, time):
+def test_window_of_time_is_that_of_the_config_or_of_the_model(writer, pretrained, time):
     _, model = source(writer)
-    backbone = build(pretrained=told)
+    backbone = build(pretrained=pretrained)
     if time is None:
         with pytest.raises(CheckpointError, match='pass pretrained_window_sizes to the backbone, one number per stage'):
             backbone.load_state_dict(model)
@@ -147,18 +147,18 @@ def test_time_is_scaled_by_what_the_config_says_or_by_the_own_window(writer, tol
 
 def test_a_config_that_contradicts_the_file_is_an_error():
     _, model = source('official')
-    with pytest.raises(CheckpointError, match='learnt with windows of 4x6x6 in stage 0, but the config says 0x8x8'):
+    with pytest.raises(CheckpointError, match='window of stage 0 is 4x6x6, but the config has 0x8x8'):
         build(pretrained=8).load_state_dict(model)
 
 
-def test_the_log_says_that_time_is_new():
+def test_inflate_logs_that_time_is_new():
     _, model = source('official')
     with layouts.recorded_log() as log:
         build().load_state_dict(model)
     (inflation,) = [line for line in log if 'inflated' in line]
     assert 'with 2 frames a patch' in inflation
     assert inflation.endswith('scaled by windows of 4, 4, 4, 4')
-    assert any('stage 3' in line and 'windows of 4x3x3' in line and 'used with 4x8x8' in line for line in log)
+    assert any('stage 3' in line and 'pre-training window 4x3x3' in line and 'used with 4x8x8' in line for line in log)
 
 
 @torch.no_grad()
@@ -191,19 +191,19 @@ def test_a_video_checkpoint_moves_to_larger_windows_on_every_axis(tmp_path):
         torch.testing.assert_close(before().unflatten(1, (7, 15, 15)), middle, rtol=1e-6, atol=1e-6)
 
 
-def test_what_a_user_says_of_a_video_checkpoint_is_about_height_and_width(tmp_path):
+def test_write_windows_of_height_and_width_into_a_video_checkpoint(tmp_path):
     """As the converter and the drawing of the bias take it: one number per stage."""
     backbone = build(pretrained=with_time(3))
     assert windows_of(backbone) == with_time(3)
     torch.save(backbone.state_dict(), tmp_path / 'file.pth')
     weights = load_swinv2_state_dict(str(tmp_path / 'file.pth'))
-    assert all(torch.equal(value, weights[name]) for name, value in set_windows(weights, PRETRAINED).items())
-    with pytest.raises(CheckpointError, match='learnt with windows of 3x6x6 in stage 0, but the config says 0x8x8'):
-        set_windows(weights, (8, 8, 8, 8))
+    assert all(torch.equal(value, weights[name]) for name, value in write_windows(weights, PRETRAINED).items())
+    with pytest.raises(CheckpointError, match='window of stage 0 is 3x6x6, but the config has 0x8x8'):
+        write_windows(weights, (8, 8, 8, 8))
 
 
 def test_a_video_checkpoint_does_not_fit_an_image_model():
-    with pytest.raises(CheckpointError, match='windows of 4x8x8, which have another number of axes than .*, 8x8'):
+    with pytest.raises(CheckpointError, match='is 4x8x8, which has another number of axes than .*, 8x8'):
         SwinTransformerV2(ARCH, 8).load_state_dict(build().state_dict())
 
 
@@ -213,7 +213,7 @@ def test_the_frames_of_a_patch_belong_to_a_video_checkpoint():
         other.load_state_dict(build().state_dict())
 
 
-# Roads
+# Loading paths
 
 
 def recognizer_config(init_cfg=None):
@@ -269,7 +269,7 @@ def by_init_recognizer(path, _):
     return init_recognizer(recognizer_config(), path, device='cpu')
 
 
-ROADS = {
+LOADING_PATHS = {
     'init_cfg': by_init_cfg,
     'load_checkpoint': by_load_checkpoint,
     'copy': by_copy,
@@ -279,17 +279,17 @@ ROADS = {
 }
 
 
-@pytest.mark.parametrize('road', ROADS)
-def test_every_road_inflates_an_image_file_for_a_recognizer(road, tmp_path):
+@pytest.mark.parametrize('loading_path', LOADING_PATHS)
+def test_inflate_an_image_file_for_a_recognizer(loading_path, tmp_path):
     pytest.importorskip('mmaction')
     weights, model = source('official')
-    backbone = ROADS[road](save('official', model, tmp_path / 'file.pth'), tmp_path).backbone
+    backbone = LOADING_PATHS[loading_path](save('official', model, tmp_path / 'file.pth'), tmp_path).backbone
     for name, value in layouts.canonical(backbone).items():
         assert torch.equal(value, inflated(name, weights[name], 2)), name
     assert windows_of(backbone) == with_time(4)
 
 
-def test_a_recognizer_remembers_the_windows_of_its_weights(tmp_path):
+def test_window_buffers_in_a_checkpoint_of_a_recognizer(tmp_path):
     """From images to a saved checkpoint, which needs no word in the config."""
     pytest.importorskip('mmaction')
     _, model = source('official')

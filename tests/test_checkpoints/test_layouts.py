@@ -1,12 +1,25 @@
-"""Every public layout of SwinV2 weights, by every road: written files to the bit, real models by their features."""
+"""Every public layout of Swin V2 on every loading path: written files to the bit, real models by their features."""
 
-import functools
 import re
 
 import layouts
 import oracles
 import pytest
 import torch
+from layouts import (
+    ARCH,
+    EXTRA_NORMS,
+    IMAGE,
+    PRETRAINED,
+    WINDOWS,
+    WITHOUT_TABLES,
+    WRITERS,
+    arch_of,
+    pretrained_of,
+    save,
+    source,
+    weights_in_file,
+)
 from mmengine.runner import load_checkpoint
 from safetensors.torch import save_file
 from torch import nn
@@ -14,74 +27,14 @@ from torch import nn
 from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict
 from swinv2_mm.models import SwinTransformerV2
 
-# no stage of one head: PyTorch multiplies by a single row in another order for each number of rows, one bit off
-ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16))
 TINY = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
-EXTRA_NORMS = dict(ARCH, extra_norm_every_n_blocks=2)
-WINDOWS, PRETRAINED, IMAGE = (8, 8, 8, 4), (6, 6, 6, 3), 128
-WRITERS = [
-    'official',
-    'simmim_pretrained',
-    'simmim_finetuned',
-    'msra_dense',
-    'mmpretrain',
-    'torchvision',
-    'timm_old',
-    'timm_new',
-    'hf_backbone',
-    'hf_classifier',
-    'hf_masked_image',
-]
-MICROSOFT = ('official', 'simmim_pretrained', 'simmim_finetuned')
-WITH_EXTRA_NORMS = ('msra_dense', 'mmpretrain')
-WITHOUT_TABLES = ('timm_old', 'timm_new', 'hf_backbone', 'hf_classifier', 'hf_masked_image')
 
 
 def build(arch=ARCH, window=WINDOWS, pretrained=None, **kwargs):
     return SwinTransformerV2(arch, window, pretrained, drop_path_rate=0.0, **kwargs)
 
 
-def arch_of(writer):
-    return EXTRA_NORMS if writer in WITH_EXTRA_NORMS else ARCH
-
-
-def pretrained_of(writer):
-    """What the user has to say: nothing, where the file holds tables."""
-    return PRETRAINED if writer in WITHOUT_TABLES else None
-
-
-@functools.cache
-def source_once(writer):
-    weights = layouts.canonical(oracles.randomize(build(arch_of(writer))))
-    return weights, getattr(layouts, writer)(weights, WINDOWS, PRETRAINED, IMAGE)
-
-
-def source(writer):
-    """Our weights, and the dict of the layout that is made from them; the dicts may be changed, not the tensors."""
-    weights, model = source_once(writer)
-    return dict(weights), dict(model)
-
-
-def save(writer, model, path):
-    if writer in MICROSOFT:
-        layouts.save_microsoft_file(model, path)
-    elif writer in WITH_EXTRA_NORMS:  # the two of OpenMMLab
-        torch.save({'meta': {'epoch': 300, 'CLASSES': ('tench', 'goldfish')}, 'state_dict': model}, path)
-    else:
-        torch.save(model, path)
-    return str(path)
-
-
-def in_file(writer, weights):
-    """Those of our weights that a file of this layout holds."""
-    kept = {
-        'msra_dense': ('norm0', 'norm1', 'norm2', 'norm3'),
-        'hf_backbone': (),
-    }.get(writer, ('norm3',))
-    return {k: v for k, v in weights.items() if not k.startswith('norm') or k.split('.')[0] in kept}
-
-
-def assert_holds(backbone, expected, fresh):
+def assert_weights(backbone, expected, fresh):
     """Weights of the file, and for the norms that it lacks those of a new layer; windows of all blocks."""
     for name, value in layouts.canonical(backbone).items():
         assert torch.equal(value, expected.get(name, fresh[name])), name
@@ -92,11 +45,11 @@ def assert_holds(backbone, expected, fresh):
 
 
 @pytest.mark.parametrize('writer', WRITERS)
-def test_a_file_becomes_the_canonical_weights(writer, tmp_path):
+def test_load_swinv2_state_dict_of_every_layout(writer, tmp_path):
     weights, model = source(writer)
     loaded = load_swinv2_state_dict(save(writer, model, tmp_path / 'file.pth'))
     windows = {k: loaded.pop(k).tolist() for k in list(loaded) if k.endswith('pretrained_window_size')}
-    expected = in_file(writer, weights)
+    expected = weights_in_file(writer, weights)
     assert loaded.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(loaded[name], value), name
@@ -112,33 +65,33 @@ def test_a_file_becomes_the_canonical_weights(writer, tmp_path):
 
 # every layout as a dict; as a file, where the name of the backbone and what is around the weights differ
 FILES = ('official', 'simmim_pretrained', 'msra_dense', 'hf_classifier')
-ROADS = [('load_state_dict', writer) for writer in WRITERS]
-ROADS += [(road, writer) for road in ('init_cfg_with_prefix', 'load_checkpoint') for writer in FILES]
-ROADS += [('init_cfg', 'mmpretrain'), ('init_cfg', 'torchvision')]
+LOADING_PATHS = [('load_state_dict', writer) for writer in WRITERS]
+LOADING_PATHS += [(path, writer) for path in ('init_cfg_with_prefix', 'load_checkpoint') for writer in FILES]
+LOADING_PATHS += [('init_cfg', 'mmpretrain'), ('init_cfg', 'torchvision')]
 
 
-@pytest.mark.parametrize(('road', 'writer'), ROADS)
-def test_every_road_leads_to_the_same_weights(writer, road, tmp_path):
+@pytest.mark.parametrize(('loading_path', 'writer'), LOADING_PATHS)
+def test_every_layout_on_every_loading_path(writer, loading_path, tmp_path):
     weights, model = source(writer)
     path = save(writer, model, tmp_path / 'file.pth')
     init_cfg = {
         'init_cfg': dict(type='Pretrained', checkpoint=path),
         'init_cfg_with_prefix': dict(type='Pretrained', checkpoint=path, prefix='backbone.'),
-    }.get(road)
+    }.get(loading_path)
     backbone = build(arch_of(writer), pretrained=pretrained_of(writer), init_cfg=init_cfg)
     fresh = layouts.canonical(backbone)
-    if road == 'load_checkpoint':
+    if loading_path == 'load_checkpoint':
         load_checkpoint(backbone, path)
-    elif road == 'load_state_dict':
+    elif loading_path == 'load_state_dict':
         backbone.load_state_dict(model)
     else:
         backbone.init_weights()
-    assert_holds(backbone, in_file(writer, weights), fresh)
+    assert_weights(backbone, weights_in_file(writer, weights), fresh)
 
 
 @pytest.mark.parametrize('stored', ['relative_coords_table', 'relative_position_index', 'attn_mask'])
-def test_buffers_that_older_releases_stored_are_no_obstacle(stored):
-    """Of transformers, on its hub: they are dropped, though not before the tables have told the windows."""
+def test_buffers_of_older_releases_are_dropped(stored):
+    """Of transformers, on its hub: they are dropped, after the windows have been read from the tables."""
     weights, model = source('hf_classifier')
     for name, value in layouts.stored_buffers(weights, WINDOWS, PRETRAINED, IMAGE).items():
         if name.endswith(stored):
@@ -146,7 +99,7 @@ def test_buffers_that_older_releases_stored_are_no_obstacle(stored):
     backbone = build(pretrained=None if stored == 'relative_coords_table' else PRETRAINED)
     fresh = layouts.canonical(backbone)
     backbone.load_state_dict(model)
-    assert_holds(backbone, in_file('hf_classifier', weights), fresh)
+    assert_weights(backbone, weights_in_file('hf_classifier', weights), fresh)
 
 
 def test_norms_of_stages_that_are_not_returned_are_not_needed():
@@ -155,7 +108,7 @@ def test_norms_of_stages_that_are_not_returned_are_not_needed():
     fresh = layouts.canonical(backbone)
     backbone.load_state_dict(model)
     expected = {k: v for k, v in weights.items() if not k.startswith(('norm', 'layers.2.downsample', 'layers.3'))}
-    assert_holds(backbone, expected, fresh)
+    assert_weights(backbone, expected, fresh)
 
 
 @pytest.mark.parametrize(
@@ -172,14 +125,14 @@ def test_files_of_another_precision_load_as_float32(writer, suffix, dtype, tmp_p
     model = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.items()}
     path = str(tmp_path / f'file{suffix}')
     torch.save(model, path) if suffix == '.pth' else save_file(model, path)
-    rounded = {k: v.to(dtype).float() for k, v in in_file(writer, weights).items()}
+    rounded = {k: v.to(dtype).float() for k, v in weights_in_file(writer, weights).items()}
     loaded = load_swinv2_state_dict(path)
     for name, value in rounded.items():
         assert torch.equal(loaded[name].float(), value), name
     backbone = build(pretrained=PRETRAINED, init_cfg=dict(type='Pretrained', checkpoint=path))
     fresh = layouts.canonical(backbone)
     backbone.init_weights()
-    assert_holds(backbone, rounded, fresh)
+    assert_weights(backbone, rounded, fresh)
 
 
 # Real models
@@ -256,7 +209,7 @@ def assert_same_features(backbone, features, model, image=256):
     x = torch.randn(1, 3, image, image, generator=torch.Generator().manual_seed(1))
     expected, final_norm = features(model, x)
     for i, (ours, theirs) in enumerate(zip(backbone.eval()(x), expected, strict=True)):
-        assert theirs.std() > 0.1, 'the stage says nothing'
+        assert theirs.std() > 0.1, 'the features of the stage are constant'
         assert (ours - oracles.apply_output_norm(backbone, i, theirs)).abs().max() == 0.0, i
     if final_norm is not None:
         last = final_norm(expected[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -337,7 +290,7 @@ def test_buffers_are_those_that_timm_computes():
 
 
 @torch.no_grad()
-def test_columns_of_a_merging_are_those_of_unfold():
+def test_mmpretrain_columns_are_those_of_unfold():
     """What mmpretrain does: unfold, then a linear layer with permuted columns, is the official concatenation."""
     x = torch.randn(2, 3, 6, 4, dtype=torch.float64)
     reduction = torch.randn(6, 12, dtype=torch.float64)
@@ -353,7 +306,7 @@ def test_columns_of_a_merging_are_those_of_unfold():
 
 
 def test_what_init_cfg_names_and_does_not_fit_is_named(tmp_path):
-    """For what else may be wrong and the other roads, see `test_damaged_files.py`."""
+    """For what else may be wrong and the other loading paths, see `test_damaged_files.py`."""
     _, model = source('official')
     del model['layers.2.blocks.1.attn.proj.weight']
     path = save('official', model, tmp_path / 'file.pth')
@@ -454,7 +407,7 @@ def pre_release_v2():
 
 
 @pytest.mark.parametrize(
-    ('model', 'says'),
+    ('model', 'message'),
     [
         (swin_v1, r'(?i)\bV1\b'),
         (torchvision_v1, r'(?i)\bV1\b'),
@@ -464,15 +417,15 @@ def pre_release_v2():
     ],
     ids=['Swin V1 of timm', 'Swin V1 of torchvision', 'ViT', 'swinv2_cr', 'anything'],
 )
-def test_files_of_other_models_are_refused_for_what_they_are(model, says, tmp_path):
+def test_files_of_other_models_are_refused_for_what_they_are(model, message, tmp_path):
     weights = model().state_dict()
     path = save('', weights, tmp_path / 'file.pth')
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         load_swinv2_state_dict(path)
     backbone = SwinTransformerV2(TINY, 4, 4, init_cfg=dict(type='Pretrained', checkpoint=path))
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         backbone.init_weights()
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         backbone.load_state_dict(weights)
 
 
@@ -486,7 +439,7 @@ def test_files_of_other_models_are_refused_for_what_they_are(model, says, tmp_pa
     ],
     ids=['channels', 'depths', 'heads', 'extra norms'],
 )
-def test_a_model_of_another_size_is_told_what_differs(arch, named):
+def test_error_names_what_differs_in_a_model_of_another_size(arch, named):
     _, model = source('official')
     with pytest.raises(CheckpointError, match=re.escape(named)):
         build(arch).load_state_dict(model)

@@ -8,11 +8,20 @@ import layouts
 import oracles
 import pytest
 import torch
+from loading_paths import (
+    ALL_STAGES,
+    ARCH,
+    PRETRAINED,
+    detector_config,
+    features,
+    official_weights,
+    same,
+    source_backbone,
+)
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from processes import run_processes
-from test_roads import ALL_STAGES, ARCH, PRETRAINED, detector_config, features, official_weights, same, source_backbone
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import StateDictType
@@ -23,7 +32,7 @@ from swinv2_mm.checkpoints import CheckpointError
 from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
 from swinv2_mm.models.block import SwinBlock
 
-TOLD = dict(ALL_STAGES, pretrained_window_sizes=PRETRAINED)
+PRETRAINED_AT_6 = dict(ALL_STAGES, pretrained_window_sizes=PRETRAINED)
 BLOCK = 'layers.0.blocks.0.'
 
 
@@ -149,9 +158,9 @@ def test_a_changed_backbone_loads_its_own_state(change, tmp_path):
     model.load_state_dict(expected)
     assert_same_state(model, expected)
 
-    torch.save({'state_dict': expected, 'meta': {}}, tmp_path / 'alone.pth')
+    torch.save({'state_dict': expected, 'meta': {}}, tmp_path / 'backbone.pth')
     model = changed(change)
-    load_checkpoint(model, str(tmp_path / 'alone.pth'), strict=True)
+    load_checkpoint(model, str(tmp_path / 'backbone.pth'), strict=True)
     assert_same_state(model, expected)
 
     whole = Net(source).state_dict()
@@ -162,7 +171,7 @@ def test_a_changed_backbone_loads_its_own_state(change, tmp_path):
 
 
 def test_what_a_changed_backbone_computes_is_what_was_saved():
-    source = oracles.randomize(add_lora(SwinTransformerV2(**TOLD), 'qkv|proj|fc'))
+    source = oracles.randomize(add_lora(SwinTransformerV2(**PRETRAINED_AT_6), 'qkv|proj|fc'))
     model = add_lora(SwinTransformerV2(**ALL_STAGES), 'qkv|proj|fc')
     before = features(model)
     model.load_state_dict(source.state_dict())
@@ -230,7 +239,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize('part', PARTS)
-@pytest.mark.parametrize('make', [nn.Identity, Net], ids=['alone', 'in a model'])
+@pytest.mark.parametrize('make', [nn.Identity, Net], ids=['backbone', 'in a model'])
 def test_a_part_is_taken_as_by_torch(part, make, monkeypatch):
     def model(**options):
         backbone = add_lora(SwinTransformerV2(**ALL_STAGES | options), 'qkv')
@@ -250,7 +259,7 @@ def test_a_part_is_taken_as_by_torch(part, make, monkeypatch):
 
 
 def test_the_log_names_what_stays():
-    model = add_lora(SwinTransformerV2(**TOLD), 'blocks.0.attn.qkv')
+    model = add_lora(SwinTransformerV2(**PRETRAINED_AT_6), 'blocks.0.attn.qkv')
     with layouts.recorded_log() as log:
         model.load_state_dict(take(model.state_dict(), r'lora_|layers\.[123]'), strict=False)
     (line,) = [line for line in log if 'lacks' in line]
@@ -262,31 +271,31 @@ def test_the_log_names_what_stays():
 def test_a_position_bias_needs_its_window_in_a_part_too():
     """One that is replaced; with a window of the config, or without a bias, there is nothing to ask."""
     state = take(source_backbone().state_dict(), r'cpb_mlp\.[02]')
-    with pytest.raises(CheckpointError, match=r'does not say which windows .*\(stage 0\)'):
+    with pytest.raises(CheckpointError, match=r'window of stage 0 is unknown'):
         SwinTransformerV2(**ALL_STAGES).load_state_dict(state, strict=False)
-    model = SwinTransformerV2(**TOLD)
+    model = SwinTransformerV2(**PRETRAINED_AT_6)
     model.load_state_dict(state, strict=False)
     assert model.layers[3].blocks[0].attn.cpb_mlp.pretrained_window_size.tolist() == [3, 3]
 
 
 @pytest.mark.parametrize(
-    ('name', 'value', 'says'),
+    ('name', 'value', 'message'),
     [
         (f'{BLOCK}mlp.fc1.bias', torch.ones(3), r'\(3,\) for \(64,\)'),
-        (f'{BLOCK}mlp.fc1.bias', [1.0], r'no tensors: .*fc1\.bias'),
+        (f'{BLOCK}mlp.fc1.bias', [1.0], r'not tensors: .*fc1\.bias'),
         (f'{BLOCK}mlp.fc1.bias', torch.ones(64, dtype=torch.int8), r'torch\.int8'),
         (f'{BLOCK}mlp.fc3.bias', torch.ones(64), 'no Swin V2'),
     ],
 )
-def test_a_part_that_does_not_fit_is_an_error(name, value, says):
+def test_a_part_that_does_not_fit_is_an_error(name, value, message):
     model = SwinTransformerV2(**ALL_STAGES)
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         model.load_state_dict({name: value, f'{BLOCK}mlp.fc2.bias': torch.ones(16)}, strict=False)
     assert not model.layers[0].blocks[0].mlp.fc2.bias.any()
 
 
 def test_a_part_of_another_layout_is_an_error():
-    """Names that are not ours: nobody can say what was left out on purpose."""
+    """Names that are not ours: what was left out on purpose is unknown."""
     state = official_weights(source_backbone())
     del state[f'{BLOCK}mlp.fc2.bias']
     with pytest.raises(CheckpointError, match=r'missing: .*mlp\.fc2\.bias'):
@@ -351,7 +360,7 @@ def test_the_init_cfg_of_a_model_names_a_whole_backbone_too(prefix, tmp_path):
 
 @pytest.mark.parametrize('roots', [['model.backbone.'], ['teacher.backbone.', 'student.backbone.'], ['img_backbone.']])
 def test_a_backbone_that_lies_elsewhere_in_the_file_is_not_passed_over(roots, tmp_path):
-    """With the way out that the message gives, it is loaded."""
+    """It is loaded as the message proposes."""
     source = source_backbone()
     state = {f'{root}{name}': value for root in roots for name, value in source.state_dict().items()}
     torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'file.pth')
@@ -368,7 +377,7 @@ def test_a_damaged_swin_v2_is_no_other_architecture(root, tmp_path):
     """One of another architecture has nothing of a Log-CPB; this one lacks what its layout is recognised by."""
     state = {f'{root}{n}': v for n, v in source_backbone().state_dict().items() if not n.endswith('cpb_mlp.0.weight')}
     torch.save({'state_dict': state | {f'{root}more.weight': torch.ones(1)}, 'meta': {}}, tmp_path / 'file.pth')
-    with pytest.raises(CheckpointError, match=r'it holds (no Swin V2 that|a Swin V2 that is not whole)'):
+    with pytest.raises(CheckpointError, match=r'it contains (no Swin V2|an incomplete Swin V2)'):
         load_checkpoint(Net(SwinTransformerV2(**ALL_STAGES)), str(tmp_path / 'file.pth'))
 
 
@@ -464,7 +473,7 @@ def test_a_video_model_of_fewer_stages_takes_an_image_file():
 
 
 @pytest.mark.parametrize(
-    ('name', 'value', 'says'),
+    ('name', 'value', 'message'),
     [
         ('layers.2.blocks.2.norm1.weight', torch.ones(64), r'unexpected: layers\.2\.blocks\.2\.norm1\.weight'),
         ('layers.3.blocks.0.mlp.fc2.bias', None, r'unexpected: .*layers\.3\.'),
@@ -472,9 +481,9 @@ def test_a_video_model_of_fewer_stages_takes_an_image_file():
         ('layers.4.blocks.0.norm1.weight', torch.ones(16), r'unexpected: .*layers\.3\.'),
     ],
 )
-def test_only_whole_stages_are_left_out(name, value, says):
+def test_only_whole_stages_are_left_out(name, value, message):
     """What both have must have the same depth, and what is incomplete belongs to no Swin V2."""
     state = official_weights(source_backbone()) | {name: value}
     state = {name: value for name, value in state.items() if value is not None}
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         cut().load_state_dict(state)

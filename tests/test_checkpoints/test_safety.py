@@ -1,4 +1,4 @@
-"""No road executes anything that a checkpoint holds. Payloads that got through would leave a file behind."""
+"""No loading path executes anything in a checkpoint. A payload that was executed would leave a file behind."""
 
 import argparse
 import contextlib
@@ -15,12 +15,9 @@ import types
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.logging import HistoryBuffer, MessageHub
-from mmengine.runner import CheckpointLoader
-from test_roads import (
+from loading_paths import (
+    LOADING_PATHS,
     PRETRAINED,
-    ROADS,
     by_load_checkpoint,
     by_resume,
     detector_config,
@@ -30,6 +27,9 @@ from test_roads import (
     start_training,
     train_once,
 )
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.runner import CheckpointLoader
 from tool_runs import call, refuse
 
 from swinv2_mm import config_path
@@ -60,7 +60,7 @@ def marker(tmp_path):
 
 
 def load(path):
-    """What every road of mmengine's calls first."""
+    """What every loading path of mmengine calls first."""
     return CheckpointLoader.load_checkpoint(str(path), map_location='cpu')
 
 
@@ -85,7 +85,7 @@ def touch(marker):
 
 
 def lookup(*names):
-    """A builtin, found through attributes and `dict.get` alone, from a class that mmengine's logs need."""
+    """A builtin, found through attributes and `dict.get` only, from a class that mmengine's logs need."""
     value = HistoryBuffer
     for name in ('__init__', '__globals__'):
         value = Call(getattr, value, name)
@@ -108,7 +108,7 @@ PAYLOADS = {
         lambda marker: Call(Call(getattr, Call(importlib.import_module, 'os'), 'system'), f'touch {marker}'),
         r'import_module|getattr',
     ),
-    'getattr alone': (lambda marker: Call(lookup('exec'), touch(marker)), r'getattr|__init__'),
+    'getattr only': (lambda marker: Call(lookup('exec'), touch(marker)), r'getattr|__init__'),
     'a pickle within': (
         lambda marker: Call(torch.storage._load_from_bytes, pickled(Call(os.system, f'touch {marker}'))),
         r'_load_from_bytes',
@@ -124,7 +124,7 @@ CONTAINERS = {
 
 
 def hide(payload, weights, container='torch'):
-    """Put a payload beside real weights. A plain pickle gets arrays: tensors themselves are code in it."""
+    """Put a payload next to real weights. A plain pickle gets arrays: tensors themselves are code in it."""
     if container.startswith('pickle'):
         weights = {name: value.numpy() for name, value in weights.items()}
     return {'model': weights, 'optimizer': {'state': payload}}
@@ -132,7 +132,7 @@ def hide(payload, weights, container='torch'):
 
 # every payload as torch writes it, and in pickles that name classes in one way or another; every container
 HIDDEN = [(payload, container) for payload in PAYLOADS for container in ('torch', 'pickle 2', 'pickle 4')]
-HIDDEN += [('os.system', 'old torch'), ('getattr alone', 'old torch'), ('os.system', 'pickle 5')]
+HIDDEN += [('os.system', 'old torch'), ('getattr only', 'old torch'), ('os.system', 'pickle 5')]
 
 
 @pytest.mark.parametrize(('payload', 'container'), HIDDEN)
@@ -171,16 +171,16 @@ def test_a_payload_is_found_wherever_it_is(place, state, marker, tmp_path):
 
 
 # the different ways to a file: ours, mmengine's loaders of files and addresses, and what is built upon them
-FILE_ROADS = ('load_state_dict_of_the_dict', 'load_checkpoint', 'http', 'init_cfg_with_prefix', 'init_model', 'resume')
+FILE_PATHS = ('load_state_dict_of_the_dict', 'load_checkpoint', 'http', 'init_cfg_with_prefix', 'init_model', 'resume')
 
 
-@pytest.mark.parametrize('road', FILE_ROADS)
-def test_a_payload_is_refused_on_every_road(road, state, weights, marker, tmp_path, folder):
+@pytest.mark.parametrize('loading_path', FILE_PATHS)
+def test_a_payload_is_refused_on_every_loading_path(loading_path, state, weights, marker, tmp_path, folder):
     payload = Call(os.system, f'touch {marker}')
     path = tmp_path / 'swinv2_tiny_patch4_window8_256.pth'  # a name that is known makes no difference
-    torch.save(state | {'optimizer': payload} if road == 'resume' else hide(payload, weights), path)
+    torch.save(state | {'optimizer': payload} if loading_path == 'resume' else hide(payload, weights), path)
     with pytest.raises(UnsafeCheckpointError, match=r'posix\.system'):
-        (ROADS | dict(resume=by_resume))[road](path, folder)
+        (LOADING_PATHS | dict(resume=by_resume))[loading_path](path, folder)
     assert not marker.exists()
 
 
@@ -208,7 +208,7 @@ def test_the_converter_refuses_a_payload(weights, marker, tmp_path):
 
 
 def quoted(code):
-    """Code in a string literal that holds no quotes, for templates."""
+    """Code in a string literal without quotes, for templates."""
     return code.replace("'", r'\047').replace('"', r'\042')
 
 
@@ -257,7 +257,7 @@ def config_text(form, marker, folder, monkeypatch):
 
 
 @pytest.mark.parametrize('form', CODE)
-def test_a_config_that_is_code_is_refused(form, state, marker, tmp_path, folder, monkeypatch):
+def test_check_configs_refuses_code(form, state, marker, tmp_path, folder, monkeypatch):
     text = config_text(form, marker, tmp_path, monkeypatch)
     kept = state if form in RESUMED else {'meta': {}}
     torch.save(kept | {'meta': kept['meta'] | {'config': text}}, tmp_path / 'a.pth')
@@ -272,9 +272,7 @@ def test_a_config_that_is_code_is_refused(form, state, marker, tmp_path, folder,
 
 
 @pytest.mark.parametrize('place', ['config', 'cfg'])
-def test_a_module_that_nobody_has_imported_is_not_imported_for_a_checkpoint(
-    place, state, marker, tmp_path, folder, monkeypatch
-):
+def test_check_configs_imports_no_module(place, state, marker, tmp_path, folder, monkeypatch):
     module = tmp_path / f'payload_{tmp_path.name}.py'
     module.write_text(f'made = {touch(marker)}.name\n')
     monkeypatch.syspath_prepend(tmp_path)
@@ -290,8 +288,8 @@ def test_a_module_that_nobody_has_imported_is_not_imported_for_a_checkpoint(
 
 
 @pytest.mark.parametrize('place', [('meta', 'cfg'), ('message_hub', 'runtime_info', 'cfg')])
-def test_the_config_that_inferencers_execute_is_looked_at(place, marker, tmp_path):
-    """Mmengine's BaseInferencer takes it from these places if it is given weights alone."""
+def test_check_configs_of_inferencers(place, marker, tmp_path):
+    """Mmengine's BaseInferencer takes it from these places if it is given only weights."""
     holder = state = {'state_dict': {}, 'meta': {}}
     for key in place[:-1]:
         holder = holder.setdefault(key, {})
@@ -326,7 +324,7 @@ def real_config(task):
 
 
 @pytest.mark.parametrize('task', REAL_CONFIGS)
-def test_a_real_config_is_data(task, tmp_path):
+def test_check_configs_accepts_real_configs(task, tmp_path):
     text = real_config(task)
     assert len(text) > 3000
     torch.save({'state_dict': {}, 'meta': {'config': text}}, tmp_path / 'a.pth')
@@ -400,12 +398,12 @@ def test_settings_in_official_files_are_data(container, weights, tmp_path, monke
     by_load_checkpoint(path, tmp_path)
 
 
-# ---------------------------------------------------------------- the way out
+# ---------------------------------------------------------------- trusted files
 
 
 @pytest.fixture
 def with_a_class(weights, tmp_path):
-    """Real weights beside an instance of a class that nothing here knows, and that is harmless."""
+    """Real weights next to an instance of an unknown class, which is harmless."""
     torch.save({'model': weights, 'ratio': fractions.Fraction(1, 2)}, tmp_path / 'a.pth')
     return tmp_path / 'a.pth'
 

@@ -10,7 +10,7 @@ from mmengine.config import Config, DictAction
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODELS, DefaultScope
 from nano import ARCH, CHANNELS
-from nano_det import narrow
+from nano.det import narrow
 from processes import ProcessError, run_processes
 from torch import nn
 

@@ -11,11 +11,11 @@ from mmengine.runner import Runner, load_checkpoint
 from nano import closest, train_a_step
 from tool_runs import TOOLS, load_tool
 
-from swinv2_mm.checkpoints import releases
+from swinv2_mm.checkpoints import loaders
 from swinv2_mm.cli import launch
 
 pytest.importorskip('mmdet')
-from nano_det import narrow, shrink, shrink_model, write_shapes
+from nano.det import narrow, shrink, shrink_model, write_shapes
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'det'
 LEAVES = sorted(p.stem for p in CONFIGS.glob('*.py'))
@@ -179,9 +179,8 @@ def test_starts_from_weights_of_its_size_and_windows(name):
     windows = backbone.pretrained_window_sizes
     assert backbone.init_cfg.type == 'Pretrained'
     assert backbone.arch in backbone.init_cfg.checkpoint
-    assert releases.find(backbone.init_cfg.checkpoint).windows == (
-        windows if isinstance(windows, tuple) else (windows,) * 4
-    )
+    release = loaders.find_release(backbone.init_cfg.checkpoint)
+    assert release.windows == (windows if isinstance(windows, tuple) else (windows,) * 4)
 
 
 def test_htc_is_that_of_mmdet():
@@ -276,8 +275,8 @@ def test_proposals_keep_their_pixels_in_bfloat16():
     assert {tuple(b) for b in boxes.round(decimals=2).tolist()} <= known
 
 
-def test_the_page_on_large_training_changes_nothing_but_the_number_of_gpus(tmp_path):
-    page = (CONFIGS.parents[1] / 'docs/large_training.md').read_text()
+def test_the_page_on_large_models_changes_nothing_but_the_number_of_gpus(tmp_path):
+    page = (CONFIGS.parents[1] / 'docs/large_models.md').read_text()
     leaf = tmp_path / 'leaf.py'
     leaf.write_text(re.search(r"```python\n(_base_ = 'swinv2_mm::.*?)```", page, re.DOTALL)[1])
     base, cfg = read('htc_swinv2_g'), Config.fromfile(leaf)

@@ -8,9 +8,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from nano import closest, smaller_backbone, train_a_step
-from nano_seg import shrink, write_ade20k
+from nano.seg import shrink, write_ade20k
 
-from swinv2_mm.checkpoints import releases
+from swinv2_mm.checkpoints import loaders
 from swinv2_mm.cli import launch
 
 pytest.importorskip('mmseg')
@@ -160,9 +160,8 @@ def test_starts_from_weights_of_its_size_and_windows(name):
         return
     windows = backbone.pretrained_window_sizes
     assert backbone.arch in backbone.init_cfg.checkpoint
-    assert releases.find(backbone.init_cfg.checkpoint).windows == (
-        windows if isinstance(windows, tuple) else (windows,) * 4
-    )
+    release = loaders.find_release(backbone.init_cfg.checkpoint)
+    assert release.windows == (windows if isinstance(windows, tuple) else (windows,) * 4)
 
 
 def test_the_metafile_lists_every_config():

@@ -11,9 +11,9 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from nano import closest, smaller_backbone, train_a_step
-from nano_video import shrink, write_kinetics400
+from nano.video import shrink, write_kinetics400
 
-from swinv2_mm.checkpoints import releases
+from swinv2_mm.checkpoints import loaders
 from swinv2_mm.cli import launch
 
 pytest.importorskip('mmaction')
@@ -170,7 +170,8 @@ def mmaction_configs() -> Path:
 def test_starts_from_weights_of_its_size_with_known_windows(name):
     backbone = read(name).model.backbone
     assert backbone.arch in backbone.init_cfg.checkpoint
-    assert releases.find(backbone.init_cfg.checkpoint).windows == ((12, 12, 12, 6) if '_l_' in name else (8,) * 4)
+    release = loaders.find_release(backbone.init_cfg.checkpoint)
+    assert release.windows == ((12, 12, 12, 6) if '_l_' in name else (8,) * 4)
 
 
 # ---------------------------------------------------------------- G: both stages of A2.2, and Table 5

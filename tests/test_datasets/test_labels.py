@@ -1,4 +1,4 @@
-"""Label maps as files: what mmsegmentation reads of them, and what is refused with a name."""
+"""CheckLabels on label files read by mmsegmentation: valid ones pass, errors name the file."""
 
 import cv2
 import numpy as np
@@ -34,23 +34,26 @@ def read(tmp_path):
     return run
 
 
-def test_all_labels_of_ade20k_are_read(read):
+def test_check_labels_accepts_all_labels_of_ade20k(read):
     labels = read(Image.fromarray(LABELS))
     assert (labels == np.where(LABELS == 0, 255, LABELS.astype(int) - 1)).all()
 
 
-def test_a_palette_image_is_read_by_its_indices(read):
+def test_check_labels_accepts_a_palette_image(read):
     image = Image.fromarray(LABELS, mode='P')
     image.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
     assert (read(image) == read(Image.fromarray(LABELS))).all()
 
 
-def test_an_image_of_colours_is_refused(read, tmp_path):
-    with pytest.raises(ValueError, match=rf'{tmp_path}/a.png has the shape \(2, 151, 3\) .* one index for each pixel'):
+def test_check_labels_rejects_a_colour_image(read, tmp_path):
+    with pytest.raises(
+        ValueError,
+        match=rf'{tmp_path}/a.png has the shape \(2, 151, 3\) of a colour image: it must have one index for each',
+    ):
         read(Image.fromarray(LABELS).convert('RGB'))
 
 
-def test_the_map_of_another_image_is_refused(read):
+def test_check_labels_rejects_the_label_map_of_another_image(read):
     with pytest.raises(ValueError, match=r'of size \(2, 151\), its image of size \(4, 4\)'):
         read(Image.fromarray(LABELS), size=(4, 4))
 
@@ -58,23 +61,23 @@ def test_the_map_of_another_image_is_refused(read):
 @pytest.mark.parametrize(
     ('reduce_zero_label', 'value', 'shown'), [(True, 151, 150), (True, 254, 253), (False, 150, 150)]
 )
-def test_a_label_that_is_none_is_named(read, tmp_path, reduce_zero_label, value, shown):
+def test_check_labels_names_an_invalid_label(read, tmp_path, reduce_zero_label, value, shown):
     labels = LABELS % 150
     labels[1, 3] = value
-    with pytest.raises(ValueError, match=rf'{tmp_path}/a.png holds \[{shown}\]: labels are 0 to 149, or 255'):
+    with pytest.raises(ValueError, match=rf'{tmp_path}/a.png contains \[{shown}\]: labels are 0 to 149, or 255'):
         read(Image.fromarray(labels), reduce_zero_label=reduce_zero_label)
 
 
-def test_ignored_pixels_are_fine(read):
+def test_check_labels_accepts_ignored_pixels(read):
     labels = LABELS % 150
     labels[0, :5] = 255
     assert (read(Image.fromarray(labels), reduce_zero_label=False) == labels).all()
 
 
-def test_a_missing_map_is_named(tmp_path):
-    """By the configured data set, for an image whose label is not there."""
+def test_missing_label_map_is_named(tmp_path):
+    """Raised by the dataset of a config for an image without a label file."""
     from mmseg.registry import DATASETS
-    from nano_seg import write_ade20k
+    from nano.seg import write_ade20k
 
     from swinv2_mm import config_path
     from swinv2_mm.cli import launch

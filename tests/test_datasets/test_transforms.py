@@ -1,4 +1,7 @@
-"""Image, masks, boxes and map stay together: instances have flat colours, so that the image tells where they are."""
+"""InstaBoost keeps image, masks, boxes and semantic map consistent.
+
+Instances have flat colours, so that their position can be read from the image.
+"""
 
 import colorsys
 import copy
@@ -33,14 +36,14 @@ needs_instaboost = pytest.mark.skipif(
 needs_coco_mini = pytest.mark.skipif(not DATA.is_dir(), reason=f'{DATA} does not exist')
 
 
-def draw_anew(seed: int = 0) -> None:
+def seed_all(seed: int = 0) -> None:
     random.seed(seed)
     np.random.seed(seed)
 
 
 @pytest.fixture(autouse=True)
 def _mmdet_scope_and_fixed_seed():
-    draw_anew()
+    seed_all()
     with DefaultScope.overwrite_default_scope('mmdet'):
         yield
 
@@ -55,12 +58,12 @@ def rectangle(x1: int, y1: int, x2: int, y2: int) -> list[int]:
     return [x1, y1, x2, y1, x2, y2, x1, y2]
 
 
-# (class of the semantic map, polygons); the label of an instance is its number
+# (class in the semantic map, polygons); the label of an instance is its index
 SCENE = [
     (0, [[60, 30, 95, 65, 60, 100, 25, 65]]),
     (16, [rectangle(150, 20, 180, 60), rectangle(185, 30, 215, 50)]),  # two parts
     (2, [rectangle(40, 130, 110, 200)]),
-    (0, [rectangle(90, 160, 140, 220)]),  # pasted with the one before, over a part of it
+    (0, [rectangle(90, 160, 140, 220)]),  # overlaps the one before, so that both move as a group
     (40, [rectangle(230, 100, 270, 180)]),  # next to the one below
     (41, [rectangle(272, 100, 310, 180)]),
     (7, [rectangle(285, 0, 320, 40)]),  # at the border
@@ -68,7 +71,7 @@ SCENE = [
 
 
 def painted(scene: list, height: int = 240, width: int = 320, crowd: tuple[int, ...] = ()) -> dict:
-    """What a dataset and `LoadAnnotations` give for the scene: flat colours on grey, and a map of things on grass."""
+    """Output of a dataset and `LoadAnnotations` for a scene: flat colours on grey, and a semantic map with grass."""
     img = np.full((height, width, 3), BACKGROUND, np.uint8)
     seg_map = np.full((height, width), GRASS, np.uint8)
     instances = []
@@ -93,18 +96,18 @@ def masks_of(instances: list[dict], height: int, width: int) -> np.ndarray:
 
 
 def shown(img: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Number of the instance that each pixel shows, or -1, and whether it is clear: no edge within two pixels."""
+    """Index of the instance that each pixel shows, or -1, and whether there is no edge within two pixels."""
     palette = np.concatenate((np.array([BACKGROUND]), colours(number))).astype(np.float32)
-    distances = (palette**2).sum(-1) - 2 * img.astype(np.float32) @ palette.T  # squared, less what all have in common
+    distances = (palette**2).sum(-1) - 2 * img.astype(np.float32) @ palette.T  # squared, without the term |pixel|^2
     nearest = distances.argmin(-1).astype(np.int16) - 1
     kernel = np.ones((5, 5), np.uint8)
     clear = cv2.dilate(nearest, kernel) == cv2.erode(nearest, kernel)
-    clear[[0, -1]] = clear[:, [0, -1]] = False  # of an edge beyond the border, nothing is known
+    clear[[0, -1]] = clear[:, [0, -1]] = False  # there may be an edge just outside the image
     return nearest, clear
 
 
-def assert_together(results: dict, scene: list) -> int:
-    """Every pixel clear of edges is what masks, boxes and map say it is; returns the number of clear thing pixels."""
+def assert_consistent(results: dict, scene: list) -> int:
+    """Compare pixels away from edges with masks, boxes and semantic map; return the number of those on instances."""
     seen, clear = shown(results['img'], len(scene))
     masks = results['gt_masks'].to_ndarray().astype(bool)
     labels = results['gt_bboxes_labels'].tolist()
@@ -112,15 +115,17 @@ def assert_together(results: dict, scene: list) -> int:
     assert {int(i) for i in np.unique(seen[clear])} <= {-1, *labels}
     others = masks.sum(0)
     for label, mask, box in zip(labels, masks, results['gt_bboxes'].tensor.tolist(), strict=True):
-        there = (seen == label) & clear
-        assert mask[there].all(), f'instance {label} is seen outside its mask'
-        assert (seen[mask & clear & (others == 1)] == label).all(), f'the mask of {label} covers something else'
-        assert (results['gt_seg_map'][there] == scene[label][0]).all(), f'the map shows another class than {label}'
+        visible = (seen == label) & clear
+        assert mask[visible].all(), f'instance {label} is visible outside its mask'
+        assert (seen[mask & clear & (others == 1)] == label).all(), f'the mask of {label} covers another instance'
+        assert (results['gt_seg_map'][visible] == scene[label][0]).all(), (
+            f'the semantic map has another class than {label}'
+        )
         ys, xs = np.nonzero(mask)
         assert np.abs(np.subtract(box, (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))).max() <= 1
     empty = (seen == -1) & clear
     assert not masks[:, empty].any()
-    assert np.isin(results['gt_seg_map'][empty], (GRASS, IGNORE)).all(), 'the map claims an instance that is gone'
+    assert np.isin(results['gt_seg_map'][empty], (GRASS, IGNORE)).all(), 'the semantic map still has a moved instance'
     return int((clear & (seen >= 0)).sum())
 
 
@@ -134,16 +139,16 @@ FLIPPED = dict(action_candidate=('normal', 'horizontal', 'vertical'), action_pro
 @pytest.mark.parametrize(
     ('how', 'seed'),
     [({}, 0), ({}, 1), (FLIPPED, 1), (FLIPPED, 2), (dict(hflag=True), 2)],
-    ids=['moved', 'moved_otherwise', 'flipped', 'flipped_otherwise', 'by_heatmap'],
+    ids=['moved', 'moved_2', 'flipped', 'flipped_2', 'heatmap'],
 )
-@pytest.mark.filterwarnings('ignore:invalid value encountered')  # of the heatmap where all places are alike
-def test_moved_instances_take_masks_boxes_and_map_along(how, seed):
+@pytest.mark.filterwarnings('ignore:invalid value encountered')  # from the heatmap, where all places are equal
+def test_instaboost_moves_masks_boxes_and_semantic_map(how, seed):
     before = painted(SCENE)
-    draw_anew(seed)
+    seed_all(seed)
     after = TRANSFORMS.build(STRONG | how).transform(copy.deepcopy(before))
-    assert assert_together(after, SCENE) > 8000
+    assert assert_consistent(after, SCENE) > 8000
     assert (after['gt_seg_map'] != before['gt_seg_map']).mean() > 0.02
-    # as the map is that of the image before where nothing was, or came from
+    # the semantic map is unchanged where no instance was before or after
     touched = before['gt_masks'].to_ndarray().any(0) | after['gt_masks'].to_ndarray().any(0)
     assert (after['gt_seg_map'][~touched] == GRASS).all()
     gone = before['gt_masks'].to_ndarray().any(0) & ~after['gt_masks'].to_ndarray().any(0)
@@ -152,13 +157,13 @@ def test_moved_instances_take_masks_boxes_and_map_along(how, seed):
 
 
 @needs_instaboost
-def test_a_mask_ends_where_a_later_group_was_pasted_over_it():
+def test_instaboost_removes_covered_pixels_from_masks():
     apart = [SCENE[0], (3, [rectangle(102, 30, 170, 100)]), (5, [rectangle(180, 30, 250, 100)])]
     transform = TRANSFORMS.build(STRONG | dict(scale=(1.3, 1.5)))
     overlaps = 0
     for _ in range(5):
         after = transform.transform(painted(apart))
-        assert_together(after, apart)
+        assert_consistent(after, apart)
         masks = after['gt_masks'].to_ndarray()
         assert masks.sum(0).max() == 1
         whole = masks_of(painted(apart)['instances'], 240, 320).sum((1, 2)) * 1.3**2 * 0.98
@@ -168,41 +173,41 @@ def test_a_mask_ends_where_a_later_group_was_pasted_over_it():
 
 @needs_instaboost
 @pytest.mark.parametrize('hflag', [False, True])
-def test_the_image_is_that_of_instaboostfast(hflag):
-    """Whose own annotations come through NumPy 1.24 and later where every mask is of one part, as here."""
+def test_instaboost_image_equals_instaboostfast(hflag):
+    """With masks of one part, for which the annotations of instaboostfast work with NumPy >= 1.24."""
     from instaboostfast import InstaBoostConfig, get_new_data
 
     scene = [SCENE[0], SCENE[2], SCENE[3], SCENE[4]]
     before = painted(scene)
     texture = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    before['img'] = cv2.resize(texture, (320, 240), interpolation=cv2.INTER_CUBIC)  # some places are alike, others not
+    before['img'] = cv2.resize(texture, (320, 240), interpolation=cv2.INTER_CUBIC)  # some places are similar, some not
     objects = [
         dict(category_id=i['bbox_label'], bbox=[x1, y1, x2 - x1, y2 - y1], segmentation=i['mask'])
         for i in before['instances']
         for x1, y1, x2, y2 in [i['bbox']]
     ]
     how = dict(dx=3, dy=3, scale=(0.6, 1.5), theta=(-25, 25), color_prob=1.0)
-    draw_anew()
-    np.random.rand()  # whether the image is changed at all
+    seed_all()
+    np.random.rand()  # the draw for aug_ratio
     annotations, expected = get_new_data(objects, before['img'], InstaBoostConfig(**how, heatmap_flag=hflag))
-    draw_anew()
+    seed_all()
     after = TRANSFORMS.build(STRONG | how | dict(hflag=hflag)).transform(before)
     np.testing.assert_array_equal(after['img'], expected)
-    x, y, w, h = annotations[-1]['bbox']  # pasted last, so that nothing covers it
+    x, y, w, h = annotations[-1]['bbox']  # pasted last, so it is not covered
     assert after['gt_bboxes'].numpy()[-1] == pytest.approx((x, y, x + w, y + h), abs=1)
 
 
 @needs_instaboost
-def test_an_instance_of_which_nothing_is_left_is_removed():
-    small_beside_large = [(0, [rectangle(98, 100, 104, 106)]), (1, [rectangle(106, 60, 170, 150)])]
+def test_instaboost_removes_fully_covered_instances():
+    small_next_to_large = [(0, [rectangle(98, 100, 104, 106)]), (1, [rectangle(106, 60, 170, 150)])]
     grow = STRONG | dict(dx=1000, dy=1000, theta=(0, 0), scale=(1.4, 1.5))
-    after = TRANSFORMS.build(grow).transform(painted(small_beside_large))
+    after = TRANSFORMS.build(grow).transform(painted(small_next_to_large))
     assert after['gt_bboxes_labels'].tolist() == [1]
-    assert_together(after, small_beside_large)
+    assert_consistent(after, small_next_to_large)
 
 
 @needs_instaboost
-def test_instances_that_are_left_where_they_are_leave_the_map_as_it_is():
+def test_instaboost_skip_changes_nothing():
     before = painted(SCENE)
     skip = STRONG | dict(action_candidate=('skip',), action_prob=(1,))
     after = TRANSFORMS.build(skip).transform(copy.deepcopy(before))
@@ -216,9 +221,9 @@ def test_instances_that_are_left_where_they_are_leave_the_map_as_it_is():
 @pytest.mark.parametrize(
     ('scene', 'crowd', 'ratio'),
     [([], (), 1.0), (SCENE, range(len(SCENE)), 1.0), (SCENE, (), 0.0)],
-    ids=['no_instance', 'crowds_alone', 'not_drawn'],
+    ids=['no_instance', 'only_crowds', 'not_drawn'],
 )
-def test_an_image_without_anything_to_move_is_unchanged(scene, crowd, ratio):
+def test_instaboost_without_movable_instances_changes_nothing(scene, crowd, ratio):
     before = painted(scene, crowd=tuple(crowd))
     after = TRANSFORMS.build(STRONG | dict(aug_ratio=ratio, color_prob=1.0)).transform(copy.deepcopy(before))
     np.testing.assert_array_equal(after['img'], before['img'])
@@ -228,7 +233,7 @@ def test_an_image_without_anything_to_move_is_unchanged(scene, crowd, ratio):
 
 
 @needs_instaboost
-def test_crowds_and_instances_without_a_pixel_stay():
+def test_instaboost_does_not_move_crowds_and_empty_masks():
     tiny = (9, [rectangle(200, 210, 200, 210)])
     before = painted([*SCENE, tiny], crowd=(0,))
     assert not before['gt_masks'].to_ndarray()[-1].any()
@@ -242,11 +247,11 @@ def test_crowds_and_instances_without_a_pixel_stay():
 
 
 @needs_instaboost
-def test_without_a_map_none_appears_and_the_rest_moves():
+def test_instaboost_without_a_semantic_map():
     before = painted(SCENE)
-    draw_anew()
+    seed_all()
     with_map = TRANSFORMS.build(STRONG).transform(copy.deepcopy(before))
-    draw_anew()
+    seed_all()
     del before['gt_seg_map']
     without = TRANSFORMS.build(STRONG).transform(before)
     assert 'gt_seg_map' not in without
@@ -254,7 +259,7 @@ def test_without_a_map_none_appears_and_the_rest_moves():
 
 
 @needs_instaboost
-def test_colours_change_the_image_alone():
+def test_instaboost_colours_change_only_the_image():
     before = painted(SCENE)
     skip = STRONG | dict(action_candidate=('skip',), action_prob=(1,), color_prob=1.0)
     after = TRANSFORMS.build(skip).transform(copy.deepcopy(before))
@@ -263,7 +268,7 @@ def test_colours_change_the_image_alone():
 
 
 @needs_instaboost
-def test_the_wrong_place_in_the_pipeline_is_refused():
+def test_instaboost_rejects_a_pipeline_without_masks():
     before = painted(SCENE)
     del before['gt_masks']
     with pytest.raises(ValueError, match=r'no gt_masks: place it after LoadAnnotations'):
@@ -271,21 +276,21 @@ def test_the_wrong_place_in_the_pipeline_is_refused():
 
 
 @needs_instaboost
-def test_a_map_that_does_not_fit_into_bytes_is_refused():
+def test_instaboost_rejects_a_semantic_map_that_is_not_uint8():
     before = painted(SCENE)
     before['gt_seg_map'] = before['gt_seg_map'].astype(np.int64) + 300
-    with pytest.raises(ValueError, match='semantic maps of uint8, got int64'):
+    with pytest.raises(ValueError, match='only semantic maps of uint8, got int64'):
         TRANSFORMS.build(STRONG).transform(before)
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'instaboostfast', None)  # as Python marks what cannot be imported
+def test_instaboost_names_a_missing_package_and_its_installation(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'instaboostfast', None)  # makes the import fail
     with pytest.raises(ImportError, match=r'package instaboostfast .*pip install --no-deps instaboostfast'):
         TRANSFORMS.build(dict(type=NAME))
 
 
 def real_scenes(number: int) -> list[tuple[list, int, int]]:
-    """Objects of images of COCO, with heights and widths: shapes and overlaps as they are, to be painted flat."""
+    """Scenes with the objects, heights and widths of COCO images, for realistic shapes and overlaps."""
     annotations = json.loads((DATA / 'annotations/instances_train2017.json').read_text())
     scenes = []
     for image in annotations['images']:
@@ -300,9 +305,9 @@ def real_scenes(number: int) -> list[tuple[list, int, int]]:
 
 
 def pipeline(instaboost: bool) -> tuple[Compose, Compose]:
-    """The training pipeline of the HTC configs, at 256x256 in place of 1536x1536; until InstaBoost, and after.
+    """The training pipeline of the HTC configs, at 256x256 instead of 1536x1536: up to InstaBoost, and the rest.
 
-    InstaBoost takes most of the time by far, and an image that it has changed serves for many draws of the rest.
+    It is split because InstaBoost takes most of the time: its output is reused for many draws of the rest.
     """
     steps = Config.fromfile(REPOSITORY / 'configs/_base_/datasets/coco_semantic_lsj.py').train_pipeline
     for step in steps:
@@ -324,22 +329,22 @@ def pipeline(instaboost: bool) -> tuple[Compose, Compose]:
         pytest.param(True, False, marks=needs_instaboost),
         pytest.param(True, True, marks=[needs_instaboost, needs_coco_mini]),
     ],
-    ids=['shapes', 'moved_shapes', 'moved_objects_of_real_images'],
+    ids=['shapes', 'moved_shapes', 'moved_coco_objects'],
 )
-def test_large_scale_jitter_keeps_image_masks_and_map_together(instaboost, real, tmp_path):
-    draw_anew()
+def test_large_scale_jitter_keeps_image_masks_and_semantic_map_consistent(instaboost, real, tmp_path):
+    seed_all()
     first, rest = pipeline(instaboost)
     clear, flips, scales = 0, set(), []
     for scene, *size in real_scenes(3) if real else [(SCENE, 240, 320)]:
         before = first(write_source(scene, *size, tmp_path))
-        assert assert_together(before, scene)
+        assert assert_consistent(before, scene)
         for _ in range(12):
             after = rest(copy.deepcopy(before))
             if after is None:  # nothing was left in the crop
                 continue
             assert after['img'].shape[:2] == after['gt_seg_map'].shape == after['gt_masks'].masks.shape[1:]
             after['gt_bboxes'].clip_(after['img_shape'])
-            clear += assert_together(after, scene)
+            clear += assert_consistent(after, scene)
             flips.add(after['flip'])
             scales.append(after['scale_factor'][0])
     assert clear > 20000
@@ -349,7 +354,7 @@ def test_large_scale_jitter_keeps_image_masks_and_map_together(instaboost, real,
 
 
 def write_source(scene: list, height: int, width: int, folder: Path) -> dict:
-    """What a dataset has of a painted scene: files and instances."""
+    """Write the files of a painted scene, and return the sample of a dataset."""
     results = painted(scene, height, width)
     cv2.imwrite(str(folder / 'image.png'), results['img'])
     cv2.imwrite(str(folder / 'map.png'), results['gt_seg_map'])

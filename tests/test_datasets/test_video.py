@@ -1,11 +1,11 @@
-"""Five crops against torchvision's, and what becomes of files that are no videos."""
+"""FiveCrop against torchvision, and VideoDataset with unreadable files."""
 
 import layouts
 import numpy as np
 import oracles
 import pytest
 import torch
-from nano_video import write_video
+from nano.video import write_video
 
 pytest.importorskip('mmaction')
 from mmengine.registry import DefaultScope
@@ -20,8 +20,8 @@ def frames(number, height, width):
 
 
 @pytest.mark.parametrize(('size', 'crop'), [((24, 32), 20), ((24, 32), (20, 16)), ((24, 33), 24), ((20, 20), 20)])
-def test_crops_are_those_of_torchvision(size, crop):
-    """The same four corners and centre; all frames of a crop, and then those of the next, as mmaction counts views."""
+def test_five_crop_equals_torchvision(size, crop):
+    """The same four corners and centre; frames are ordered by crop, as mmaction expects views."""
     oracles.find_peers()
     from torchvision.transforms.functional import five_crop
 
@@ -39,7 +39,7 @@ def test_crops_are_those_of_torchvision(size, crop):
             assert np.array_equal(image, expected[time][view])
         x, y, right, bottom = results['crop_bbox'][number]
         assert np.array_equal(image, clip[time][y:bottom, x:right])
-    # torchvision rounds half a pixel up or down to the even one, mmaction's CenterCrop down
+    # for half a pixel, torchvision rounds to even and mmaction's CenterCrop rounds down
     from mmaction.datasets import CenterCrop
 
     centre = CenterCrop(crop)(dict(imgs=list(clip), img_shape=size))['imgs']
@@ -48,8 +48,8 @@ def test_crops_are_those_of_torchvision(size, crop):
     assert results['img_shape'] == (h, w)
 
 
-def test_views_arrive_as_clips():
-    """Through mmaction's own FormatShape: 5 crops of 2 clips of 3 frames."""
+def test_five_crop_with_format_shape_gives_clips():
+    """5 crops of 2 clips of 3 frames, through mmaction's FormatShape."""
     from mmaction.datasets.transforms import FormatShape
 
     clip = frames(6, 24, 32)
@@ -64,21 +64,21 @@ def test_views_arrive_as_clips():
 
 
 @pytest.mark.parametrize(('size', 'crop'), [((20, 32), 24), ((32, 20), 24), ((20, 32), (33, 20))])
-def test_frames_smaller_than_the_crop_are_named(size, crop):
+def test_five_crop_rejects_smaller_frames(size, crop):
     with pytest.raises(ValueError, match=f'frames of {size[1]}x{size[0]} are smaller than the crop of'):
         FiveCrop(crop)(dict(imgs=frames(1, *size), img_shape=size))
 
 
-# Files that are no videos
+# --- unreadable files -------------------------------------------------------------------------------------------------
 
 
 BROKEN = ['missing', 'empty', 'text', 'cut']
 
 
 @pytest.fixture(scope='module')
-def films(tmp_path_factory):
-    """Five names in a list, of which only the last is that of a video."""
-    folder = tmp_path_factory.mktemp('films')
+def videos(tmp_path_factory):
+    """An annotation file with five entries, of which only the last is a readable video."""
+    folder = tmp_path_factory.mktemp('videos')
     good = write_video(folder / 'good.avi').read_bytes()
     for name, content in dict(empty=b'', text=b'no video at all', cut=good[:200]).items():
         (folder / f'{name}.avi').write_bytes(content)
@@ -87,7 +87,7 @@ def films(tmp_path_factory):
 
 
 def dataset(folder, ann_file='list.txt', **options):
-    """The films as training or test data."""
+    """The videos as training or test data."""
     pipeline = [
         dict(type='DecordInit'),
         dict(type='SampleFrames', clip_len=4, frame_interval=1, num_clips=1),
@@ -106,39 +106,39 @@ def dataset(folder, ann_file='list.txt', **options):
 
 
 @pytest.mark.parametrize('name', BROKEN)
-def test_a_file_that_is_no_video_is_named(films, name):
-    with pytest.raises(RuntimeError, match=rf'/{name}\.avi cannot be read as a video .*list\.txt names it') as error:
-        dataset(films)[BROKEN.index(name)]
+def test_video_dataset_names_an_unreadable_file(videos, name):
+    with pytest.raises(
+        RuntimeError, match=rf'/{name}\.avi cannot be read as a video .*remove it from .*list\.txt'
+    ) as error:
+        dataset(videos)[BROKEN.index(name)]
     assert 'train_dataloader.dataset.skip_unreadable=True' in str(error.value)
 
 
 @pytest.mark.parametrize('name', BROKEN)
-def test_a_training_goes_on_without_it_when_told_to(films, name):
+def test_video_dataset_skips_unreadable_files_in_training(videos, name):
     with layouts.recorded_log() as log:
-        item = dataset(films, skip_unreadable=True)[BROKEN.index(name)]
+        item = dataset(videos, skip_unreadable=True)[BROKEN.index(name)]
     assert item['data_samples'].gt_label.tolist() == [4]
     assert item['inputs'].shape == (1, 3, 4, 48, 64)
     assert any(line.startswith('Skipped: ') and f'{name}.avi' in line for line in log)
 
 
 @pytest.mark.parametrize('name', BROKEN)
-def test_a_test_never_skips(films, name):
+def test_video_dataset_skips_nothing_in_testing(videos, name):
     with pytest.raises(RuntimeError, match=rf'/{name}\.avi cannot be read') as error:
-        dataset(films, skip_unreadable=True, test_mode=True)[BROKEN.index(name)]
+        dataset(videos, skip_unreadable=True, test_mode=True)[BROKEN.index(name)]
     assert 'skip_unreadable' not in str(error.value)
 
 
-@pytest.mark.parametrize('line', ['a film.avi 1', 'film.avi archery', 'film.avi,1,2 x'])
-def test_a_list_of_another_form_is_named(films, line, tmp_path):
+@pytest.mark.parametrize('line', ['a video.avi 1', 'video.avi archery', 'video.avi,1,2 x'])
+def test_video_dataset_names_an_invalid_annotation_file(videos, line, tmp_path):
     (tmp_path / 'list.txt').write_text(f'{line}\n')
-    with pytest.raises(
-        ValueError, match=r"list\.txt: a line must be a path and the number of a class, with ' ' between"
-    ):
-        dataset(films, ann_file=tmp_path / 'list.txt')
+    with pytest.raises(ValueError, match=r"list\.txt: a line must be a path and a class index, separated by ' '"):
+        dataset(videos, ann_file=tmp_path / 'list.txt')
 
 
-def test_mistakes_in_a_pipeline_are_not_taken_for_broken_files(films):
-    data = dataset(films, skip_unreadable=True)
+def test_video_dataset_does_not_skip_errors_of_the_pipeline(videos):
+    data = dataset(videos, skip_unreadable=True)
     data.pipeline.transforms[1].clip_len = 'four'
     with pytest.raises(TypeError):
         data[4]

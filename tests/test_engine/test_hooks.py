@@ -1,4 +1,4 @@
-"""Hooks on a real Runner: a tiny model with dropout, data with random augmentation."""
+"""Hooks in a real Runner, with a tiny model with dropout and random augmentation."""
 
 import io
 import os
@@ -25,7 +25,7 @@ STEPS_PER_EPOCH = 3
 
 @DATASETS.register_module()
 class NoisyData(Dataset):
-    """Each item draws from all three random generators, as augmentations do."""
+    """Each item uses all three random number generators, like augmentation."""
 
     def __len__(self):
         return 2 * STEPS_PER_EPOCH
@@ -47,7 +47,7 @@ class Net(BaseModel):
 
 @METRICS.register_module()
 class Score(BaseMetric):
-    """Scores 1, 2, 1, 2, ... so that every other validation is a new best at first and none later."""
+    """Scores 1, 2, 1, 2, ...: the first two validations are a new best, the later ones are not."""
 
     values = (1.0, 2.0)
 
@@ -60,7 +60,7 @@ class Score(BaseMetric):
 
 
 class Killed(Exception):
-    """Stands for SIGKILL: nothing of the hook's own runs after it."""
+    """Simulates SIGKILL: the hooks catch no exception."""
 
 
 @HOOKS.register_module()
@@ -99,7 +99,7 @@ def train(runner):
     try:
         runner.train()
     finally:
-        # an endless iterator that is left to the garbage collector takes five seconds for each of its workers
+        # if garbage collected later, an infinite iterator takes five seconds per worker
         vars(runner.train_loop).pop('dataloader_iterator', None)
 
 
@@ -116,8 +116,8 @@ def assert_same_weights(left, right):
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
-def test_checkpoints_on_a_system_that_opens_no_folders(tmp_path, monkeypatch):
-    """As Windows, which also syncs no file that is open for reading alone."""
+def test_atomic_checkpoint_where_folders_cannot_be_opened(tmp_path, monkeypatch):
+    """As on Windows, which also cannot sync a file opened read-only."""
     open_, fsync, flags_of, synced = os.open, os.fsync, {}, []
 
     def refuse_folders(path, flags, *args, **kwargs):
@@ -138,7 +138,7 @@ def test_checkpoints_on_a_system_that_opens_no_folders(tmp_path, monkeypatch):
     train(make_runner(tmp_path, total=2))
     assert (tmp_path / 'last_checkpoint').read_text().endswith('epoch_2.pth')
     assert torch.load(tmp_path / 'epoch_2.pth', weights_only=True)['meta']['epoch'] == 2
-    assert len(synced) == 4  # each checkpoint, and the file that names the last one
+    assert len(synced) == 4  # two checkpoints, and last_checkpoint twice
 
 
 @pytest.mark.parametrize(
@@ -146,12 +146,12 @@ def test_checkpoints_on_a_system_that_opens_no_folders(tmp_path, monkeypatch):
     [
         (True, 'DefaultSampler', 0),
         (True, 'DefaultSampler', 2),
-        (False, 'DefaultSampler', 2),  # crosses the end of the data before and after the break
+        (False, 'DefaultSampler', 2),  # crosses the end of the dataset before and after the interruption
         (False, 'InfiniteSampler', 0),
     ],
 )
-def test_resumed_training_equals_uninterrupted_training(tmp_path, monkeypatch, by_epoch, sampler, workers):
-    """Four epochs or eight iterations, in one go and in two; the process that resumes is given no seed."""
+def test_reproducible_resume_equals_uninterrupted_training(tmp_path, monkeypatch, by_epoch, sampler, workers):
+    """Four epochs or eight iterations, uninterrupted and resumed once; the seed is not given when resuming."""
     monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)
     kwargs = dict(by_epoch=by_epoch, workers=workers, sampler=sampler)
     total, name = (4, 'epoch_4.pth') if by_epoch else (8, 'iter_8.pth')
@@ -161,8 +161,8 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path, monkeypatch, b
     assert_same_weights(tmp_path / 'whole' / name, tmp_path / 'parts' / name)
 
 
-def test_without_the_hook_the_weights_differ(tmp_path):
-    """The test above can fail: stock mmengine does not restore random states."""
+def test_without_reproducible_resume_the_weights_differ(tmp_path):
+    """Control of the test above: stock mmengine does not restore random states."""
     kwargs = dict(seed=7, custom_hooks=[])
     make_runner(tmp_path / 'whole', **kwargs).train()
     interrupt(tmp_path / 'parts', iteration=7, **kwargs)
@@ -171,7 +171,7 @@ def test_without_the_hook_the_weights_differ(tmp_path):
         assert_same_weights(tmp_path / 'whole/epoch_4.pth', tmp_path / 'parts/epoch_4.pth')
 
 
-def test_workers_augment_each_epoch_differently(tmp_path):
+def test_reproducible_resume_augments_each_epoch_differently(tmp_path):
     seen = []
 
     class Spy(Net):
@@ -185,14 +185,14 @@ def test_workers_augment_each_epoch_differently(tmp_path):
     assert not set(seen[:STEPS_PER_EPOCH]) & set(seen[STEPS_PER_EPOCH:])
 
 
-def test_persistent_workers_are_refused(tmp_path):
+def test_reproducible_resume_rejects_persistent_workers(tmp_path):
     runner = make_runner(tmp_path, workers=1)
     runner._train_dataloader['persistent_workers'] = True
     with pytest.raises(ValueError, match='train_dataloader.persistent_workers=False'):
         runner.train()
 
 
-def test_resuming_different_seeds_per_rank_needs_the_seed(tmp_path):
+def test_reproducible_resume_with_diff_rank_seed_needs_the_seed(tmp_path):
     randomness = dict(seed=None, diff_rank_seed=True)
     make_runner(tmp_path, total=1, randomness=dict(randomness)).train()
     with pytest.raises(ValueError, match=r'randomness.seed=\d+'):
@@ -212,7 +212,7 @@ VALIDATION = dict(
 
 
 def assert_resumable(work_dir):
-    """`last_checkpoint` names a file that loads whole, and so does the best checkpoint that this one names."""
+    """The file in `last_checkpoint`, and the best checkpoint that it refers to, can be loaded."""
     last = (work_dir / 'last_checkpoint').read_text()
     best = torch.load(last, weights_only=True)['message_hub']['runtime_info'].get('best_ckpt')
     for path in [last, best] if best else [last]:
@@ -220,7 +220,7 @@ def assert_resumable(work_dir):
 
 
 def save_three_epochs(runner, hook):
-    """What mmengine's loop calls: a checkpoint after each epoch, and a new best one after the first two validations."""
+    """The calls of mmengine's loop: a checkpoint per epoch, and a new best one after the first two validations."""
     hook.before_train(runner)
     for epoch, score in enumerate((1.0, 2.0, 1.0)):
         runner.train_loop._epoch = epoch
@@ -230,7 +230,7 @@ def save_three_epochs(runner, hook):
 
 
 def kill_at(operation, patch, work_dir):
-    """Raise Killed at the n-th change of a file after the first checkpoint; an opened file is left empty."""
+    """Raise Killed at the n-th file operation after the first checkpoint; a file opened for writing stays empty."""
     count = 0
 
     def watched(function, changes=lambda *args: True):
@@ -250,21 +250,19 @@ def kill_at(operation, patch, work_dir):
     patch.setattr(io, 'open', watched(real_open, lambda path, mode='r', *args: 'w' in mode))  # pathlib's
     for name in ('replace', 'remove', 'unlink'):
         patch.setattr(os, name, watched(getattr(os, name)))
-    patch.setattr(
-        os, 'fsync', watched(lambda descriptor: None)
-    )  # takes long, and changes nothing that a test could see
+    patch.setattr(os, 'fsync', watched(lambda descriptor: None))  # slow, and without an effect that a test could see
 
 
 @pytest.mark.parametrize('hook_type', ['swinv2_mm.AtomicCheckpointHook', 'CheckpointHook'])
-def test_a_kill_at_any_file_operation_leaves_a_good_checkpoint(tmp_path, monkeypatch, hook_type):
-    """Stop before the n-th file operation, for every n. mmengine's own hook fails: the test sees what it should."""
+def test_atomic_checkpoint_survives_a_kill_at_any_file_operation(tmp_path, monkeypatch, hook_type):
+    """Stop before the n-th file operation, for every n. As a control, mmengine's own hook fails."""
     work_dir = tmp_path / 'run'
     runner = make_runner(work_dir, default_hooks=dict(checkpoint=dict(CHECKPOINT, type=hook_type)))
     runner.train_loop  # noqa: B018  builds it
     runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
     hook = next(hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
-    monkeypatch.setattr(Config, 'pretty_text', '')  # it and the git hash take most of the time of a small checkpoint
+    monkeypatch.setattr(Config, 'pretty_text', '')  # with the git hash, most of the time of a small checkpoint
     monkeypatch.setattr('mmengine.runner.runner.get_git_hash', lambda: '')
     broken = []
     for operation in range(1000):
@@ -286,8 +284,8 @@ def test_a_kill_at_any_file_operation_leaves_a_good_checkpoint(tmp_path, monkeyp
     assert bool(broken) == (hook_type == 'CheckpointHook')
 
 
-def test_files_after_training(tmp_path):
-    """One checkpoint kept, the best one kept (that of epoch 2), nothing unfinished; leftovers of a kill are cleared."""
+def test_atomic_checkpoint_leaves_the_last_and_the_best_file(tmp_path):
+    """The last and the best checkpoint (epoch 2) remain, unfinished files of a killed run are removed."""
     (tmp_path / 'epoch_9.pth.unfinished').write_bytes(b'half')
     make_runner(tmp_path, seed=1, total=3, default_hooks=dict(checkpoint=CHECKPOINT), **VALIDATION).train()
     files = {path.name for path in tmp_path.iterdir() if path.is_file() and path.suffix != '.py'}
@@ -295,8 +293,8 @@ def test_files_after_training(tmp_path):
     assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'epoch_3.pth')
 
 
-def test_saves_sharded_checkpoints_as_folders(tmp_path):
-    """A runner that writes folders, as DeepSpeed's strategy does; the second save of an epoch replaces the first."""
+def test_atomic_checkpoint_of_a_folder(tmp_path):
+    """A runner that writes folders, like DeepSpeed's strategy; the second save of an epoch replaces the first."""
     runner = make_runner(tmp_path, seed=1, total=1)
 
     def save_folder(out_dir, filename, *args, **kwargs):

@@ -1,8 +1,7 @@
-"""Layer of every parameter, the learning rates that follow from it, and what a step of the optimizer makes of them."""
+"""Layer-wise learning-rate decay: the layer of each parameter, its learning rate, and steps of the optimizer."""
 
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from mmengine.dist import get_rank
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
+from nano import NANO_CONFIGS
 from processes import run_processes
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -21,7 +21,7 @@ import swinv2_mm  # noqa: F401
 from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
 from swinv2_mm.models.block import SwinBlock, SwinStage
 
-TINY = Path(__file__).parents[1] / 'helpers/tiny'
+TINY = NANO_CONFIGS
 ARCH = dict(embed_dims=16, depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8), extra_norm_every_n_blocks=2)
 SMALL = dict(embed_dims=16, depths=(1, 2), num_heads=(1, 2))
 # the layers of ARCH, from the input to the output
@@ -44,7 +44,7 @@ LAYERS = [
 
 
 class Model(nn.Module):
-    """A backbone and a head, as models of the toolboxes have them."""
+    """A backbone and a head, named as in models of the toolboxes."""
 
     def __init__(self, **backbone):
         super().__init__()
@@ -56,7 +56,7 @@ class Model(nn.Module):
 
 
 def layer_by_hand(name):
-    """Look a parameter of ARCH up; each must be in exactly one layer of the table."""
+    """Layer of a parameter of ARCH in the table; each must be in exactly one layer."""
     (layer,) = [i for i, parts in enumerate(LAYERS) if any(name.startswith(f'{part}.') for part in parts)]
     return layer
 
@@ -73,14 +73,14 @@ def build(model, rate=0.5, optimizer=None, **options):
 
 
 def settings(wrapper, model, key='lr'):
-    """The setting of each parameter by its name; each is in one group."""
+    """A setting of each parameter, by name; each parameter must be in exactly one group."""
     params = [(id(p), group) for group in wrapper.optimizer.param_groups for p in group['params']]
     groups = dict(params)
     assert len(groups) == len(params)
     return {name: groups.pop(id(p))[key] for name, p in model.named_parameters() if p.requires_grad}
 
 
-# of SMALL, where stage 0 has one block and stage 1 has two, and for a decay by halves
+# for SMALL, with one block in stage 0 and two in stage 1, and a decay rate of 0.5
 def rate_by_hand(name):
     layers = {
         'backbone.patch_embed.': 1 / 16,
@@ -95,7 +95,7 @@ def rate_by_hand(name):
 
 
 @pytest.mark.parametrize('backbone_class', [SwinTransformerV2, SwinTransformer3DV2])
-def test_every_parameter_lies_in_the_layer_of_a_table_written_by_hand(backbone_class):
+def test_get_layer_depth_equals_a_table_written_by_hand(backbone_class):
     with torch.device('meta'):
         model = backbone_class(ARCH)
     names = [name for name, _ in model.named_parameters()]
@@ -109,11 +109,11 @@ def test_every_parameter_lies_in_the_layer_of_a_table_written_by_hand(backbone_c
 @pytest.mark.parametrize(
     'name', ['decode_head.layers.0.blocks.0.weight', 'neck.patch_embed.bias', 'layers.0.blocks.0.w', 'backbones.layers']
 )
-def test_what_is_outside_the_backbone_lies_in_the_last_layer_whatever_its_name(name):
+def test_get_layer_depth_outside_the_backbone_is_the_last_layer(name):
     assert Model().backbone.get_layer_depth(name, 'backbone.') == (4, 5)
 
 
-# blocks that end with an extra norm, or with patch merging, counted over the stages from 1
+# blocks followed by an extra norm, or by patch merging, counted from 1 over all stages
 @pytest.mark.parametrize(
     ('arch', 'last', 'extra_norms', 'mergings'),
     [
@@ -121,23 +121,23 @@ def test_what_is_outside_the_backbone_lies_in_the_last_layer_whatever_its_name(n
         ('giant', 51, {10, 16, 22, 28, 34, 40, 46}, {2, 4, 46}),
     ],
 )
-def test_layers_of_huge_and_giant_have_the_parameters_that_they_should(arch, last, extra_norms, mergings):
+def test_get_layer_depth_of_huge_and_giant(arch, last, extra_norms, mergings):
     with torch.device('meta'):
         model = SwinTransformerV2(arch)
     counts = Counter(model.get_layer_depth(name)[0] for name, _ in model.named_parameters())
-    # 9 of attention, 4 of the MLP, 2 of each norm, 3 of merging
+    # 9 of attention, 4 of the MLP, 2 of each norm, 3 of patch merging
     blocks = {k: 17 + 2 * (k in extra_norms) + 3 * (k in mergings) for k in range(1, last)}
     assert counts == {0: 4, **blocks, last: 8}
 
 
-def test_each_parameter_learns_with_the_rate_of_its_layer_and_is_exempt_from_decay_as_without_layers():
+def test_layer_decay_sets_learning_rates_and_keeps_weight_decay_exemptions():
     model = Model(arch=ARCH, out_indices=(0, 1, 2, 3))
     wrapper = build(model, rate=0.95, optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05))
     rates = settings(wrapper, model)
     for name, rate in rates.items():
         layer = layer_by_hand(name.removeprefix('backbone.')) if name.startswith('backbone.') else 13
         assert rate == pytest.approx(2e-3 * 0.95 ** (13 - layer), rel=1e-12), name
-    # 2e-3 * 0.95 ** 13, by a pocket calculator
+    # 2e-3 * 0.95 ** 13, computed by hand
     assert rates['backbone.patch_embed.proj.weight'] == pytest.approx(1.026684e-3, rel=1e-6)
     assert rates['head.weight'] == 2e-3
 
@@ -146,7 +146,7 @@ def test_each_parameter_learns_with_the_rate_of_its_layer_and_is_exempt_from_dec
         assert decay == (0.05 if decayed else 0.0), name
 
 
-def test_a_step_moves_each_parameter_by_its_rate():
+def test_layer_decay_in_a_step_of_sgd():
     model = Model()
     for p in model.parameters():
         nn.init.zeros_(p)
@@ -156,12 +156,12 @@ def test_a_step_moves_each_parameter_by_its_rate():
         assert torch.equal(p, torch.full_like(p, -rate_by_hand(name))), name
 
 
-def test_a_training_step_with_recomputation_leaves_frozen_stages_and_moves_the_rest_by_rate_times_gradient():
+def test_layer_decay_with_frozen_stages_and_with_cp():
     torch.manual_seed(0)
     model = Model(with_cp=True, frozen_stages=1).train()
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
-            nn.init.normal_(module.weight)  # those of new blocks are 0, which stops gradients
+            nn.init.normal_(module.weight)  # 0 in new blocks, where gradients would vanish
     wrapper = build(model, optimizer=dict(type='SGD', lr=1.0))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     wrapper.backward(model(torch.rand(2, 3, 32, 32)).square().sum())
@@ -175,11 +175,11 @@ def test_a_training_step_with_recomputation_leaves_frozen_stages_and_moves_the_r
         torch.testing.assert_close(p, before[name] - rate_by_hand(name) * p.grad, msg=name)
 
 
-def test_custom_keys_and_bias_rates_multiply_the_rate_of_the_layer():
+def test_layer_decay_is_multiplied_by_custom_keys_and_bias_lr_mult():
     model = Model()
     rates = settings(build(model, custom_keys={'backbone': dict(lr_mult=0.125), 'mlp': dict(lr_mult=3)}), model)
     for name, rate in rates.items():
-        # mmengine takes the longest key that fits
+        # the longest matching key applies
         assert rate == rate_by_hand(name) * (0.125 if name.startswith('backbone') else 1), name
     rates = settings(build(model, custom_keys={'blocks.1.mlp': dict(lr_mult=3)}, bias_lr_mult=2), model)
     assert rates['backbone.layers.1.blocks.1.mlp.fc1.weight'] == 3 / 2
@@ -206,7 +206,7 @@ VIDEO = dict(
         ('mmaction', None, 'Recognizer3D'),
     ],
 )
-def test_models_of_the_toolboxes_learn_with_the_rates_of_their_layers(toolbox, config, expected):
+def test_layer_decay_in_models_of_the_toolboxes(toolbox, config, expected):
     pytest.importorskip(toolbox)
     cfg = Config.fromfile(TINY / config).model if config else VIDEO
     if config == 'video.py':  # it has another backbone
@@ -225,7 +225,7 @@ def test_models_of_the_toolboxes_learn_with_the_rates_of_their_layers(toolbox, c
     assert len(set(rates.values())) == 6
 
 
-def test_wrappers_of_the_model_and_of_its_stages_change_nothing(tmp_path):
+def test_layer_decay_with_ddp_and_checkpoint_wrappers(tmp_path):
     model = Model()
     names = [name for name, _ in model.named_parameters()]
     apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, SwinStage))
@@ -254,14 +254,14 @@ def test_wrappers_of_the_model_and_of_its_stages_change_nothing(tmp_path):
         (dict(layer_decay_rate=0.9, norm_decay=0.0), r"options \('layer_decay_rate', .*, but not norm_decay \("),
     ],
 )
-def test_options_that_are_missing_or_not_known_are_errors_that_say_what_to_write(paramwise, message):
+def test_layer_decay_names_missing_and_unknown_options(paramwise, message):
     constructor = 'swinv2_mm.LearningRateDecayOptimWrapperConstructor'
     optimizer = dict(type='SGD', lr=1.0)
     with pytest.raises(ValueError, match=message):
         build_optim_wrapper(Model(), dict(constructor=constructor, optimizer=optimizer, paramwise_cfg=paramwise))
 
 
-def test_the_constructor_without_layers_refuses_a_rate_for_them():
+def test_constructor_without_layer_decay_rejects_layer_decay_rate():
     cfg = dict(
         constructor='swinv2_mm.SwinV2OptimWrapperConstructor',
         optimizer=dict(type='SGD', lr=1.0),
@@ -271,13 +271,13 @@ def test_the_constructor_without_layers_refuses_a_rate_for_them():
         build_optim_wrapper(Model(), cfg)
 
 
-def test_an_optimizer_without_a_learning_rate_is_an_error():
+def test_layer_decay_needs_a_learning_rate():
     with pytest.raises(ValueError, match="set lr of the optimizer {'type': 'AdamW'}"):
         build(Model(), optimizer=dict(type='AdamW'))
 
 
 @pytest.mark.parametrize(('model', 'backbone'), [(nn.Linear(2, 2), 'NoneType'), (nn.Module(), 'Conv2d')])
-def test_a_backbone_that_does_not_know_its_layers_is_an_error_that_names_its_type(model, backbone):
+def test_layer_decay_needs_a_backbone_with_get_layer_depth(model, backbone):
     if backbone == 'Conv2d':
         model.backbone = nn.Conv2d(3, 3, 1)
     message = rf'{type(model).__name__}\.backbone is of type {backbone}: use .*swinv2_mm.SwinV2OptimWrapperConstructor'
@@ -286,7 +286,7 @@ def test_a_backbone_that_does_not_know_its_layers_is_an_error_that_names_its_typ
 
 
 def build_shards(folder):
-    """Settings of FullyShardedDataParallel models, with and without units inside, for each process."""
+    """Settings of FSDP models, with and without nested units, for each process."""
     for policy in (None, ModuleWrapPolicy({SwinTransformerV2, SwinBlock})):
         options = dict(auto_wrap_policy=policy, device_id=torch.device('cpu'))
         model = FullyShardedDataParallel(Model(), use_orig_params=True, **options)
@@ -298,8 +298,8 @@ def build_shards(folder):
             build(FullyShardedDataParallel(Model(), use_orig_params=False, **options))
 
 
-def test_a_model_in_shards_has_the_same_rates_and_decays(tmp_path):
-    """On two processes, where each parameter is a vector."""
+def test_layer_decay_with_fsdp(tmp_path):
+    """On two processes, where each parameter is a 1-D shard."""
     model = Model()
     wrapper = build(model)
     run_processes(build_shards, tmp_path, folder=tmp_path)

@@ -1,4 +1,4 @@
-"""Learning rate and decay of every parameter of a small detector-like model."""
+"""Learning rate and weight decay of every parameter of a small detector-like model."""
 
 from mmengine.optim import build_optim_wrapper
 from torch import nn
@@ -7,7 +7,7 @@ import swinv2_mm  # noqa: F401
 from swinv2_mm.models import SwinTransformerV2
 
 
-def test_norms_biases_scales_and_position_mlps_are_not_decayed_whatever_their_learning_rate():
+def test_constructor_exempts_norms_biases_scales_and_cpb_mlps_from_weight_decay():
     arch = dict(embed_dims=16, depths=(1, 2), num_heads=(1, 2), extra_norm_every_n_blocks=2)
     model = nn.ModuleDict(
         dict(
@@ -33,7 +33,7 @@ def test_norms_biases_scales_and_position_mlps_are_not_decayed_whatever_their_le
         assert groups[id(p)]['lr'] == (1e-4 if name.startswith('backbone') else 1e-3), name
 
 
-def test_without_options_the_exemption_holds_too():
+def test_constructor_without_paramwise_cfg():
     model = nn.Linear(2, 2)
     wrapper = build_optim_wrapper(
         model,

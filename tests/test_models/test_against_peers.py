@@ -9,22 +9,22 @@ from torch import Tensor
 
 from swinv2_mm.models import SwinTransformerV2
 
-# no stage of one head: PyTorch multiplies by a single row in another order for each number of rows, one bit off
+# no stage with one head: the rounding of PyTorch's product with a single row depends on the number of rows
 ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16))
-# image, window, pre-training windows; 0 for those that the peers are to take for themselves
+# image size, window, pre-training windows; 0 where the peers use the window itself
 GEOMETRIES = [
-    (256, 8, (0, 0, 0, 0)),  # whole windows in every stage, the last of which has one
-    (224, 7, (12, 12, 12, 6)),  # an odd window, shifted by three, with the bias of a larger one
+    (256, 8, (0, 0, 0, 0)),  # divisible in every stage; one window in the last
+    (224, 7, (12, 12, 12, 6)),  # an odd window, shifted by 3, with a larger pre-training window
     (128, 8, (6, 6, 6, 3)),  # the last stage is smaller than its window
-    (128, 16, (0, 0, 0, 0)),  # the last two are
+    (128, 16, (0, 0, 0, 0)),  # the last two stages are
 ]
-# Largest difference of features in float32, relative to the largest feature. The reference makes the same sums in the
-# order of the peers; the default backend rounds differently.
+# Tolerance of features in float32, relative to the largest. The reference does the same operations as the peers in the
+# same order; the default backend rounds differently.
 BACKENDS = [('reference', 0.0), ('auto', 2e-5)]
 
 
 def build(image: int, window: int, pretrained: tuple[int, ...], **kwargs) -> SwinTransformerV2:
-    if not any(pretrained):  # the oracles normalise by the window in effect, so ours has to be told of the shrunk one
+    if not any(pretrained):  # the peers use the window in effect, which may be shrunk
         pretrained = tuple(min(window, image // stride) for stride in (4, 8, 16, 32))
     kwargs = dict(window_size=window, pretrained_window_sizes=pretrained, drop_path_rate=0.0) | kwargs
     return oracles.randomize(SwinTransformerV2(ARCH, **kwargs)).eval()
@@ -44,7 +44,7 @@ def weighted_sum(outs: list[Tensor]) -> Tensor:
     return sum((o * torch.randn(o.shape, dtype=o.dtype, generator=generator)).sum() for o in outs)
 
 
-@functools.cache  # every backend is held against the same
+@functools.cache  # shared by the backends
 def timm(geometry: tuple) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Features in float32, and gradients in float64."""
     backbone, x = build(*geometry), random_image(geometry[0], geometry[0], batch=2)
@@ -57,9 +57,9 @@ def timm(geometry: tuple) -> tuple[list[Tensor], dict[str, Tensor]]:
 
 @pytest.mark.parametrize(('backend', 'tolerance'), BACKENDS)
 @pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
-def test_features_and_gradients_of_every_parameter_are_those_of_timm(geometry, backend, tolerance):
+def test_swin_v2_features_and_gradients_equal_timm(geometry, backend, tolerance):
     if geometry[1] % 2:
-        # the elements of the peers' bias are no multiple of 16, and some CPUs compute the last ones by another routine
+        # the size of the peers' bias is no multiple of 16, and some CPUs compute the last elements by another routine
         tolerance = max(tolerance, 1e-6)
     backbone, x = build(*geometry, attention_backend=backend), random_image(geometry[0], geometry[0], batch=2)
     features, gradients = timm(geometry)
@@ -76,16 +76,16 @@ def test_features_and_gradients_of_every_parameter_are_those_of_timm(geometry, b
 
 @pytest.mark.parametrize('geometry', GEOMETRIES[:3:2], ids=str)
 @torch.no_grad()
-def test_features_are_those_of_transformers(geometry):
+def test_swin_v2_features_equal_transformers(geometry):
     backbone, x = build(*geometry, attention_backend='reference'), random_image(geometry[0], geometry[0], batch=2)
     twin = oracles.hf_twin(backbone, geometry[0], ARCH, *geometry[1:])
     assert_close(backbone(x), oracles.hf_features(twin, backbone, x), 0.0)
 
 
 @torch.no_grad()
-def test_unmasked_padding_is_that_of_transformers():
-    """MSRA's dense code attends padding, as transformers does for sizes that its windows do not divide."""
-    x = random_image(230, 197)  # nor do patches
+def test_swin_v2_without_mask_padding_equals_transformers():
+    """Transformers attends to padding where the window does not divide the feature map, as does MSRA's dense code."""
+    x = random_image(230, 197)  # patches do not divide the image either
     for backend, tolerance in BACKENDS:
         backbone = build(256, 8, (8, 8, 8, 8), mask_padding=False, attention_backend=backend)
         twin = oracles.hf_twin(backbone, 256, ARCH, 8, (0, 0, 0, 0))

@@ -1,4 +1,4 @@
-"""The MLP that takes a few tokens at a time, against the formula over all of them."""
+"""The chunked MLP against its formula over all tokens."""
 
 import copy
 
@@ -23,7 +23,7 @@ def formula(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
-def test_any_number_of_tokens(mlp, shape):
+def test_mlp_equals_its_formula_for_any_number_of_tokens(mlp, shape):
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     mlp = mlp.double()
     inputs = x, *mlp.parameters()
@@ -35,13 +35,13 @@ def test_any_number_of_tokens(mlp, shape):
 
 
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
-def test_parts_change_no_bit(mlp, shape):
+def test_mlp_in_chunks_is_bitwise_equal(mlp, shape):
     mlp, x = mlp.float(), torch.randn(shape)
     with torch.no_grad():
         assert torch.equal(mlp(x), mlp.fc2(F.gelu(mlp.fc1(x))))
 
 
-def test_hidden_channels_of_a_part_alone_are_in_memory(mlp, monkeypatch):
+def test_mlp_computes_hidden_channels_in_chunks(mlp, monkeypatch):
     mlp, sizes = mlp.float(), []
     monkeypatch.setattr(F, 'gelu', lambda x, gelu=F.gelu, **kwargs: sizes.append(len(x)) or gelu(x, **kwargs))
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_hidden_channels_of_a_part_alone_are_in_memory(mlp, monkeypatch):
     assert sizes == [800, 800, 800]
 
 
-def test_another_layer_gets_all_tokens_at_once(mlp):
+def test_mlp_passes_all_tokens_at_once_to_a_replaced_layer(mlp):
     class Centred(torch.nn.Linear):
         def forward(self, x):
             return super().forward(x - x.mean((0, 1, 2)))
@@ -60,7 +60,7 @@ def test_another_layer_gets_all_tokens_at_once(mlp):
         assert torch.equal(mlp(x), mlp.fc2(F.gelu(mlp.fc1(x))))
 
 
-def test_a_hook_gets_all_tokens_at_once(mlp):
+def test_mlp_passes_all_tokens_at_once_to_a_hook(mlp):
     mlp, x, seen = mlp.float(), torch.randn(2, 40, 30, 16), []
     handle = mlp.fc1.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0], out)))
     with torch.no_grad():

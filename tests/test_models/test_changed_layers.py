@@ -1,6 +1,6 @@
-"""What people do to the layers of a backbone: adapters, hooks, parametrizations, pruning, quantization, other layers.
+"""Backbones with changed layers: adapters, hooks, parametrizations, pruning, quantization, replaced layers.
 
-The oracle is a plain backbone with the weights that result, or the float model.
+The oracle is an unchanged backbone with the resulting weights, or the float model.
 """
 
 import copy
@@ -26,7 +26,7 @@ def plain() -> SwinTransformerV2:
 
 
 def layers(backbone: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
-    """Parents and names of the linear layers that end in `name`."""
+    """(parent module, child name) of the linear layers whose name ends in `name`."""
     found = [path.rpartition('.') for path, _ in backbone.named_modules() if path.endswith(f'.{name}')]
     found = [(parent, child) for parent, _, child in found if (name == 'proj') <= parent.endswith('attn')]
     return [(backbone.get_submodule(parent), child) for parent, child in found]
@@ -44,7 +44,7 @@ def assert_every_gradient(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize('targets', [*([name] for name in LINEAR), 'all-linear'], ids=str)
-def test_lora_of_peft_changes_the_features_and_learns(plain, targets):
+def test_lora_of_peft_changes_the_features_and_trains(plain, targets):
     oracles.find_peers()
     import peft
 
@@ -60,7 +60,7 @@ def test_lora_of_peft_changes_the_features_and_learns(plain, targets):
 
 
 class Wrapper(nn.Module):
-    """An adapter that passes its input on alone, as mmpretrain's LoRALinear does."""
+    """An adapter whose forward takes only the input, like mmpretrain's LoRALinear."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Wrapper(nn.Module):
 
 
 @pytest.mark.parametrize('name', LINEAR)
-def test_a_layer_may_be_replaced(plain, name):
+def test_replaced_layer(plain, name):
     other, expected = copy.deepcopy(plain), copy.deepcopy(plain)
     for parent, child in layers(other, name):
         setattr(parent, child, Wrapper(getattr(parent, child)))
@@ -83,7 +83,7 @@ def test_a_layer_may_be_replaced(plain, name):
     assert_same(other, expected)
 
 
-def test_hooks_fire_on_every_leaf_at_every_call(plain):
+def test_hooks_run_on_every_leaf_in_every_call(plain):
     leaves = {name: module for name, module in plain.named_modules() if not list(module.children())}
     fired = []
     for name, module in leaves.items():
@@ -100,7 +100,7 @@ def test_hooks_fire_on_every_leaf_at_every_call(plain):
     assert set(fired) == leaves.keys() | {f'backward {name}' for name in leaves}
 
 
-def test_a_hook_before_a_layer_may_replace_its_input(plain):
+def test_forward_pre_hook_may_replace_the_input(plain):
     hooked = copy.deepcopy(plain)
     for name, module in hooked.named_modules():
         if isinstance(module, nn.Linear) and 'cpb_mlp' not in name:
@@ -110,7 +110,7 @@ def test_a_hook_before_a_layer_may_replace_its_input(plain):
 
 
 @pytest.mark.parametrize('name', LINEAR)
-def test_the_forward_pass_of_a_layer_may_be_patched(plain, name):
+def test_patched_forward_of_a_layer(plain, name):
     patched = copy.deepcopy(plain)
     for (parent, child), (of_plain, _) in zip(layers(patched, name), layers(plain, name), strict=True):
         layer = getattr(parent, child)
@@ -119,7 +119,7 @@ def test_the_forward_pass_of_a_layer_may_be_patched(plain, name):
     assert_same(patched, plain)
 
 
-def test_a_layer_may_be_of_a_class_of_the_users(plain):
+def test_layer_of_a_user_defined_class(plain):
     other = copy.deepcopy(plain)
     attention = other.layers[0].blocks[0].attn
 
@@ -132,7 +132,7 @@ def test_a_layer_may_be_of_a_class_of_the_users(plain):
     assert_same(other, plain)
 
 
-def test_the_mlp_of_the_position_bias_may_get_other_layers(plain):
+def test_log_cpb_with_further_layers(plain):
     before = plain(X)[0].detach()
     with torch.no_grad():
         plain(X)
@@ -142,7 +142,7 @@ def test_the_mlp_of_the_position_bias_may_get_other_layers(plain):
     assert torch.equal(plain(X)[0].detach(), plain(X)[0].detach())
 
 
-def test_a_backbone_is_saved_and_copied_after_a_forward_pass_that_has_cached_its_bias(plain, tmp_path):
+def test_pickle_and_copy_after_a_cached_bias(plain, tmp_path):
     with torch.no_grad():
         expected = plain(X)
         torch.save(plain, tmp_path / 'model.pth')
@@ -170,7 +170,7 @@ CHANGES = {
 
 @pytest.mark.parametrize('change', CHANGES)
 @pytest.mark.filterwarnings('ignore::FutureWarning')
-def test_parametrized_weights_are_used_and_train(plain, change):
+def test_parametrized_weights_are_used_and_trained(plain, change):
     model = copy.deepcopy(plain)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for name in names:
@@ -185,7 +185,7 @@ def test_parametrized_weights_are_used_and_train(plain, change):
 
 @torch.no_grad()
 def with_effective_weights(model: nn.Module, plain: nn.Module, names: list[str]) -> nn.Module:
-    """A plain backbone with the weights that the layers of a model have when they are called."""
+    """An unchanged backbone with the weights that the layers of `model` use in their forward pass."""
     model(X)  # hooks compute them
     twin = copy.deepcopy(plain)
     for name, parameter in twin.named_parameters():
@@ -195,7 +195,7 @@ def with_effective_weights(model: nn.Module, plain: nn.Module, names: list[str])
 
 
 @pytest.mark.filterwarnings('ignore')
-def test_dynamic_quantization_runs(plain):
+def test_dynamic_quantization(plain):
     model = torch.ao.quantization.quantize_dynamic(copy.deepcopy(plain), {nn.Linear})
     assert not isinstance(model.layers[0].blocks[0].attn.cpb_mlp[0], nn.Linear)
     with torch.no_grad():

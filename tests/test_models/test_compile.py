@@ -1,7 +1,7 @@
-"""Compiled backbones against eager ones: one graph for each call, for sizes that change, with the same gradients.
+"""Compiled backbones against eager ones: no graph breaks, dynamic sizes, the same gradients.
 
-Every graph costs seconds, so nets are small: in the first stage windows that are shifted and some that are not, then a
-merging, and a stage whose windows are not shifted.
+Every graph takes seconds, so the models are small: a stage with shifted and unshifted windows, patch merging, and a
+stage with unshifted windows.
 """
 
 import oracles
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def fresh_compiler(monkeypatch):
-    # with the value 'default', inductor writes C++ that does not compile (torch 2.13)
+    # with the value 'default', inductor generates C++ that does not compile (torch 2.13)
     monkeypatch.delenv('ATEN_CPU_CAPABILITY', raising=False)
     torch._dynamo.reset()
     counters.clear()
@@ -36,12 +36,12 @@ def image(*size):
 
 
 @torch.no_grad()
-def test_images_of_any_size_need_three_graphs_and_no_break_and_follow_the_weights():
-    """The cache of the position bias is eager code's alone."""
+def test_compile_with_dynamic_sizes_needs_three_graphs_and_follows_the_weights():
+    """Compiled code does not use the cache of the position bias."""
     backbone = build(out_indices=(0, 1)).eval()
     compiled = torch.compile(backbone, fullgraph=True, dynamic=True, backend='aot_eager')
-    # A square, whose axes are one symbol. Then whole windows, and what has to be padded: to patches, to windows, to
-    # merge. At last maps of one token, which PyTorch always makes a graph of their own for.
+    # A square, whose axes are one symbol; then a size without padding, and sizes padded for patches, windows and patch
+    # merging; at last feature maps of one token, for which PyTorch always compiles another graph.
     for size in ((32, 32), (48, 64), (50, 30), (36, 42), (52, 38), (44, 70), (63, 41), (37, 80), (12, 8), (20, 8)):
         for ours, expected in zip(compiled(image(*size)), backbone(image(*size)), strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
@@ -59,8 +59,8 @@ def test_images_of_any_size_need_three_graphs_and_no_break_and_follow_the_weight
 
 
 @torch.no_grad()
-def test_a_stem_in_the_place_of_the_patch_embedding_gives_maps_of_the_same_size():
-    """Patches can be padded more than they need, and other convolutions cannot."""
+def test_compile_with_a_stem_keeps_the_size_of_the_feature_maps():
+    """A stem must not be padded more than needed, unlike the patch embedding."""
     backbone = build(arch=ONE_STAGE, out_indices=(0,)).eval()
     backbone.patch_embed.proj = torch.nn.Conv2d(3, 16, 7, 4, 3)
     compiled = torch.compile(backbone, fullgraph=True, backend='eager')
@@ -80,8 +80,8 @@ def test_a_stem_in_the_place_of_the_patch_embedding_gives_maps_of_the_same_size(
         ),
     ],
 )
-def test_gradients_are_those_of_the_eager_backbone(kind, backend, size, options):
-    """Of images, in blocks that are recomputed in the backward pass, as compiled by default; and of clips."""
+def test_compile_keeps_gradients(kind, backend, size, options):
+    """For images, with activation checkpointing and the default compiler; and for video."""
     backbone, x = build(kind, **options).train(), image(*size)
 
     def grads(model):

@@ -1,4 +1,4 @@
-"""Test-time augmentation of boxes and masks, against the plain detector, mirrored images and work by hand."""
+"""Test-time augmentation of boxes and masks against the plain detector, mirrored images and values computed by hand."""
 
 import copy
 import functools
@@ -34,9 +34,9 @@ DEMO = Path(__file__).parents[2] / 'configs' / 'det' / 'htc_swinv2_demo.py'
 NMS = dict(type='nms', iou_threshold=0.5)
 SOFT_NMS = dict(type='soft_nms', iou_threshold=0.2)  # lowers most scores of a random detector
 KINDS = ('cascade', 'htc')
-# of the last layers' weights: scores that are no ties and masks with edges
+# std of the weights of the last layers, so that scores have no ties and masks have edges
 SPREAD = dict(fc_cls=0.7, fc_reg=0.5, conv_logits=2.0, rpn_cls=1.0)
-HTC_ALONE = ('interleaved', 'mask_info_flow', 'semantic_roi_extractor', 'semantic_head')
+HTC_ONLY = ('interleaved', 'mask_info_flow', 'semantic_roi_extractor', 'semantic_head')
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def _mmdet_scope():
 
 
 def config(kind: str, masks: bool = True) -> ConfigDict:
-    """The demo's HTC with FPN alone, 16 channels and 32 proposals, or a Cascade Mask R-CNN of the same parts."""
+    """The demo's HTC with FPN only, 16 channels and 32 proposals, or a Cascade Mask R-CNN of the same parts."""
     cfg = copy.deepcopy(Config.fromfile(DEMO).model)
     roi = cfg.roi_head
     cfg.backbone.update(arch=dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8)), window_size=4)
@@ -65,7 +65,7 @@ def config(kind: str, masks: bool = True) -> ConfigDict:
     cfg.test_cfg.rpn.max_per_img = 32
     if kind == 'cascade':
         cfg.type, roi.type = 'CascadeRCNN', 'CascadeRoIHead'
-        for key in HTC_ALONE:
+        for key in HTC_ONLY:
             roi.pop(key)
         for head in roi.mask_head:
             head.pop('with_conv_res', None)
@@ -77,7 +77,7 @@ def config(kind: str, masks: bool = True) -> ConfigDict:
 
 
 def detector(kind: str, nms: dict = NMS, masks: bool = True) -> BaseDetector:
-    """Random, with scores and masks that differ from box to box."""
+    """A random detector whose scores and masks differ from box to box."""
     model = copy.deepcopy(build(kind, masks))
     model.roi_head.test_cfg.nms = ConfigDict(nms)
     return model
@@ -98,7 +98,7 @@ def build(kind: str, masks: bool) -> BaseDetector:
 
 
 def tta(model: BaseDetector, nms: dict = NMS, **kwargs) -> InstanceSegTTAModel:
-    """Merges as the detector itself suppresses."""
+    """Test-time augmentation with the NMS of the detector."""
     return InstanceSegTTAModel(dict(nms=nms, max_per_img=20), module=model, **kwargs)
 
 
@@ -109,7 +109,7 @@ def image(height: int = 64, width: int = 96, seed: int = 0) -> torch.Tensor:
 
 
 def view(image: torch.Tensor, scale: float = 1, flip: str | None = None) -> tuple[torch.Tensor, DetDataSample]:
-    """An image resized and flipped, with what a pipeline tells about that."""
+    """An image resized and flipped, with the metainfo of a pipeline."""
     ori_shape = tuple(image.shape[1:])
     if scale != 1:
         image = F.interpolate(image[None].float(), scale_factor=scale, mode='bilinear')[0].to(torch.uint8)
@@ -122,7 +122,7 @@ def view(image: torch.Tensor, scale: float = 1, flip: str | None = None) -> tupl
 
 
 def batch(*views: list[tuple[torch.Tensor, DetDataSample]]) -> dict:
-    """Each view as a list over images, as TestTimeAug and collation pass it on."""
+    """Each view as a list over images, as after TestTimeAug and collation."""
     return dict(inputs=[[i for i, _ in v] for v in views], data_samples=[[s for _, s in v] for v in views])
 
 
@@ -154,7 +154,7 @@ def sizes(results: InstanceData) -> torch.Tensor:
 
 
 def assert_same(got: InstanceData, expected: InstanceData, atol: float = 1e-4) -> None:
-    """Boxes within `atol` pixels, scores within 1e-4, and at most one pixel of the masks in a thousand of those set."""
+    """Boxes within `atol` pixels, scores within 1e-4, and at most 0.1 % of the foreground pixels of masks differ."""
     assert len(got) == len(expected) > 0
     torch.testing.assert_close(got.bboxes, expected.bboxes, rtol=0, atol=atol)
     torch.testing.assert_close(got.scores, expected.scores, rtol=0, atol=1e-4)
@@ -170,7 +170,7 @@ def assert_same(got: InstanceData, expected: InstanceData, atol: float = 1e-4) -
     ('kind', 'scale', 'nms'),
     [('cascade', 1, NMS), ('cascade', 1.37, SOFT_NMS), ('htc', 1, SOFT_NMS), ('htc', 1.37, NMS)],
 )
-def test_one_view_gives_what_the_plain_detector_gives(kind, scale, nms):
+def test_tta_of_one_view_equals_the_plain_detector(kind, scale, nms):
     model = detector(kind, nms)
     expected = plain(model, view(image(), scale))[0]
     assert len(expected) == 20
@@ -185,14 +185,14 @@ def test_one_view_gives_what_the_plain_detector_gives(kind, scale, nms):
     ('kind', 'direction', 'scale'),
     [('htc', 'horizontal', 1), ('cascade', 'vertical', 1), ('htc', 'diagonal', 2)],
 )
-def test_a_flipped_view_gives_the_plain_result_on_the_flipped_image_flipped_back(kind, direction, scale):
+def test_tta_of_a_flipped_view_equals_the_plain_detector_on_the_flipped_image(kind, direction, scale):
     model = detector(kind)
     mirrored = view(image(), flip=direction)[0]
     expected = flipped_back(plain(model, view(mirrored, scale))[0], (64, 96), direction)
     assert_same(predict(tta(model), [view(image(), scale, direction)])[0], expected)
 
 
-def test_the_same_view_twice_changes_no_box_and_no_mask():
+def test_tta_of_the_same_view_twice_equals_once():
     model = tta(detector('htc'))
     (once,) = predict(model, [view(image(), 1.5)])
     (twice,) = predict(model, [view(image(), 1.5)], [view(image(), 1.5)])
@@ -201,7 +201,7 @@ def test_the_same_view_twice_changes_no_box_and_no_mask():
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_images_of_a_batch_do_not_see_each_other(kind):
+def test_tta_images_of_a_batch_are_independent(kind):
     model, images = tta(detector(kind)), [image(seed=0), image(seed=1)]
     views = [(1, None), (1.5, None), (1.5, 'horizontal')]
     together = predict(model, *([view(i, *v) for i in images] for v in views))
@@ -209,7 +209,7 @@ def test_images_of_a_batch_do_not_see_each_other(kind):
         assert_same(results, predict(model, *([view(i, *v)] for v in views))[0], atol=1e-3)
 
 
-def test_without_masks_it_is_the_model_of_mmdet():
+def test_tta_without_masks_equals_det_tta_model():
     model = detector('htc', masks=False)
     views = [[view(image())], [view(image(), 2, 'horizontal')]]
     cfg = ConfigDict(nms=NMS, max_per_img=20)
@@ -220,7 +220,7 @@ def test_without_masks_it_is_the_model_of_mmdet():
         assert torch.equal(value, got[key])
 
 
-def test_no_detections_give_empty_masks_of_the_original_size():
+def test_tta_without_detections_gives_empty_masks_of_the_original_size():
     model = detector('cascade')
     model.roi_head.test_cfg.score_thr = 1.0
     (got,) = predict(tta(model), [view(image(), 2)], [view(image(), 2, 'horizontal')])
@@ -229,7 +229,7 @@ def test_no_detections_give_empty_masks_of_the_original_size():
     assert (got.bboxes.shape, got.scores.shape, got.labels.shape) == ((0, 4), (0,), (0,))
 
 
-def test_one_image_of_a_batch_may_be_empty_and_each_has_its_size():
+def test_tta_with_an_empty_image_in_a_batch_of_different_sizes():
     model = detector('htc')
     pictures = [image(), torch.full((3, 48, 80), 128, dtype=torch.uint8)]
     highest = [r.scores.max() for r in plain(model, *map(view, pictures))]
@@ -239,7 +239,7 @@ def test_one_image_of_a_batch_may_be_empty_and_each_has_its_size():
     assert [r.masks.shape for r in results] == [(len(results[0]), 64, 96), (len(results[1]), 48, 80)]
 
 
-def test_masks_are_averaged_in_float32_under_autocast():
+def test_tta_averages_masks_in_float32_under_autocast():
     model, (picture, sample) = tta(detector('cascade')), view(image())  # over stages, and over views
     box = torch.tensor([[8.0, 8.0, 60.0, 50.0]])
     with torch.autocast('cpu', dtype=torch.bfloat16), torch.no_grad():
@@ -256,7 +256,10 @@ def test_masks_are_averaged_in_float32_under_autocast():
 
 
 class KnownHead(CascadeRoIHead):
-    """Answers for each view, which the features name: boxes at the original size, and maps for three boxes."""
+    """Returns known boxes, at the original size, and mask probabilities of three boxes for each view.
+
+    The features are the index of the view.
+    """
 
     def __init__(self, boxes: dict, maps: dict) -> None:
         torch.nn.Module.__init__(self)
@@ -276,7 +279,7 @@ class KnownHead(CascadeRoIHead):
 
 
 class KnownDetector(torch.nn.Module):
-    """Passes the number of the view, which is the value of the image, to `KnownHead`."""
+    """Passes the index of the view, which is the pixel value of the image, to `KnownHead`."""
 
     with_mask = True
     test_step = BaseDetector.test_step
@@ -319,7 +322,7 @@ def three_views() -> tuple[KnownDetector, dict]:
     return KnownDetector(**known), batch(*views)
 
 
-def test_three_known_views_merge_as_by_hand():
+def test_tta_of_three_known_views():
     model, data = three_views()
     (sample,) = tta(model).test_step(data)
     got = sample.pred_instances
@@ -338,7 +341,7 @@ def test_three_known_views_merge_as_by_hand():
     }
 
 
-def test_soft_nms_lowers_the_score_of_the_second_find_once():
+def test_tta_soft_nms_lowers_a_score_once():
     model, data = three_views()
     model.roi_head.boxes[1][0][0] = [10.0, 2.0, 14.0, 5.0]  # of A's upper three quarters
     model.roi_head.maps = {i: torch.cat([m, m[2:]]) for i, m in model.roi_head.maps.items()}
@@ -358,7 +361,7 @@ def test_soft_nms_lowers_the_score_of_the_second_find_once():
         ([(9, 10), (9, 10), (9, 10)], []),
     ],
 )
-def test_limits_of_size_as_by_hand(limits, expected):
+def test_tta_size_limits_of_known_views(limits, expected):
     model, data = three_views()
     model.roi_head.maps = {i: m[: len(expected)] for i, m in model.roi_head.maps.items()}
     (sample,) = tta(model, size_limits=limits).test_step(data)
@@ -367,8 +370,8 @@ def test_limits_of_size_as_by_hand(limits, expected):
 
 
 @pytest.mark.parametrize('masks', [True, False])
-def test_limits_of_size_belong_to_scales_and_hold_in_pixels_of_the_original_image(masks):
-    """Where nothing is suppressed, the result is the union of what each scale may give."""
+def test_tta_size_limits_apply_to_scales_in_pixels_of_the_original_image(masks):
+    """Without suppression, the result is the union of the boxes within the limits of each scale."""
     model = detector('cascade', masks=masks)
     model.roi_head.test_cfg.score_thr = 0.2
     keep_all = dict(nms=dict(type='nms', iou_threshold=1.0), max_per_img=1000)
@@ -387,7 +390,7 @@ def test_limits_of_size_belong_to_scales_and_hold_in_pixels_of_the_original_imag
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def test_features_of_one_view_at_a_time_are_alive():
+def test_tta_has_features_of_one_view_at_a_time():
     model = detector('htc')
     features, alive = [], []  # weak references, and how many of them live
     model.backbone.register_forward_pre_hook(lambda *_: alive.append(sum(f() is not None for f in features)))
@@ -404,32 +407,32 @@ def test_features_of_one_view_at_a_time_are_alive():
 
 
 @pytest.mark.parametrize('limits', [(5, 5), (-1, 5), (1, 2, 3)])
-def test_a_limit_that_is_no_range_is_an_error(limits):
+def test_tta_rejects_size_limits_that_are_no_range(limits):
     with pytest.raises(ValueError, match=r'size_limits.*0 <= min < max'):
         tta(three_views()[0], size_limits=[limits])
 
 
 @pytest.mark.parametrize('number', [1, 2, 4])
-def test_limits_that_do_not_fit_the_views_are_an_error(number):
+def test_tta_rejects_size_limits_that_do_not_match_the_views(number):
     model, data = three_views()
     with pytest.raises(ValueError, match=r'size_limits.*resizes of TestTimeAug before the flips'):
         tta(model, size_limits=[(0, 9)] * number).test_step(data)
 
 
-def test_flips_before_resizes_are_an_error_with_limits():
+def test_tta_rejects_size_limits_with_flips_before_resizes():
     model = tta(detector('cascade'), size_limits=[(0, 24), (24, 99)])
     with pytest.raises(ValueError, match='before the flips'):
         predict(model, *([view(image(), s, f)] for f in (None, 'horizontal') for s in (1, 2)))
 
 
-def test_a_detector_with_masks_of_another_kind_is_an_error():
+def test_tta_rejects_other_mask_heads():
     cfg = Config.fromstring("_base_ = 'mmdet::_base_/models/mask-rcnn_r50_fpn.py'", '.py').model
     cfg.backbone.init_cfg = None
     with torch.device('meta'), pytest.raises(ValueError, match='not those of MaskRCNN with StandardRoIHead'):
         InstanceSegTTAModel(dict(nms=NMS, max_per_img=20), module=cfg)
 
 
-def test_samples_that_do_not_tell_their_flip_are_an_error():
+def test_tta_rejects_samples_without_flip_metainfo():
     model, data = three_views()
     data['data_samples'][2][0] = DetDataSample(metainfo=dict(ori_shape=(12, 16), scale_factor=(2.0, 2.0)))
     with pytest.raises(ValueError, match=r'without flip, flip_direction: .*meta_keys'):
@@ -440,7 +443,7 @@ def test_samples_that_do_not_tell_their_flip_are_an_error():
 
 
 def write_mirrored_pair(root: Path) -> None:
-    """Two images, each the other's mirror image, and an annotation for each."""
+    """Write an image, its mirror image, and one annotation for each."""
     pixels = image(60, 80).permute(1, 2, 0).numpy()
     cv2.imwrite(str(root / '1.png'), pixels)
     cv2.imwrite(str(root / '2.png'), np.ascontiguousarray(pixels[:, ::-1]))
@@ -500,8 +503,8 @@ def runner_config(root: Path) -> Config:
     )
 
 
-def test_a_runner_predicts_mirrored_images_as_each_others_mirror_image(tmp_path):
-    """Over both flips the views of the two are the same, so the results are, whatever the weights."""
+def test_tta_in_a_runner_gives_mirrored_results_for_mirrored_images(tmp_path):
+    """With both flips, both images have the same views, and so the same results, whatever the weights."""
     from mmengine.runner import Runner
     from pycocotools import mask as coco_mask
 

@@ -1,4 +1,4 @@
-"""Backbones in onnxruntime, from both of PyTorch's exporters, against the backbone itself."""
+"""Backbones exported to ONNX by both of PyTorch's exporters, run in onnxruntime."""
 
 import oracles
 import pytest
@@ -7,7 +7,7 @@ import torch
 from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
 
 ARCH = dict(embed_dims=16, depths=(2, 1), num_heads=(1, 2))
-# whole windows, and a map that neither patches nor windows divide
+# without padding, and padded for patches and windows
 CASES = [
     (SwinTransformerV2, (32, 32), 4),
     (SwinTransformerV2, (38, 51), 4),
@@ -20,7 +20,7 @@ CASES = [
     [(*case, False) for case in CASES] + [pytest.param(*case, True, marks=pytest.mark.slow) for case in CASES[1:]],
 )
 @pytest.mark.filterwarnings('ignore')
-def test_features_in_onnxruntime_are_those_of_the_backbone(tmp_path, kind, size, window, dynamo):
+def test_onnx_export_keeps_features(tmp_path, kind, size, window, dynamo):
     oracles.find_peers()
     import onnxruntime
 

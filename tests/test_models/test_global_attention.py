@@ -1,4 +1,4 @@
-"""The extra layer of global attention: against torch's own modules, its start, and its place in a detector."""
+"""GlobalAttention against torch's own modules, its initial state, and its use in a detector."""
 
 import oracles
 import pytest
@@ -15,7 +15,7 @@ def build(**kwargs) -> GlobalAttention:
     return oracles.randomize(GlobalAttention(CHANNELS, HEADS, **kwargs))
 
 
-def stage_maps(*size: int, batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+def features(*size: int, batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     rng = torch.Generator().manual_seed(1)
     return tuple(
         torch.randn(batch, c, *(s * k for s in size), generator=rng, dtype=dtype)
@@ -23,7 +23,7 @@ def stage_maps(*size: int, batch: int = 2, dtype: torch.dtype = torch.float32) -
     )
 
 
-def composed_of_torch_modules(layer: GlobalAttention, x: torch.Tensor) -> torch.Tensor:
+def torch_reference(layer: GlobalAttention, x: torch.Tensor) -> torch.Tensor:
     """(N, C, H, W) -> (N, C, H, W) by `torch.nn.MultiheadAttention` with the weights of the layer."""
     attention = nn.MultiheadAttention(CHANNELS, HEADS, batch_first=True).to(x.dtype)
     attention.load_state_dict(
@@ -41,29 +41,29 @@ def composed_of_torch_modules(layer: GlobalAttention, x: torch.Tensor) -> torch.
     return torch.einsum('nhwc->nchw', tokens.reshape(len(x), *x.shape[2:], CHANNELS))
 
 
-def test_the_last_map_goes_through_attention_as_torch_defines_it():
+def test_global_attention_equals_multihead_attention_of_torch():
     layer = build().double()
-    maps = stage_maps(5, 7, dtype=torch.float64)
-    x = maps[-1].requires_grad_()
-    out, expected = layer(maps)[-1], composed_of_torch_modules(layer, x)
+    feats = features(5, 7, dtype=torch.float64)
+    x = feats[-1].requires_grad_()
+    out, expected = layer(feats)[-1], torch_reference(layer, x)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-    mine, theirs = (torch.autograd.grad(o.square().sum(), x)[0] for o in (out, expected))
-    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    found, wanted = (torch.autograd.grad(o.square().sum(), x)[0] for o in (out, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_the_other_maps_are_passed_on_as_they_are():
-    maps = stage_maps(4, 4)
-    outs = build()(maps)
+def test_global_attention_changes_only_the_last_feature_map():
+    feats = features(4, 4)
+    outs = build()(feats)
     assert isinstance(outs, tuple)
     assert len(outs) == 2
-    assert outs[0] is maps[0]
-    assert outs[1].shape == maps[1].shape
+    assert outs[0] is feats[0]
+    assert outs[1].shape == feats[1].shape
 
 
 @torch.no_grad()
-def test_positions_are_all_alike():
+def test_global_attention_is_permutation_equivariant():
     layer = build().double()
-    *_, x = stage_maps(6, 4, dtype=torch.float64)
+    *_, x = features(6, 4, dtype=torch.float64)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(2))
     shuffled = x.flatten(2)[..., order].reshape(x.shape)
     out = layer((x,))[0].flatten(2)[..., order].reshape(x.shape)
@@ -71,16 +71,16 @@ def test_positions_are_all_alike():
 
 
 @torch.no_grad()
-def test_every_position_sees_every_other():
+def test_global_attention_is_global():
     layer = build().double()
-    *_, x = stage_maps(4, 6, batch=1, dtype=torch.float64)
+    *_, x = features(4, 6, batch=1, dtype=torch.float64)
     changed = x.clone()
     changed[..., 0, 0] *= -1
     assert ((layer((x,))[0] - layer((changed,))[0]).abs().amax(1) > 0).all()
 
 
 @torch.no_grad()
-def test_normalised_features_pass_a_new_layer():
+def test_global_attention_starts_as_the_identity_for_normalised_features():
     x = nn.functional.layer_norm(torch.randn(2, 5, 6, CHANNELS), (CHANNELS,)).movedim(-1, 1)
     layer = GlobalAttention(CHANNELS, HEADS)
     oracles.randomize(layer)
@@ -89,43 +89,43 @@ def test_normalised_features_pass_a_new_layer():
         torch.testing.assert_close(new((x,))[0], x, rtol=1e-4, atol=1e-4)
 
 
-def test_every_parameter_gets_a_gradient():
+def test_global_attention_has_a_gradient_for_every_parameter():
     layer = build(drop_path_rate=0.1)
     torch.manual_seed(0)
-    layer(stage_maps(4, 5, batch=4))[-1].mul(torch.randn(CHANNELS, 4, 5)).sum().backward()
+    layer(features(4, 5, batch=4))[-1].mul(torch.randn(CHANNELS, 4, 5)).sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in layer.parameters())
 
 
 @torch.no_grad()
-def test_drop_path_drops_each_branch_of_a_sample_by_itself():
+def test_global_attention_drops_each_branch_of_a_sample_independently():
     layer = build(drop_path_rate=0.5)
-    *_, x = stage_maps(3, 3, batch=32)
+    *_, x = features(3, 3, batch=32)
     torch.manual_seed(0)
     out = layer((x,))[0].flatten(2).transpose(1, 2)
     tokens = x.flatten(2).transpose(1, 2)
     found = []
     for attends in (0, 2):  # dropped, or kept at twice its size
-        y = tokens + attends * layer._attend(layer.norm1(tokens))
+        y = tokens + attends * layer._attention(layer.norm1(tokens))
         for mixes in (0, 2):
             expected = layer.norm(y + mixes * layer.mlp(layer.norm2(y)))
             found.append((out - expected).abs().amax((1, 2)) < 1e-4)
     assert all(samples.any() for samples in found)
     assert (sum(samples.int() for samples in found) == 1).all()
-    torch.testing.assert_close(layer.eval()((x,))[0], composed_of_torch_modules(layer, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.eval()((x,))[0], torch_reference(layer, x), rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_autocast_is_close_to_float32_and_trains():
+def test_global_attention_under_bfloat16_autocast_is_close_to_float32_and_trains():
     layer = build()
-    maps = stage_maps(8, 8)
+    feats = features(8, 8)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        out = layer(maps)[-1]
-    torch.testing.assert_close(out.float(), layer(maps)[-1], rtol=0.05, atol=0.05)
+        out = layer(feats)[-1]
+    torch.testing.assert_close(out.float(), layer(feats)[-1], rtol=0.05, atol=0.05)
     out.float().square().mean().backward()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operator returned."""
+    """Records the size of the largest tensor that any operator returned."""
 
     elements = 0
 
@@ -137,10 +137,10 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_a_large_map_makes_no_matrix_of_all_pairs():
+def test_global_attention_has_no_matrix_of_all_token_pairs():
     tokens = 48 * 48  # of an image of 1536x1536
     with LargestTensor() as largest:
-        build()(stage_maps(48, 48, batch=1))[-1].sum().backward()
+        build()(features(48, 48, batch=1))[-1].sum().backward()
     assert largest.elements == tokens * 3 * CHANNELS  # queries, keys and values
     assert largest.elements < tokens**2 / 10
 
@@ -153,14 +153,14 @@ def test_a_large_map_makes_no_matrix_of_all_pairs():
         (dict(num_heads=3, drop_path_rate=1.0), r'drop_path_rate must lie in \[0, 1\), got 1.0'),
     ],
 )
-def test_arguments_out_of_range_are_refused(kwargs, text):
+def test_global_attention_rejects_arguments_out_of_range(kwargs, text):
     with pytest.raises(ValueError, match=text):
         GlobalAttention(CHANNELS, **kwargs)
 
 
 @pytest.mark.parametrize('shape', [(1, 8, 4, 4), (1, 16, CHANNELS)])
-def test_a_map_of_another_shape_is_refused(shape):
-    with pytest.raises(ValueError, match=r'in_channels=24 and takes a last map of shape \(N, 24, H, W\), got \(1, '):
+def test_global_attention_rejects_a_feature_map_of_another_shape(shape):
+    with pytest.raises(ValueError, match=r'takes a last feature map of shape \(N, 24, H, W\), got \(1, '):
         build()((torch.zeros(shape),))
 
 
@@ -192,18 +192,18 @@ def detector(**attention):
     )
 
 
-def test_a_detector_of_mmdet_takes_it_before_its_neck():
+def test_global_attention_before_the_neck_of_a_detector():
     pytest.importorskip('mmdet')
     model = detector(drop_path_rate=0.2)
     model.init_weights()
-    assert not model.neck[0].proj.weight.any()  # as this layer starts; mmdet's own initialisation is for the FPN
+    assert not model.neck[0].proj.weight.any()  # initialised by this layer, not by mmdet's detector
     scores, _ = model(torch.randn(2, 3, 64, 96), mode='tensor')
     assert [tuple(s.shape[2:]) for s in scores] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
     sum(s.square().mean() for s in scores).backward()
     assert all(p.grad is not None for p in model.neck.parameters())
 
 
-def test_init_cfg_has_the_last_word(tmp_path):
+def test_global_attention_init_cfg_overrides_the_initialisation(tmp_path):
     pytest.importorskip('mmdet')
     model = detector(init_cfg=dict(type='Constant', layer='LayerNorm', val=3.0))
     model.init_weights()

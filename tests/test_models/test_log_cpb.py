@@ -1,4 +1,4 @@
-"""The position bias against the formula of the paper and values worked out by hand, also after its weights changed."""
+"""The position bias against the formula of the paper, and its cache after changes of the weights."""
 
 import copy
 import math
@@ -20,36 +20,36 @@ def formula(offset: int, pretrained: int) -> float:
 
 
 @pytest.mark.parametrize(('window', 'pretrained'), [((8, 8), (8, 8)), ((24, 12), (12, 6)), ((3, 4, 5), (8, 4, 5))])
-def test_coordinates_follow_the_formula_along_each_axis(window, pretrained):
+def test_log_spaced_coords_follow_the_formula_along_each_axis(window, pretrained):
     coords = log_spaced_coords(window, torch.tensor(pretrained)).view(*(2 * w - 1 for w in window), len(window))
     for axis, (w, p) in enumerate(zip(window, pretrained, strict=True)):
-        along = coords.movedim(axis, 0).flatten(1, -2)[:, 0, axis]
-        assert along.tolist() == pytest.approx([formula(d, p) for d in range(1 - w, w)], abs=1e-6)
+        values = coords.movedim(axis, 0).flatten(1, -2)[:, 0, axis]
+        assert values.tolist() == pytest.approx([formula(d, p) for d in range(1 - w, w)], abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ('pretrained', 'window', 'largest'),
+    ('pretrained', 'window', 'maximum'),
     [(8, 8, 1.057), (8, 16, 1.394), (8, 32, 1.729), (12, 24, 1.383), (12, 48, 1.712), (6, 32, 1.887)],
 )
-def test_a_larger_window_extrapolates_as_far_as_known(pretrained, window, largest):
+def test_log_spaced_coords_extrapolate_for_larger_windows(pretrained, window, maximum):
     assert float(log_spaced_coords((window, window), torch.tensor([pretrained, pretrained])).max()) == pytest.approx(
-        largest, abs=1e-3
+        maximum, abs=1e-3
     )
 
 
-def test_a_window_of_one_token_has_the_coordinate_zero():
+def test_log_spaced_coords_of_one_token_are_zero():
     assert log_spaced_coords((1, 2), torch.tensor([1, 2]))[:, 0].eq(0).all()
 
 
-def test_bias_of_an_offset_does_not_depend_on_the_window():
-    """What makes the transfer work: the same weights give the same bias for the same offset in a larger window."""
+def test_log_cpb_of_an_offset_does_not_depend_on_the_window():
+    """Window transfer: the same weights give the same bias for the same offset in a larger window."""
     small, large = LogCPB((4, 4), (4, 4), 2), LogCPB((8, 8), (4, 4), 2)
     large.load_state_dict(small.state_dict())
     middle = large().view(2, 15, 15)[:, 4:11, 4:11]
     torch.testing.assert_close(small().view(2, 7, 7), middle, rtol=1e-6, atol=1e-6)
 
 
-def test_bias_stays_between_0_and_16_in_float32_under_autocast():
+def test_log_cpb_is_between_0_and_16_in_float32_under_autocast():
     mlp = LogCPB((4, 4), (4, 4), 2)
     with torch.no_grad():
         mlp[2].weight.mul_(1e4)
@@ -60,7 +60,7 @@ def test_bias_stays_between_0_and_16_in_float32_under_autocast():
     assert bias.max() <= 16
 
 
-# --- the bias is computed once, and is always that of the weights -----------------------------------------------------
+# --- cache ------------------------------------------------------------------------------------------------------------
 
 
 def random_cpb() -> LogCPB:
@@ -69,7 +69,7 @@ def random_cpb() -> LogCPB:
 
 
 def plain_bias(mlp: LogCPB) -> torch.Tensor:
-    """The same formula, written out for autograd."""
+    """The formula, differentiated by autograd."""
     weight1, bias1, weight2 = mlp.parameters()
     coords = log_spaced_coords(mlp.window_size, mlp.pretrained_window_size).to(weight1)
     return (16 * torch.sigmoid(torch.relu(coords @ weight1.T + bias1) @ weight2.T)).T
@@ -81,13 +81,13 @@ def gradients(mlp: LogCPB, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.autograd.grad((bias * weights).sum(), tuple(mlp.parameters()))
 
 
-def assert_right(mlp: LogCPB) -> None:
-    """Bias and gradients are those of the weights as they are now."""
+def assert_up_to_date(mlp: LogCPB) -> None:
+    """Bias and gradients are those of the current weights."""
     torch.testing.assert_close(mlp(), plain_bias(mlp), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradients(mlp, mlp()), gradients(mlp, plain_bias(mlp)), rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_are_those_of_autograd():
+def test_log_cpb_gradients_equal_autograd():
     mlp = random_cpb().double()
     expected = gradients(mlp, plain_bias(mlp))
     assert all(grad.abs().max() > 0 for grad in expected)
@@ -97,7 +97,7 @@ def test_gradients_are_those_of_autograd():
 
 @pytest.fixture
 def computations(monkeypatch):
-    """Number of computations in forward passes, which need no graph (False), and in backward passes (True)."""
+    """Number of computations of the bias, without gradients (False) and with gradients (True)."""
     calls = Counter()
 
     def counted(*args):
@@ -109,8 +109,8 @@ def computations(monkeypatch):
 
 
 @torch.no_grad()
-def test_tensors_in_the_place_of_parameters_are_looked_at_each_time():
-    """As the views of FSDP, whose memory is written to without notice."""
+def test_log_cpb_does_not_cache_for_tensors_that_are_no_parameters():
+    """Such as views of FSDP, whose changes increment no version counter."""
     mlp = random_cpb().eval()
     weight = mlp[2].weight.detach().clone()
     before = torch.func.functional_call(mlp, {'2.weight': weight}, ()).clone()
@@ -120,8 +120,8 @@ def test_tensors_in_the_place_of_parameters_are_looked_at_each_time():
 
 
 @torch.no_grad()
-def test_a_weight_where_another_was_before_brings_no_bias_of_that_one():
-    """The allocator gives addresses out again, and weights of `functional_call` live for one call."""
+def test_log_cpb_cache_is_not_confused_by_a_reused_address():
+    """The allocator reuses addresses, and weights of `functional_call` live for one call."""
     mlp, others = random_cpb().eval(), []
     first = torch.nn.Parameter(mlp[2].weight * 1)
     address = first.untyped_storage()._cdata
@@ -137,7 +137,7 @@ def test_a_weight_where_another_was_before_brings_no_bias_of_that_one():
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_bias_is_computed_once_in_eval_mode(computations):
+def test_log_cpb_is_computed_once_in_eval_mode(computations):
     mlp = random_cpb().eval()
     with torch.no_grad():
         for _ in range(5):
@@ -148,7 +148,7 @@ def test_the_bias_is_computed_once_in_eval_mode(computations):
 
 
 class WritesThroughData(torch.optim.Optimizer):
-    """Writes as sharded optimizers do, unseen by the version of a parameter."""
+    """Changes parameters like sharded optimizers, without incrementing their version counters."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {})
@@ -210,24 +210,24 @@ def change_the_pretrained_window(mlp):
     ],
 )
 @pytest.mark.parametrize('training', [True, False])
-def test_the_bias_follows_a_change_of_the_weights(change, training):
+def test_log_cpb_follows_changes_of_the_weights(change, training):
     mlp = random_cpb().train(training)
     before = mlp().detach().clone()
     change(mlp)
-    assert (plain_bias(mlp) - before).abs().max() > 1e-2, 'the change changes nothing'
-    assert_right(mlp)
+    assert (plain_bias(mlp) - before).abs().max() > 1e-2, 'the change has no effect'
+    assert_up_to_date(mlp)
 
 
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
-def test_the_bias_follows_the_type_of_the_weights(dtype, tolerance):
+def test_log_cpb_follows_the_dtype_of_the_weights(dtype, tolerance):
     mlp = random_cpb()
     mlp()
     torch.testing.assert_close(mlp.to(dtype)(), plain_bias(mlp), rtol=tolerance, atol=tolerance)
     assert mlp().dtype == dtype
 
 
-def test_the_bias_is_that_of_the_averaged_weights_while_an_emahook_validates():
-    """It exchanges the weights through their data, just before `eval` and `train`."""
+def test_log_cpb_uses_the_averaged_weights_while_emahook_validates():
+    """The hook swaps `weight.data` just before `eval` and `train`."""
     mlp, hook = random_cpb(), EMAHook()
     runner = SimpleNamespace(model=mlp)
     hook.before_run(runner)
@@ -237,32 +237,32 @@ def test_the_bias_is_that_of_the_averaged_weights_while_an_emahook_validates():
     assert (trained - averaged).abs().max() > 1e-2
     hook.before_val_epoch(runner)
     assert torch.equal(mlp.eval()(), averaged)
-    assert_right(mlp)
+    assert_up_to_date(mlp)
     hook.after_val_epoch(runner)
     assert torch.equal(mlp.train()(), trained)
-    assert_right(mlp)
+    assert_up_to_date(mlp)
 
 
-def test_what_inference_mode_has_computed_may_be_trained_with():
+def test_log_cpb_cached_in_inference_mode_can_be_trained():
     mlp = random_cpb()
     with torch.inference_mode():
         torch.testing.assert_close(mlp(), plain_bias(mlp), rtol=1e-5, atol=1e-5)
-    found = gradients(mlp, mlp().square())  # which keeps the bias for the backward pass, as attention does
+    found = gradients(mlp, mlp().square())  # square saves the bias for the backward pass, like attention
     torch.testing.assert_close(found, gradients(mlp, plain_bias(mlp).square()), rtol=1e-4, atol=1e-4)
 
 
-def test_autocast_leaves_bias_and_gradients_in_float32():
+def test_log_cpb_and_its_gradients_are_in_float32_under_autocast():
     mlp = random_cpb()
     expected = gradients(mlp, plain_bias(mlp))
     with torch.autocast('cpu', torch.bfloat16):
         bias = mlp()
     assert bias.dtype == torch.float32
     torch.testing.assert_close(gradients(mlp, bias), expected, rtol=1e-4, atol=1e-5)
-    assert_right(mlp)  # outside, from the same cache
+    assert_up_to_date(mlp)  # without autocast, from the same cache
 
 
-def test_a_compiled_bias_is_computed_from_the_weights_as_they_are():
-    """The cache is eager code's alone: a compiled model neither fills nor reads it."""
+def test_log_cpb_compiled_uses_the_current_weights():
+    """A compiled model neither fills nor reads the cache."""
     mlp = random_cpb()
     compiled = torch.compile(mlp, fullgraph=True, backend='eager')
     for _ in range(2):
@@ -272,13 +272,13 @@ def test_a_compiled_bias_is_computed_from_the_weights_as_they_are():
     torch._dynamo.reset()
 
 
-def test_a_copy_has_a_bias_of_its_own():
+def test_log_cpb_copy_is_independent():
     mlp = random_cpb()
     before = mlp().detach().clone()
     twin = copy.deepcopy(mlp)
     assert torch.equal(twin(), before)
     change_in_place(twin)
-    assert_right(twin)
+    assert_up_to_date(twin)
     assert (twin() - before).abs().max() > 1e-2
     assert torch.equal(mlp(), before)
     change_in_place(mlp)

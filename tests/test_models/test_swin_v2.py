@@ -1,4 +1,4 @@
-"""Behaviour of the backbone that no peer can vouch for: sizes, modes, savers, initialisation, errors."""
+"""Behaviour of the backbone beyond features: input sizes, modes, memory, initialisation, weights, errors."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ def image(*size: int, batch: int = 1) -> torch.Tensor:
 
 def grads(backbone: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     backbone.zero_grad()
-    torch.manual_seed(3)  # the same drop path for all who are compared
+    torch.manual_seed(3)  # the same drop path in all runs
     sum(o.square().mean() for o in backbone(x)).backward()
     return {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
 
@@ -41,7 +41,7 @@ def grads(backbone: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize('size', [(64, 64), (64, 96), (65, 129), (100, 44), (7, 200), (1, 1)])
 @torch.no_grad()
-def test_any_input_size_gives_maps_of_the_stages_strides(size):
+def test_swin_v2_takes_any_input_size(size):
     outs = build().eval()(image(*size))
     assert [tuple(o.shape) for o in outs] == [
         (1, 16 * 2**i, math.ceil(size[0] / s), math.ceil(size[1] / s)) for i, s in enumerate((4, 8, 16, 32))
@@ -50,7 +50,7 @@ def test_any_input_size_gives_maps_of_the_stages_strides(size):
 
 
 @torch.no_grad()
-def test_a_window_larger_than_the_map_is_the_shrunk_window():
+def test_swin_v2_shrinks_a_window_larger_than_the_feature_map():
     x, pretrained = image(64, 40), (4, 4, 4, 2)
     large = build(window_size=16, pretrained_window_sizes=pretrained).eval()
     exact = build(window_size=((16, 10), (8, 5), (4, 3), (2, 2)), pretrained_window_sizes=pretrained).eval()
@@ -59,7 +59,7 @@ def test_a_window_larger_than_the_map_is_the_shrunk_window():
 
 
 @torch.no_grad()
-def test_padding_of_the_map_is_not_seen_unless_asked_for():
+def test_swin_v2_masks_padding_unless_mask_padding_is_false():
     x = image(72, 56)
     masked, unmasked = build().eval()(x), build(mask_padding=False).eval()(x)
     whole = image(64, 128)
@@ -69,7 +69,7 @@ def test_padding_of_the_map_is_not_seen_unless_asked_for():
 
 
 @torch.no_grad()
-def test_a_window_of_one_token_is_finite():
+def test_swin_v2_with_a_window_of_one_token_is_finite():
     assert all(o.isfinite().all() for o in build(window_size=1).eval()(image(32, 32)))
 
 
@@ -79,17 +79,17 @@ def test_a_window_of_one_token_is_finite():
 @pytest.mark.parametrize(
     ('dtype', 'mask_padding'), [(torch.float16, True), (torch.float16, False), (torch.bfloat16, True)]
 )
-def test_every_gradient_is_finite_under_autocast_with_padding(dtype, mask_padding):
+def test_swin_v2_gradients_are_finite_under_autocast_with_padding(dtype, mask_padding):
     backbone = build(mask_padding=mask_padding)
     with torch.autocast('cpu', dtype=dtype):
         loss = sum(o.float().square().mean() for o in backbone(image(72, 56)))
-    (loss * 1024).backward()  # a loss scale, as fp16 training has it
+    (loss * 1024).backward()  # loss scaling, as in fp16 training
     for name, p in backbone.named_parameters():
         assert p.grad.isfinite().all(), name
 
 
 @torch.no_grad()
-def test_bfloat16_weights_give_features_of_bfloat16():
+def test_swin_v2_with_bfloat16_weights_gives_bfloat16_features():
     x = image(40, 40)
     backbone = build().eval()
     expected = backbone(x)[0]
@@ -98,25 +98,25 @@ def test_bfloat16_weights_give_features_of_bfloat16():
     assert (out.float() - expected).norm() < 0.05 * expected.norm()
 
 
-# --- savers -----------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('saver', [dict(sequential_stages=(0, 1, 2, 3)), dict(with_cp=True, sequential_stages=(1,))])
-def test_sequential_attention_leaves_every_gradient_as_it_is(monkeypatch, saver):
+@pytest.mark.parametrize('options', [dict(sequential_stages=(0, 1, 2, 3)), dict(with_cp=True, sequential_stages=(1,))])
+def test_sequential_stages_keep_every_gradient(monkeypatch, options):
     monkeypatch.setattr(reference, 'CHUNK', 1)  # one window at a time
     x, kwargs = image(40, 56, batch=3), dict(drop_path_rate=0.5, attention_backend='reference')
-    plain, saved = build(**kwargs), build(**kwargs, **saver)
+    plain, saving = build(**kwargs), build(**kwargs, **options)
     expected = grads(plain.train(), x)
-    for name, grad in grads(saved.train(), x).items():
+    for name, grad in grads(saving.train(), x).items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(('with_cp', 'autocast'), [(True, False), ((0, 2), True)])
-def test_activation_checkpointing_changes_no_bit_and_no_random_number(with_cp, autocast):
-    def run(**saver):
+def test_with_cp_is_bitwise_equal_and_keeps_random_numbers(with_cp, autocast):
+    def run(**options):
         torch.manual_seed(1)
         with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
-            found = grads(build(drop_path_rate=0.5, **saver).train(), image(40, 56, batch=3))
+            found = grads(build(drop_path_rate=0.5, **options).train(), image(40, 56, batch=3))
         return found, torch.get_rng_state()
 
     expected, state = run()
@@ -127,7 +127,7 @@ def test_activation_checkpointing_changes_no_bit_and_no_random_number(with_cp, a
 
 
 @pytest.mark.parametrize('stages', [(0,), (1, 3)])
-def test_activation_checkpointing_of_some_stages_recomputes_their_blocks_alone(stages):
+def test_with_cp_of_some_stages_recomputes_only_their_blocks(stages):
     backbone, calls = build(with_cp=stages).train(), Counter()
     for i, stage in enumerate(backbone.layers):
         for block in stage.blocks:
@@ -146,21 +146,21 @@ def saved_bytes(backbone: nn.Module, x: torch.Tensor) -> int:
     return sum(t.untyped_storage().nbytes() for pointer, t in seen.items() if pointer not in own)
 
 
-def test_memory_savers_keep_less_for_the_backward_pass():
-    def kept(backend, **savers):
+def test_with_cp_and_sequential_stages_save_less_for_the_backward_pass():
+    def saved(backend, **options):
         arch = ARCH | dict(num_heads=(8, 8, 8, 8))
-        backbone = build(arch=arch, window_size=(16, 4, 4, 4), attention_backend=backend, **savers)
+        backbone = build(arch=arch, window_size=(16, 4, 4, 4), attention_backend=backend, **options)
         return saved_bytes(backbone, image(256, 256))
 
-    plain, sequential = kept('reference'), kept('reference', sequential_stages=(0, 1, 2, 3))
+    plain, sequential = saved('reference'), saved('reference', sequential_stages=(0, 1, 2, 3))
     assert sequential < 0.3 * plain
-    assert kept('reference', with_cp=True) < 0.1 * plain
-    assert kept('auto') <= sequential
-    assert kept('auto', with_cp=True) < 0.1 * plain
+    assert saved('reference', with_cp=True) < 0.1 * plain
+    assert saved('auto') <= sequential
+    assert saved('auto', with_cp=True) < 0.1 * plain
 
 
 class HalfTensors(TorchDispatchMode):
-    """Remembers every tensor in bfloat16 of a shape, without keeping it alive."""
+    """Weak references to the bfloat16 tensors of some shapes that operators returned."""
 
     def __init__(self, shapes: set[tuple[int, ...]]):
         super().__init__()
@@ -177,7 +177,7 @@ class HalfTensors(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('with_cp', [False, True])
-def test_activation_checkpointing_keeps_no_half_precision_copy_of_a_weight(with_cp):
+def test_with_cp_keeps_no_half_precision_copy_of_a_weight(with_cp):
     # 24 channels: no activation has the shape of a weight
     backbone, x = build(with_cp=with_cp, arch=ARCH | dict(embed_dims=24)).train(), image(32, 32)
     weights = {tuple(block.mlp.fc1.weight.shape) for stage in backbone.layers for block in stage.blocks}
@@ -193,27 +193,27 @@ def test_activation_checkpointing_keeps_no_half_precision_copy_of_a_weight(with_
 
 
 @pytest.mark.parametrize('frozen_stages', [0, 1, 3])
-def test_frozen_stages_get_no_gradient_and_stay_in_eval_mode(frozen_stages):
+def test_frozen_stages_have_no_gradient_and_stay_in_eval_mode(frozen_stages):
     backbone = build(frozen_stages=frozen_stages, drop_path_rate=0.5).train()
-    got = grads(backbone, image(64, 64))
+    found = grads(backbone, image(64, 64))
     frozen = (
         'patch_embed.',
         *(f'layers.{i}.' for i in range(frozen_stages)),
         *(f'norm{i}.' for i in range(frozen_stages)),
     )
-    assert {n for n, _ in backbone.named_parameters()} - set(got) == {
+    assert {n for n, _ in backbone.named_parameters()} - set(found) == {
         n for n, _ in backbone.named_parameters() if n.startswith(frozen)
     }
     for name, module in backbone.named_modules():
         assert module.training != f'{name}.'.startswith(frozen), name
 
 
-def test_without_freezing_every_parameter_gets_a_gradient():
+def test_swin_v2_has_a_gradient_for_every_parameter():
     assert set(grads(build().train(), image(64, 64))) == {n for n, _ in build().named_parameters()}
 
 
-def test_stages_after_the_last_output_are_not_built():
-    """15.4 of the 27.6 million parameters of T are those of its last stage and the merging before it."""
+def test_out_indices_builds_no_stage_after_the_last():
+    """15.4 of the 27.6 million parameters of T belong to its last stage and the patch merging before it."""
     with torch.device('meta'):
         sizes = [sum(p.numel() for p in SwinTransformerV2(out_indices=(0, 1, 2)[:n]).parameters()) for n in (1, 3)]
         whole = SwinTransformerV2()
@@ -226,7 +226,7 @@ def test_stages_after_the_last_output_are_not_built():
 
 
 @torch.no_grad()
-def test_a_whole_checkpoint_loads_into_the_stages_that_are_built():
+def test_out_indices_loads_a_checkpoint_with_further_stages():
     whole = build().eval()
     part = SwinTransformerV2(ARCH, 4, out_indices=(0, 2)).eval()
     part.load_state_dict(whole.state_dict())
@@ -247,7 +247,7 @@ def test_train_and_eval_return_the_backbone():
 
 
 @torch.no_grad()
-def test_a_deep_copy_is_equal_and_independent():
+def test_deepcopy_is_equal_and_independent():
     backbone = build().eval()
     twin, x = copy.deepcopy(backbone), image(40, 40)
     assert torch.equal(twin(x)[3], backbone(x)[3])
@@ -258,7 +258,7 @@ def test_a_deep_copy_is_equal_and_independent():
 
 
 @torch.no_grad()
-def test_a_dropped_branch_adds_nothing_not_even_the_bias_of_its_norm():
+def test_drop_path_drops_a_branch_with_the_bias_of_its_norm():
     block = build(drop_path_rate=0.999).layers[3].blocks[1].train()
     assert isinstance(block.drop_path, DropPath)
     assert block.norm1.bias.abs().min() > 0.1
@@ -267,7 +267,7 @@ def test_a_dropped_branch_adds_nothing_not_even_the_bias_of_its_norm():
     assert torch.equal(block(x), x)
 
 
-def test_drop_path_grows_linearly_to_the_given_rate():
+def test_drop_path_rate_grows_linearly_over_the_blocks():
     with torch.device('meta'):
         backbone = SwinTransformerV2('tiny', drop_path_rate=0.2)
     rates = [getattr(m.drop_path, 'drop_prob', 0.0) for m in backbone.modules() if isinstance(m, SwinBlock)]
@@ -278,14 +278,14 @@ def test_drop_path_grows_linearly_to_the_given_rate():
 
 
 @torch.no_grad()
-def test_a_new_block_is_the_identity():
+def test_new_block_is_the_identity():
     backbone = SwinTransformerV2(ARCH, window_size=4).eval()
     x = image(32, 32)
     expected = backbone.norm0(backbone.patch_embed(x)).permute(0, 3, 1, 2)
     assert torch.equal(backbone(x)[0], expected)
 
 
-def test_initial_values_are_the_official_ones():
+def test_init_weights_as_in_the_official_code():
     backbone = SwinTransformerV2(ARCH | dict(embed_dims=32))
     attn, mlp = backbone.layers[2].blocks[0].attn, backbone.layers[2].blocks[0].mlp
     assert attn.logit_scale.flatten().tolist() == pytest.approx([math.log(10)] * 4)
@@ -296,8 +296,8 @@ def test_initial_values_are_the_official_ones():
     assert backbone.norm2.weight.eq(1).all()
 
 
-def test_deferred_initialisation_leaves_nothing_uninitialised():
-    """FSDP builds on the meta device, allocates without filling, and calls init_weights."""
+def test_init_weights_after_the_meta_device_initialises_everything():
+    """FSDP builds on the meta device, allocates uninitialised memory, and calls init_weights."""
     with torch.device('meta'):
         backbone = SwinTransformerV2(ARCH, window_size=4)
     backbone.to_empty(device='cpu')
@@ -309,7 +309,7 @@ def test_deferred_initialisation_leaves_nothing_uninitialised():
 
 
 @pytest.mark.parametrize('prefix', ['', 'backbone.'])
-def test_a_checkpoint_of_ours_loads_through_init_cfg(tmp_path, prefix):
+def test_init_cfg_loads_a_checkpoint_of_this_package(tmp_path, prefix):
     trained = build()
     torch.save(dict(state_dict={prefix + k: v for k, v in trained.state_dict().items()}), tmp_path / 'a.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'a.pth'), prefix=prefix or None)
@@ -318,14 +318,14 @@ def test_a_checkpoint_of_ours_loads_through_init_cfg(tmp_path, prefix):
     assert all(torch.equal(a, b) for a, b in zip(backbone.parameters(), trained.parameters(), strict=True))
 
 
-def test_nothing_is_saved_but_parameters_and_the_windows_that_they_were_learnt_with():
+def test_state_dict_has_only_parameters_and_pretrained_windows():
     backbone = SwinTransformerV2(ARCH, window_size=4)
     backbone.eval()(image(40, 40))
     others = set(backbone.state_dict()) - {n for n, _ in backbone.named_parameters()}
     assert others == {f'layers.{i}.blocks.{j}.attn.cpb_mlp.pretrained_window_size' for i in range(4) for j in range(2)}
 
 
-# the official code's counts, without classifier and with the final norm; H and G plus their extra norms
+# of the official code, with the final norm but without the classifier; H and G plus their extra norms
 COUNTS = dict(
     tiny=27_578_154,
     small=48_959_418,
@@ -338,14 +338,14 @@ COUNTS = dict(
 
 
 @pytest.mark.parametrize(('arch', 'count'), COUNTS.items())
-def test_parameter_counts_are_the_official_ones(arch, count):
+def test_parameter_counts_of_the_official_code(arch, count):
     with torch.device('meta'):
         backbone = SwinTransformerV2(arch, out_indices=(3,))
     assert sum(p.numel() for p in backbone.parameters()) == count
 
 
 @pytest.mark.parametrize(('arch', 'last'), [('huge', 17), ('giant', 41)])
-def test_every_sixth_block_of_huge_and_giant_norms_the_main_branch(arch, last):
+def test_extra_norm_in_every_sixth_block_of_huge_and_giant(arch, last):
     with torch.device('meta'):
         backbone = SwinTransformerV2(arch)
     normed = {name for name, m in backbone.named_modules() if isinstance(m, SwinBlock) and m.enorm is not None}
@@ -353,7 +353,7 @@ def test_every_sixth_block_of_huge_and_giant_norms_the_main_branch(arch, last):
 
 
 @torch.no_grad()
-def test_the_extra_norm_comes_after_the_second_residual():
+def test_extra_norm_is_after_the_second_residual():
     backbone = build(arch=ARCH | dict(extra_norm_every_n_blocks=2)).eval()
     block, x = backbone.layers[0].blocks[1], torch.randn(1, 8, 8, 16)
     norm, block.enorm = block.enorm, None
@@ -393,7 +393,7 @@ def test_the_extra_norm_comes_after_the_second_residual():
         (dict(arch=ARCH | dict(extra_norm_every_n_blocks=-1)), 'arch.extra_norm_every_n_blocks must be at least 0'),
     ],
 )
-def test_wrong_arguments_are_named(kwargs, message):
+def test_swin_v2_names_invalid_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         SwinTransformerV2(**dict(arch=ARCH, window_size=4) | kwargs)
 
@@ -421,12 +421,12 @@ def test_wrong_arguments_are_named(kwargs, message):
         (dict(arch=ARCH | dict(embed_dims='96')), "arch.embed_dims must be a whole number, got '96'"),
     ],
 )
-def test_arguments_of_another_type_are_named(kwargs, message):
+def test_swin_v2_names_arguments_of_another_type(kwargs, message):
     with pytest.raises(TypeError, match=message):
         SwinTransformerV2(**dict(arch=ARCH, window_size=4) | kwargs)
 
 
-def test_numbers_of_numpy_and_lists_are_taken_as_numbers_and_tuples():
+def test_swin_v2_takes_numpy_numbers_and_lists():
     arch = dict(embed_dims=np.int64(16), depths=[1, np.int32(1)], num_heads=np.array([1, 2]))
     sizes = dict(window_size=np.int64(4), in_channels=np.int64(3), out_indices=[np.int64(1)], frozen_stages=np.int64(0))
     backbone = SwinTransformerV2(arch, drop_path_rate=np.float32(0.5), with_cp=[0], init_cfg=[], **sizes)
@@ -436,6 +436,6 @@ def test_numbers_of_numpy_and_lists_are_taken_as_numbers_and_tuples():
 
 
 @pytest.mark.parametrize('shape', [(3, 32, 32), (1, 4, 32, 32), (1, 3, 8, 32, 32)])
-def test_an_input_of_another_shape_is_named(shape):
+def test_swin_v2_names_the_expected_input_shape(shape):
     with pytest.raises(ValueError, match=r'takes an input of shape \(N, 3, H, W\), got'):
         build()(torch.zeros(shape))

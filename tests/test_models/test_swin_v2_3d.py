@@ -1,4 +1,4 @@
-"""The backbone with three axes: against the one with two, a loop over token pairs, and the promises for clips."""
+"""The video backbone against the image backbone and a loop over token pairs, and its documented behaviour."""
 
 import itertools
 import math
@@ -6,7 +6,7 @@ import math
 import oracles
 import pytest
 import torch
-from brute_force import brute_force_attention
+from attention_oracle import brute_force_attention
 from mmengine.registry import MODELS
 from torch import Tensor
 
@@ -14,13 +14,13 @@ import swinv2_mm  # noqa: F401
 from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
 from swinv2_mm.models.attention import WindowAttention
 
-# no stage of one head: PyTorch multiplies by a single row in another order for each number of rows, one bit off
+# no stage with one head: the rounding of PyTorch's product with a single row depends on the number of rows
 ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16))
-ALL = (0, 1, 2, 3)
+ALL_STAGES = (0, 1, 2, 3)
 
 
 def build(**kwargs) -> SwinTransformer3DV2:
-    kwargs = dict(arch=ARCH, window_size=(2, 4, 4), drop_path_rate=0.0, out_indices=ALL) | kwargs
+    kwargs = dict(arch=ARCH, window_size=(2, 4, 4), drop_path_rate=0.0, out_indices=ALL_STAGES) | kwargs
     return oracles.randomize(SwinTransformer3DV2(**kwargs))
 
 
@@ -32,7 +32,7 @@ def clip(*size: int, batch: int = 1) -> Tensor:
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
-# --- against the backbone of images -----------------------------------------------------------------------------------
+# --- against the image backbone ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -40,17 +40,17 @@ def clip(*size: int, batch: int = 1) -> Tensor:
     [
         ((1, 4, 4), 8, 2),
         ((2, 4, 4), 10, 2),  # padded by a frame
-        ((3, 4, 4), 7, 1),  # by two
-        ((4, 4, 4), 4, 1),  # one window
+        ((3, 4, 4), 7, 1),  # by two frames
+        ((4, 4, 4), 4, 1),  # one window in time
         ((4, 4, 4), 10, 2),  # shifted by two, and padded by three
         ((16, 4, 4), 8, 2),  # shrunk
         ((2, 7, 7), 7, 1),
-        ((4, 3, 5), 8, 1),  # whole windows in time
+        ((4, 3, 5), 8, 1),  # not padded in time
     ],
 )
 @torch.no_grad()
-def test_a_still_clip_is_seen_as_its_frame(window, frames, patch_frames):
-    """What inflation is for; windows are shifted on every axis, and padded on most."""
+def test_swin_v2_3d_of_a_still_clip_equals_the_image(window, frames, patch_frames):
+    """The purpose of inflation; windows are shifted on every axis, and padded on most."""
     images = image_model(window_size=window[1:], pretrained_window_sizes=(6, 6, 6, 3)).double()
     video = build(window_size=window, patch_size=(patch_frames, 4, 4)).double().eval()
     video.load_state_dict(images.state_dict())
@@ -61,8 +61,8 @@ def test_a_still_clip_is_seen_as_its_frame(window, frames, patch_frames):
 
 
 @torch.no_grad()
-def test_a_moving_clip_is_not_seen_as_its_frames():
-    """Frames do attend to each other, in the windows of odd blocks across the even ones' borders too."""
+def test_swin_v2_3d_frames_attend_to_each_other():
+    """Also across the window borders of even blocks, through the shifted windows of odd blocks."""
     images, video = image_model().double(), build(patch_size=(1, 4, 4)).double().eval()
     video.load_state_dict(images.state_dict())
     x = clip(6, 32, 32).double()
@@ -76,7 +76,7 @@ def test_a_moving_clip_is_not_seen_as_its_frames():
 
 @pytest.mark.parametrize('window', [4, 7])
 @torch.no_grad()
-def test_one_frame_with_a_temporal_window_of_one_is_an_image(window):
+def test_swin_v2_3d_of_one_frame_equals_the_image(window):
     images = image_model(window_size=window)
     video = build(window_size=(1, window, window), patch_size=(1, 4, 4)).eval()
     video.load_state_dict(images.state_dict())
@@ -86,7 +86,7 @@ def test_one_frame_with_a_temporal_window_of_one_is_an_image(window):
 
 
 @pytest.mark.parametrize('arch', ['tiny', 'giant'])  # without extra norms, and with them
-def test_every_size_has_the_parameters_of_its_image_model_and_a_column_for_time(arch):
+def test_swin_v2_3d_has_the_parameters_of_the_image_model_and_a_time_column(arch):
     with torch.device('meta'):
         images, video = SwinTransformerV2(arch, out_indices=(3,)), SwinTransformer3DV2(arch)
     blocks = sum(len(stage.blocks) for stage in images.layers)
@@ -99,7 +99,7 @@ def test_every_size_has_the_parameters_of_its_image_model_and_a_column_for_time(
 
 
 def position_bias(layer: WindowAttention, pretrained: tuple[int, ...]) -> Tensor:
-    """Bias of every offset of a window, one after the other: (heads, offsets)."""
+    """Bias table computed offset by offset: (heads, offsets)."""
     mlp = layer.cpb_mlp
     columns = []
     for offset in itertools.product(*(range(1 - w, w) for w in layer.window_size)):
@@ -116,18 +116,18 @@ def position_bias(layer: WindowAttention, pretrained: tuple[int, ...]) -> Tensor
         ((4, 4, 4), (2, 2, 2), (1, 1, 1)),  # shifted
         ((3, 5, 3), (2, 2, 2), (1, 1, 1)),  # shifted and padded
         ((2, 3, 3), (4, 4, 4), (2, 2, 2)),  # shrunk
-        ((2, 3, 5), (4, 2, 2), (2, 1, 1)),  # shrunk in time alone
-        ((3, 2, 3), (2, 3, 2), (1, 1, 1)),  # in height alone
-        ((3, 3, 2), (2, 2, 4), (1, 1, 2)),  # in width alone
+        ((2, 3, 5), (4, 2, 2), (2, 1, 1)),  # shrunk only in time
+        ((3, 2, 3), (2, 3, 2), (1, 1, 1)),  # only in height
+        ((3, 3, 2), (2, 2, 4), (1, 1, 2)),  # only in width
     ],
 )
 @torch.no_grad()
-def test_a_layer_is_what_its_definition_says(size, window, shift):
+def test_window_attention_module_equals_its_definition(size, window, shift):
     pretrained = (3, 6, 2)
     layer = oracles.randomize(WindowAttention(6, 2, window, shift, pretrained)).double()
     x = torch.randn(*size, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     qkv = x @ layer.qkv.weight.T + torch.cat([layer.q_bias, torch.zeros(6).double(), layer.v_bias])
-    # coordinates are in float32, whatever the type of the weights
+    # coordinates are in float32, whatever the dtype of the weights
     attended = brute_force_attention(
         qkv.view(*size, 3, 2, 3), layer.logit_scale, position_bias(layer, pretrained), window, shift
     )
@@ -143,7 +143,7 @@ def test_a_layer_is_what_its_definition_says(size, window, shift):
     [((8, 64, 64), 2), ((5, 65, 33), 2), ((1, 40, 100), 2), ((16, 7, 7), 1), ((1, 1, 1), 1), ((1, 1, 1), 2)],
 )
 @torch.no_grad()
-def test_any_clip_gives_maps_of_its_length_and_of_the_stages_strides(size, patch_frames):
+def test_swin_v2_3d_takes_any_clip_size(size, patch_frames):
     outs = build(patch_size=(patch_frames, 4, 4)).eval()(clip(*size))
     assert [tuple(o.shape) for o in outs] == [
         (1, 16 * 2**i, math.ceil(size[0] / patch_frames), math.ceil(size[1] / s), math.ceil(size[2] / s))
@@ -153,7 +153,7 @@ def test_any_clip_gives_maps_of_its_length_and_of_the_stages_strides(size, patch
 
 
 @torch.no_grad()
-def test_a_window_longer_than_the_clip_is_the_shrunk_window():
+def test_swin_v2_3d_shrinks_a_window_longer_than_the_clip():
     x, pretrained = clip(6, 64, 40), (5, 4, 4)
     large = build(window_size=(8, 4, 4), pretrained_window_sizes=pretrained).eval()
     exact = build(window_size=(3, 4, 4), pretrained_window_sizes=pretrained).eval()
@@ -162,19 +162,19 @@ def test_a_window_longer_than_the_clip_is_the_shrunk_window():
 
 
 @torch.no_grad()
-def test_one_output_is_a_tensor_and_several_are_a_tuple():
-    """As mmaction's heads take them."""
+def test_swin_v2_3d_returns_a_tensor_for_one_output_and_a_tuple_for_several():
+    """As expected by the heads of mmaction."""
     x = clip(4, 32, 32)
     backbone = build().eval()
     outs = backbone(x)
     assert isinstance(outs, tuple)
-    for i in ALL:
+    for i in ALL_STAGES:
         single = build(out_indices=(i,)).eval()
         single.load_state_dict(backbone.state_dict())
         assert torch.equal(single(x), outs[i])
 
 
-def test_every_parameter_learns_and_savers_of_memory_change_no_gradient():
+def test_swin_v2_3d_has_every_gradient_also_when_saving_memory():
     def grads(**kwargs) -> dict[str, Tensor]:
         backbone = build(**kwargs).train()
         sum(o.square().mean() for o in backbone(clip(6, 40, 56, batch=2))).backward()
@@ -182,13 +182,13 @@ def test_every_parameter_learns_and_savers_of_memory_change_no_gradient():
 
     expected = grads()
     assert all(grad is not None and grad.abs().max() > 0 for name, grad in expected.items() if 'scale' not in name)
-    for saver in (dict(with_cp=True), dict(sequential_stages=ALL)):
-        for name, grad in grads(**saver).items():
+    for options in (dict(with_cp=True), dict(sequential_stages=ALL_STAGES)):
+        for name, grad in grads(**options).items():
             torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_column_for_time_learns_after_inflation():
-    video = build(patch_size=(1, 4, 4), out_indices=(3,))  # without drop path, which takes whole blocks away
+def test_swin_v2_3d_trains_the_time_column_after_inflation():
+    video = build(patch_size=(1, 4, 4), out_indices=(3,))  # without drop path, which drops whole blocks
     video.load_state_dict(image_model().state_dict())
     video(clip(4, 32, 32)).square().mean().backward()
     columns = [p for name, p in video.named_parameters() if name.endswith('cpb_mlp.0.weight')]
@@ -197,7 +197,7 @@ def test_the_column_for_time_learns_after_inflation():
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_every_gradient_is_finite_under_autocast_with_padding(dtype):
+def test_swin_v2_3d_gradients_are_finite_under_autocast_with_padding(dtype):
     backbone = build()
     with torch.autocast('cpu', dtype=dtype):
         loss = sum(o.float().square().mean() for o in backbone(clip(5, 72, 56)))
@@ -210,7 +210,7 @@ def test_every_gradient_is_finite_under_autocast_with_padding(dtype):
 
 
 @pytest.mark.parametrize(
-    ('given', 'windows'),
+    ('window_size', 'windows'),
     [
         (8, [(8, 8, 8)] * 4),
         ((8, 7, 7), [(8, 7, 7)] * 4),
@@ -218,16 +218,16 @@ def test_every_gradient_is_finite_under_autocast_with_padding(dtype):
         (((8, 7, 7),) * 3 + ((8, 4, 4),), [(8, 7, 7)] * 3 + [(8, 4, 4)]),
     ],
 )
-def test_windows_are_given_for_axes_or_stages(given, windows):
+def test_swin_v2_3d_window_size_per_axis_or_stage(window_size, windows):
     with torch.device('meta'):
-        backbone = SwinTransformer3DV2(arch=ARCH, window_size=given)
+        backbone = SwinTransformer3DV2(arch=ARCH, window_size=window_size)
     assert backbone.windows == windows
     for stage, window in zip(backbone.layers, windows, strict=True):
         assert [block.attn.shift_size for block in stage.blocks] == [(0, 0, 0), tuple(w // 2 for w in window)]
 
 
 @pytest.mark.parametrize(
-    ('given', 'settled'),
+    ('pretrained', 'windows'),
     [
         (None, [(8, 7, 7)] * 4),
         (12, [(8, 12, 12)] * 4),
@@ -236,10 +236,10 @@ def test_windows_are_given_for_axes_or_stages(given, windows):
         (((0, 12, 12),) * 3 + ((4, 6, 6),), [(8, 12, 12)] * 3 + [(4, 6, 6)]),
     ],
 )
-def test_a_single_number_is_the_pretraining_window_of_height_and_width(given, settled):
-    backbone = SwinTransformer3DV2(arch=ARCH, window_size=(8, 7, 7), pretrained_window_sizes=given)
+def test_swin_v2_3d_pretrained_window_sizes_of_one_number_is_height_and_width(pretrained, windows):
+    backbone = SwinTransformer3DV2(arch=ARCH, window_size=(8, 7, 7), pretrained_window_sizes=pretrained)
     stored = [stage.blocks[0].attn.cpb_mlp.pretrained_window_size for stage in backbone.layers]
-    assert [tuple(window.tolist()) for window in stored] == settled
+    assert [tuple(window.tolist()) for window in stored] == windows
 
 
 @pytest.mark.parametrize(
@@ -254,18 +254,18 @@ def test_a_single_number_is_the_pretraining_window_of_height_and_width(given, se
         ),
     ],
 )
-def test_wrong_arguments_are_named(kwargs, message):
+def test_swin_v2_3d_names_invalid_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         build(**kwargs)
 
 
 @pytest.mark.parametrize('shape', [(1, 3, 32, 32), (1, 1, 3, 8, 32, 32), (1, 8, 3, 32, 32)])
-def test_an_input_of_another_shape_is_named(shape):
+def test_swin_v2_3d_names_the_expected_input_shape(shape):
     with pytest.raises(ValueError, match=r'SwinTransformer3DV2 takes an input of shape \(N, 3, T, H, W\), got'):
         build()(torch.zeros(shape))
 
 
-def test_the_recognizer_of_mmaction_takes_it_by_its_name():
+def test_swin_v2_3d_in_a_recognizer_of_mmaction():
     pytest.importorskip('mmaction')
     from mmaction.structures import ActionDataSample
     from mmengine.registry import DefaultScope

@@ -1,4 +1,4 @@
-"""Backbones under torch.func, forward-mode AD, symbolic tracing, the meta device and PyTorch's counter of FLOPs."""
+"""Backbones under torch.func, forward-mode AD, torch.fx, the meta device and `FlopCounterMode`."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ def scalar(backbone, x=X):
 
 
 @pytest.mark.parametrize('options', [{}, dict(sequential_stages=(0,)), dict(with_cp=True)], ids=str)
-def test_gradients_of_torch_func_and_its_jvp_are_those_of_autograd(options):
+def test_torch_func_grad_and_jvp_equal_autograd(options):
     backbone = build(**options).double()
     weights, loss = dict(backbone.named_parameters()), scalar(backbone, X.double())
     expected = dict(zip(weights, torch.autograd.grad(loss(weights), tuple(weights.values())), strict=True))
@@ -33,12 +33,12 @@ def test_gradients_of_torch_func_and_its_jvp_are_those_of_autograd(options):
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
     tangents = {name: torch.randn_like(value) for name, value in weights.items()}
-    _, along = jvp(loss, (weights,), (tangents,))
-    torch.testing.assert_close(along, sum((expected[name] * tangents[name]).sum() for name in weights))
+    _, derivative = jvp(loss, (weights,), (tangents,))
+    torch.testing.assert_close(derivative, sum((expected[name] * tangents[name]).sum() for name in weights))
 
 
 @torch.no_grad()
-def test_vmap_over_an_ensemble():
+def test_torch_func_vmap_over_an_ensemble():
     models = [build(seed=seed) for seed in range(3)]
     weights, buffers = stack_module_state(models)
     outs = vmap(lambda w, b: functional_call(models[0], (w, b), (X,)))(weights, buffers)
@@ -47,8 +47,8 @@ def test_vmap_over_an_ensemble():
             torch.testing.assert_close(out[i], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_of_functional_call_are_those_of_the_weights_that_it_was_given():
-    """The backward pass comes when the module has its own weights again."""
+def test_functional_call_gives_gradients_of_its_weights():
+    """The backward pass runs after the module got its own weights back."""
     backbone, other = build(), build(seed=1)
     weights = {name: value.detach().clone().requires_grad_() for name, value in other.named_parameters()}
     scalar(backbone)(weights).backward()
@@ -57,7 +57,7 @@ def test_gradients_of_functional_call_are_those_of_the_weights_that_it_was_given
         torch.testing.assert_close(weights[name].grad, parameter.grad, rtol=1e-6, atol=1e-9, msg=name)
 
 
-def test_a_second_derivative_by_the_reference_is_that_of_finite_differences():
+def test_reference_second_derivative_equals_finite_differences():
     backbone = build(attention_backend='reference').double()
     x = X[:1].double().requires_grad_()
 
@@ -84,7 +84,7 @@ def test_a_second_derivative_by_the_reference_is_that_of_finite_differences():
     ],
 )
 @torch.no_grad()
-def test_a_symbolic_trace_computes_the_same_at_any_size(kind, sizes, options):
+def test_symbolic_trace_is_equal_at_any_size(kind, sizes, options):
     backbone = build(kind, **options)
     traced = torch.fx.symbolic_trace(backbone)
     for size in sizes:
@@ -94,7 +94,7 @@ def test_a_symbolic_trace_computes_the_same_at_any_size(kind, sizes, options):
 
 
 @pytest.mark.parametrize(('kind', 'size'), [(SwinTransformerV2, (40, 52)), (SwinTransformer3DV2, (5, 40, 52))])
-def test_the_meta_device_tells_the_shapes(kind, size):
+def test_meta_device_gives_the_output_shapes(kind, size):
     backbone, x = build(kind), torch.randn(2, 3, *size)
     expected = [out.shape for out in backbone(x)]
     with torch.autocast('cpu', torch.bfloat16):
@@ -108,7 +108,7 @@ def count(model, *inputs) -> int:
 
 
 @pytest.mark.parametrize('with_cp', [False, True])
-def test_a_backward_pass_may_be_counted_alone(with_cp):
+def test_flop_counter_around_the_backward_pass_only(with_cp):
     backbone = build(with_cp=with_cp)
     for before, after in ((False, True), (True, False)):
         with contextlib.ExitStack() as stack:
@@ -122,12 +122,12 @@ def test_a_backward_pass_may_be_counted_alone(with_cp):
 
 
 @pytest.mark.parametrize('backend', ['auto', 'reference'])
-def test_the_flop_counter_counts_the_attention_as_for_timm(backend):
+def test_flop_counter_counts_attention_as_for_timm(backend):
     arch = dict(embed_dims=96, depths=(2, 2), num_heads=(3, 6))
     backbone = build(arch=arch, window_size=8, attention_backend=backend)
     twin = oracles.timm_twin(backbone, 64, arch, 8, (8, 8)).eval()
     x = torch.randn(1, 3, 64, 64)
-    # our position bias has rows of padding
+    # this package pads the rows of the position bias
     assert count(backbone, x) == pytest.approx(count(twin, x), rel=0.01)
-    attention = 4 * 64 * 96 * (2 * 256 + 2 * 2 * 64)  # pairs of queries and keys times channels, in both stages
+    attention = 4 * 64 * 96 * (2 * 256 + 2 * 2 * 64)  # query-key pairs times channels, in both stages
     assert attention > 0.05 * count(twin, x)

@@ -17,9 +17,9 @@ pytest.importorskip('triton')
 import triton
 import triton.language as tl
 import triton_interpreter
-from test_triton import OnGpu, poisoned_memory
+from triton_interpreter import OnGpu, poisoned_memory
 
-from swinv2_mm.models.block import SwinBlock, recomputed
+from swinv2_mm.models.block import SwinBlock, checkpoint_module
 from swinv2_mm.ops.triton import post_norm, post_norm_kernels, selfcheck
 from swinv2_mm.ops.triton.launch import recorded
 
@@ -33,11 +33,11 @@ can_run = post_norm.can_run
 def interpreter(monkeypatch):
     """Without a GPU, the kernels run in Triton's interpreter."""
     if DEVICE == 'cpu':
-        triton_interpreter.mend(monkeypatch)
+        triton_interpreter.patch(monkeypatch)
 
 
 def draw(*shape, dtype=FP32, seed=0):
-    """Main branch, residual branch, weight, bias and gradient of the result; a branch whose mean is not zero."""
+    """Main branch, residual branch with a mean that is not zero, weight, bias and gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
     shapes = shape, shape, shape[-1:], shape[-1:], shape
     drawn = [torch.randn(s, generator=generator) for s in shapes]
@@ -45,7 +45,7 @@ def draw(*shape, dtype=FP32, seed=0):
     return [t.to(DEVICE, dtype) for t in drawn]
 
 
-def formula(x, branch, weight, bias, eps, kept=None, keep_prob=1.0):
+def torch_reference(x, branch, weight, bias, eps, kept=None, keep_prob=1.0):
     normed = F.layer_norm(branch.to(weight.dtype), weight.shape, weight, bias, eps)
     return x + (normed if kept is None else normed.div(keep_prob) * kept.view(-1, *(1,) * (x.dim() - 1)))
 
@@ -69,14 +69,14 @@ def results(add, inputs, kept=None, keep_prob=1.0):
     ],
     ids=str,
 )
-def test_is_as_exact_as_the_operators_of_pytorch(monkeypatch, types, shape, kept, keep_prob):
-    """One to three axes, channels that are a power of 2 and that are not, tiles that are full and that are not."""
-    monkeypatch.setattr(post_norm, 'PROGRAMS', 2)  # which go over several tiles each
+def test_post_norm_is_as_accurate_as_pytorch(monkeypatch, types, shape, kept, keep_prob):
+    """One to three axes, channels that are a power of 2 or not, full and partial tiles."""
+    monkeypatch.setattr(post_norm, 'PROGRAMS', 2)  # so that each processes several tiles
     dtype, branch_dtype = types
     inputs = [t.to(branch_dtype if i == 1 else dtype) for i, t in enumerate(draw(*shape))]
     kept = kept and torch.tensor(kept, device=DEVICE, dtype=dtype)
-    exact = results(formula, [t.double() for t in inputs], kept, keep_prob)
-    peer, ours = (results(add, inputs, kept, keep_prob) for add in (formula, post_norm.add_post_norm))
+    exact = results(torch_reference, [t.double() for t in inputs], kept, keep_prob)
+    peer, ours = (results(add, inputs, kept, keep_prob) for add in (torch_reference, post_norm.add_post_norm))
     for expected, theirs, found in zip(exact, peer, ours, strict=True):
         assert found.dtype == theirs.dtype
         allowed, error = (float((t.double() - expected).abs().max()) for t in (theirs, found))
@@ -86,40 +86,40 @@ def test_is_as_exact_as_the_operators_of_pytorch(monkeypatch, types, shape, kept
         assert not ours[2][sample].any()
 
 
-def test_an_empty_batch():
+def test_post_norm_of_an_empty_batch():
     found = results(post_norm.add_post_norm, draw(0, 4, 5, 96), torch.ones(0, device=DEVICE), 0.5)
     assert [tuple(t.shape) for t in found] == [(0, 4, 5, 96), (0, 4, 5, 96), (0, 4, 5, 96), (96,), (96,)]
     assert not any(t.any() for t in found)
 
 
-def test_a_second_derivative_is_refused():
+def test_post_norm_refuses_second_derivatives():
     leaves = [t.requires_grad_() for t in draw(1, 3, 96)[:4]]
     grad = torch.autograd.grad(post_norm.add_post_norm(*leaves, EPS).square().sum(), leaves[1], create_graph=True)[0]
     with pytest.raises(RuntimeError, match='once_differentiable'):
         grad.sum().backward()
 
 
-def test_inputs_that_are_not_contiguous():
+def test_post_norm_of_non_contiguous_inputs():
     inputs = draw(2, 3, 5, 96)
-    turned = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in inputs]
-    turned[2] = torch.stack([inputs[2], inputs[2]], -1)[:, 0]
+    strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in inputs]
+    strided[2] = torch.stack([inputs[2], inputs[2]], -1)[:, 0]
     kept = torch.tensor([0.0, 1.0], device=DEVICE)
-    apart = torch.stack([kept, kept], -1)[:, 0]
-    ours = results(post_norm.add_post_norm, turned, apart, 0.5)
+    strided_kept = torch.stack([kept, kept], -1)[:, 0]
+    ours = results(post_norm.add_post_norm, strided, strided_kept, 0.5)
     expected = results(post_norm.add_post_norm, inputs, kept, 0.5)
     assert all(map(torch.equal, ours, expected))
 
 
 @triton.jit
 def store_offsets(offsets, tile, tokens, C: tl.constexpr):
-    """Where the elements of a tile are."""
+    """Store the memory offsets of a tile."""
     _, _, _, offs, _ = post_norm_kernels._tile_of_tokens(tile, tokens, C, 512, 4)
     tl.store(offsets + tl.arange(0, 4)[:, None] * 512 + tl.arange(0, 512)[None, :], offs)
 
 
 @pytest.mark.parametrize(('tokens', 'sample'), [(384 * 384, 40), (2**24, 0), (2**24, 3)])
-def test_offsets_that_32_bits_do_not_count(tokens, sample):
-    """The last tokens of a sample: in maps of many samples, and in a large one."""
+def test_post_norm_offsets_beyond_32_bits(tokens, sample):
+    """The last tokens of a sample, for many samples and for a large feature map."""
     offsets = torch.zeros(4, 512, dtype=torch.int64, device=DEVICE)
     store_offsets[(1,)](offsets, (sample + 1) * tokens // 4 - 1, tokens, C=512)
     end = (sample + 1) * tokens * 512
@@ -127,8 +127,8 @@ def test_offsets_that_32_bits_do_not_count(tokens, sample):
     assert torch.equal(offsets.flatten().cpu(), torch.arange(end - 4 * 512, end))
 
 
-def test_results_are_the_same_on_every_run_and_each_of_their_numbers_is_written(monkeypatch):
-    """Where memory is what was left there, and where it is NaN."""
+def test_post_norm_is_deterministic_and_writes_every_element(monkeypatch):
+    """With memory filled with NaN before, and without."""
     monkeypatch.setattr(post_norm, 'PROGRAMS', 3)
     inputs, kept = draw(3, 5, 9, 96), torch.tensor([0.0, 1.0, 1.0], device=DEVICE)
     with poisoned_memory():
@@ -140,8 +140,8 @@ def test_results_are_the_same_on_every_run_and_each_of_their_numbers_is_written(
 
 @pytest.mark.parametrize('types', [(FP32, FP32), (BF16, BF16), (FP32, BF16), (BF16, FP32), (FP32, FP16)], ids=str)
 @pytest.mark.parametrize('autocast', [False, True])
-def test_the_type_of_the_result_is_that_of_the_operators_of_pytorch(types, autocast):
-    """On a GPU, whose autocast PyTorch knows without one."""
+def test_post_norm_dtype_equals_pytorch(types, autocast):
+    """On fake CUDA tensors, for which autocast works without a GPU."""
     former = torch.is_autocast_enabled('cuda')
     with recorded(), FakeTensorMode():
         x, branch = (torch.empty(2, 3, 4, 16, dtype=dtype, device='cuda') for dtype in types)
@@ -155,28 +155,28 @@ def test_the_type_of_the_result_is_that_of_the_operators_of_pytorch(types, autoc
     assert (found.dtype, found.shape, found.device) == (expected.dtype, expected.shape, expected.device)
 
 
-# ---------------------------------------------------------------- the check of a device
+# ---------------------------------------------------------------- self-check
 
 
 @pytest.mark.parametrize('dtype', [FP32, FP16, BF16])
-def test_the_check_of_a_device_finds_a_wrong_kernel(monkeypatch, dtype):
+def test_post_norm_check_finds_a_wrong_kernel(monkeypatch, dtype):
     deviations = post_norm.check(torch.device(DEVICE), dtype)
     assert {name.split()[0] for name in deviations} == {'out', 'x', 'branch', 'weight', 'bias'}
     assert all(error <= allowed for error, allowed in deviations.values())
 
-    def launch_wrongly(kernel, programs, *args, **constants):
+    def launch_with_error(kernel, programs, *args, **constants):
         post_norm_launch(kernel, programs, *args, **constants)
         if kernel is post_norm_kernels.post_norm_backward:
             args[5][1, 2] *= 1.2
 
     post_norm_launch = post_norm.launch
-    monkeypatch.setattr(post_norm, 'launch', launch_wrongly)
+    monkeypatch.setattr(post_norm, 'launch', launch_with_error)
     wrong = {name for name, (error, allowed) in post_norm.check(torch.device(DEVICE), dtype).items() if error > allowed}
     assert wrong
     assert {name.split()[0] for name in wrong} == {'branch'}
 
 
-def test_where_it_can_run(monkeypatch):
+def test_post_norm_can_run(monkeypatch):
     x = torch.empty(1).expand(2, 128, 128, 64)
     assert "on 'cpu'" in post_norm._why_not.__wrapped__(torch.device('cpu'), FP32)
     monkeypatch.setattr(post_norm.attention, 'can_run', lambda qkv: 'float64' if qkv.dtype == torch.float64 else None)
@@ -208,7 +208,7 @@ def build(drop_path=0.5, backend='auto', **kwargs):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Blocks take the kernels on a CPU too, though attention does not; what they were called with."""
+    """Makes blocks use the kernels on a CPU too; the arguments of their calls."""
     calls = []
 
     def add(*args):
@@ -223,7 +223,7 @@ def fused(monkeypatch):
 
 
 def run(block, x, call=lambda block, x: block(x)):
-    """Result, gradients and the state of the generator afterwards."""
+    """Output, gradients and the random state afterwards."""
     torch.manual_seed(1)
     x = x.detach().requires_grad_()
     out = call(block, x)
@@ -231,15 +231,17 @@ def run(block, x, call=lambda block, x: block(x)):
     return [out.detach(), *grads], (torch.cuda if DEVICE == 'cuda' else torch).get_rng_state()
 
 
-@pytest.mark.parametrize('call', [lambda block, x: block(x), recomputed], ids=['', 'recomputed'])
+@pytest.mark.parametrize('call', [lambda block, x: block(x), checkpoint_module], ids=['', 'recomputed'])
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(FP32, 1e-5), (BF16, 0.1)])
 @pytest.mark.parametrize('drop_path', [0.0, 0.4])
-def test_a_block_is_the_same_with_it_and_drops_the_same_samples(fused, monkeypatch, call, dtype, tolerance, drop_path):
+def test_block_with_post_norm_kernel_is_equal_and_drops_the_same_samples(
+    fused, monkeypatch, call, dtype, tolerance, drop_path
+):
     block, x = build(drop_path).to(dtype), draw(8, 3, 5, 16, dtype=dtype)[0]
     ours, state = run(block, x, call)
-    assert len(fused) == (4 if call is recomputed else 2)
+    assert len(fused) == (4 if call is checkpoint_module else 2)
     drawn = [args[5] for args in fused]
-    monkeypatch.setattr(selfcheck, 'why_not_post_norm', lambda branch: 'they are wrong')
+    monkeypatch.setattr(selfcheck, 'why_not_post_norm', lambda branch: 'wrong results')
     expected, expected_state = run(block, x, call)
     assert len(fused) == len(drawn)
     assert torch.equal(state, expected_state)
@@ -252,7 +254,7 @@ def test_a_block_is_the_same_with_it_and_drops_the_same_samples(fused, monkeypat
         torch.testing.assert_close(ours[0].double(), twin[0].double(), rtol=1e-4, atol=1e-5)
 
 
-def test_it_draws_nothing_in_eval_mode(fused):
+def test_block_with_post_norm_kernel_drops_nothing_in_eval_mode(fused):
     block, x = build().eval(), draw(2, 3, 5, 16)[0]
     block(x)
     assert [args[5] for args in fused] == [None, None]
@@ -280,7 +282,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize('change', CHANGES)
-def test_layers_that_were_changed_are_called(fused, change):
+def test_block_calls_changed_layers_instead_of_the_kernel(fused, change):
     block, x = build(), draw(2, 3, 5, 16)[0]
     CHANGES[change](block.to(DEVICE))
     block.to(DEVICE)(x)
@@ -288,7 +290,7 @@ def test_layers_that_were_changed_are_called(fused, change):
     assert [id(args[2]) for args in fused] == list(map(id, expected))
 
 
-def test_hooks_of_all_modules_are_called(fused):
+def test_block_calls_global_hooks_instead_of_the_kernel(fused):
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
     block = build()
@@ -301,13 +303,13 @@ def test_hooks_of_all_modules_are_called(fused):
 
 
 @pytest.mark.parametrize('backend', ['sdpa', 'reference', 'auto'])
-def test_other_backends_do_without_it(monkeypatch, backend):
-    """'auto' too, as long as it does not take 'triton'."""
+def test_block_with_other_backends_does_not_use_the_kernel(monkeypatch, backend):
+    """'auto' too, if the self-check failed."""
     monkeypatch.setattr(post_norm, 'can_run', lambda x, branch: None)
     monkeypatch.setattr(post_norm, 'add_post_norm', None)
-    monkeypatch.setattr(selfcheck, 'why_not_post_norm', lambda branch: 'they are wrong')
+    monkeypatch.setattr(selfcheck, 'why_not_post_norm', lambda branch: 'wrong results')
     build(backend=backend)(draw(2, 3, 5, 16)[0])
-    assert build(backend='triton')._is_fused(*draw(2, 3, 5, 16)[:2], nn.LayerNorm(16))
+    assert build(backend='triton')._uses_triton(*draw(2, 3, 5, 16)[:2], nn.LayerNorm(16))
 
 
 def compiled(block, x):
@@ -332,7 +334,7 @@ def differentiated(block, x):
     ids=['compile', 'func.grad', 'fx', 'jit.trace', 'vmap'],
 )
 @pytest.mark.filterwarnings('ignore')
-def test_what_is_compiled_traced_or_transformed_does_without_it(fused, record):
+def test_block_does_not_use_the_kernel_when_compiled_traced_or_transformed(fused, record):
     block, x = build(drop_path=0.0), draw(2, 3, 5, 16)[0]
     record(block, x)
     assert not fused
@@ -340,8 +342,8 @@ def test_what_is_compiled_traced_or_transformed_does_without_it(fused, record):
     assert fused
 
 
-def test_modes_see_the_operators_of_pytorch(fused, monkeypatch):
-    """The counter of FLOPs, and a trace by make_fx."""
+def test_block_does_not_use_the_kernel_in_dispatch_modes(fused, monkeypatch):
+    """`FlopCounterMode`, and a trace by make_fx."""
     monkeypatch.setattr(post_norm, '_why_not', lambda *_: None)
     monkeypatch.setattr(post_norm, 'MIN_ELEMENTS', 0)
     monkeypatch.setattr(post_norm, 'can_run', can_run)

@@ -4,7 +4,6 @@ The interpreter takes some milliseconds for each tile, however small it is: so m
 for a window unless several of them are what is tested.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -15,14 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_sdpa import NAMES, draw
-from test_window_attention import draw as draw_small
-from test_window_attention import expected_of_pairs
+from attention_oracle import NAMES, draw, draw_small, expected_of_pairs
 
 pytest.importorskip('triton')
 import triton
 import triton.language as tl
 import triton_interpreter
+from triton_interpreter import OnGpu, poisoned_memory
 
 from swinv2_mm.models import SwinTransformerV2
 from swinv2_mm.ops import sdpa, window_attention
@@ -45,7 +43,7 @@ BACKENDS = {
 def interpreter(monkeypatch):
     """Without a GPU, the kernels run in Triton's interpreter."""
     if DEVICE == 'cpu':
-        triton_interpreter.mend(monkeypatch)
+        triton_interpreter.patch(monkeypatch)
         triton_interpreter.take_large_tiles(monkeypatch)
 
 
@@ -187,7 +185,7 @@ def test_several_tiles_are_as_exact_as_sdpa(take, size, window, dtype, heads, he
 @pytest.mark.parametrize('side', [0, 1])
 def test_multiply_add_with_one_rounding_gives_no_nan(monkeypatch, take, side, block):
     """In windows at the edges the first keys that a program takes are all padding: their logits are huge and equal."""
-    triton_interpreter.contract(monkeypatch, side)
+    triton_interpreter.fuse_multiply_add(monkeypatch, side)
     take(block, block, 32)
     assert_as_exact_as_sdpa(draw((10, 16), heads=1, window=(8, 8), head_dim=16), (8, 8), (4, 4))
 
@@ -215,7 +213,7 @@ def test_they_pass_the_self_check(dtype, one_tile):
 
 @pytest.mark.skipif(DEVICE == 'cuda', reason='a GPU has TF32')
 def test_they_pass_the_self_check_in_tf32(monkeypatch):
-    triton_interpreter.truncate(monkeypatch)
+    triton_interpreter.truncate_to_tf32(monkeypatch)
     assert 'grad of qkv is off by' in selfcheck.check(torch.device(DEVICE), torch.float32, 32, one_tile=False)
     monkeypatch.setattr(triton_backend, '_is_tf32_allowed', lambda: True)
     assert selfcheck.check(torch.device(DEVICE), torch.float32, 32, one_tile=False) == ''
@@ -283,19 +281,6 @@ def test_results_are_the_same_on_every_run_and_each_of_their_numbers_is_written(
         first = run(inputs, window, (2, 2), 'triton', torch.bfloat16)
     second = run(inputs, window, (2, 2), 'triton', torch.bfloat16)
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
-
-
-@contextlib.contextmanager
-def poisoned_memory():
-    """Whatever is allocated holds NaN."""
-    former = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = former
-        torch.use_deterministic_algorithms(False)
 
 
 def test_inputs_that_are_not_contiguous():
@@ -529,12 +514,6 @@ def test_products_of_float32_are_in_tf32_where_torch_has_them_so(matmul, setting
 def test_torch_before_2_9_has_one_setting_of_tf32(monkeypatch, allowed):
     monkeypatch.setattr(torch.backends.cuda, 'matmul', types.SimpleNamespace(allow_tf32=allowed))
     assert precision(torch.float32) == ('tf32' if allowed else 'ieee')
-
-
-class OnGpu(torch.Tensor):
-    """Says that it is on a GPU; nothing is computed with it."""
-
-    is_cuda = True
 
 
 def test_kernels_are_interpreted_only_without_a_gpu():

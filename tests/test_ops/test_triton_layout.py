@@ -7,12 +7,8 @@ import pytest
 import torch
 
 from swinv2_mm.ops.triton import layout, tiles
-from swinv2_mm.ops.windows import (
-    crop_bias_table_backward,
-    dense_bias_backward,
-    fit_window,
-    relative_position_index,
-)
+from swinv2_mm.ops.window_groups import dense_bias_backward
+from swinv2_mm.ops.windows import crop_bias_table_backward, fit_window, relative_position_index
 
 CPU = torch.device('cpu')
 WINDOWS = [(1, 7, 7), (1, 12, 12), (1, 8, 8), (8, 7, 7), (4, 3, 5), (1, 1, 49), (1, 49, 1), (2, 5, 9)]

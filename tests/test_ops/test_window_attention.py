@@ -1,19 +1,19 @@
-"""Each backend against a loop over token pairs, and the promises of `window_attention`."""
+"""Each backend of `window_attention` against a loop over token pairs, and its documented behaviour."""
 
-import functools
 import logging
 import math
 import sys
 
 import pytest
 import torch
-from brute_force import brute_force_attention
+from attention_oracle import brute_force_attention, expected_of_pairs
+from attention_oracle import draw_small as draw
 
 from swinv2_mm.ops import reference, window_attention
 
 module = sys.modules['swinv2_mm.ops.window_attention']  # the package shows the function under this name
-BACKENDS = ['sdpa', 'reference']  # those that know float64; the others have tests of their own
-# map, window, shift: whole, padded, one more than a multiple, shrunk on some axes, non-square, 1 to 3 axes
+BACKENDS = ['sdpa', 'reference']  # those that support float64; triton has tests of its own
+# spatial shape, window, shift: divisible, padded, one more than a multiple, shrunk windows, non-square, 1 to 3 axes
 CASES = [
     ((8,), (4,), (2,)),
     ((7,), (4,), (1,)),
@@ -34,32 +34,17 @@ CASES = [
 ]
 
 
-def draw(size, window, heads=2, dim=3, batch=1, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(batch, *size, 3, heads, dim, dtype=dtype, generator=generator)
-    logit_scale = torch.tensor([1.0, 5.0], dtype=dtype)[:heads].view(-1, 1, 1)  # the second is beyond ln 100
-    table = torch.rand(heads, math.prod(2 * w - 1 for w in window), dtype=dtype, generator=generator) * 16
-    return qkv, logit_scale, table
-
-
-@functools.cache
-def expected_of_pairs(size, window, shift):
-    """A batch of two, by the loop over token pairs, which takes longer than all that is compared with it."""
-    qkv, scale, table = draw(size, window, batch=2)
-    return torch.stack([brute_force_attention(sample, scale, table, window, shift) for sample in qkv])
-
-
 @pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize(('size', 'window', 'shift'), CASES)
-def test_equals_a_loop_over_token_pairs(size, window, shift, backend):
+def test_window_attention_equals_a_loop_over_token_pairs(size, window, shift, backend):
     out = window_attention(*draw(size, window, batch=2), window, shift, backend)
     torch.testing.assert_close(out, expected_of_pairs(size, window, shift), rtol=1e-10, atol=1e-10)
 
 
-# a window at a time, as many as divide the batch, as do not, and more than there are; padded, shifted, shrunk, 1 to 3
-# axes
+# chunks of one window, of a divisor of the number of windows, of no divisor, and of more windows than there are;
+# padded, shifted and shrunk windows, 1 to 3 axes
 @pytest.mark.parametrize(
-    ('size', 'window', 'shift', 'windows_at_a_time'),
+    ('size', 'window', 'shift', 'chunk_windows'),
     [
         ((8,), (4,), (2,), 1),
         ((6, 6), (3, 3), (0, 0), 3),
@@ -69,7 +54,7 @@ def test_equals_a_loop_over_token_pairs(size, window, shift, backend):
         ((3, 3, 5), (2, 2, 3), (1, 1, 1), 5),
     ],
 )
-def test_sequential_attention_changes_neither_output_nor_gradient(monkeypatch, size, window, shift, windows_at_a_time):
+def test_sequential_attention_keeps_output_and_gradients(monkeypatch, size, window, shift, chunk_windows):
     def run(sequential):
         inputs = [t.requires_grad_() for t in draw(size, window, batch=2)]
         out = window_attention(*inputs, window, shift, 'reference', sequential)
@@ -77,35 +62,35 @@ def test_sequential_attention_changes_neither_output_nor_gradient(monkeypatch, s
         return [out, *(t.grad for t in inputs)]
 
     fitted = reference.fit_window(size, window, shift)[0]
-    monkeypatch.setattr(reference, 'CHUNK', windows_at_a_time * 2 * math.prod(fitted) ** 2)
+    monkeypatch.setattr(reference, 'CHUNK', chunk_windows * 2 * math.prod(fitted) ** 2)
     torch.testing.assert_close(run(True), run(False), rtol=1e-12, atol=1e-12)
 
 
-def test_sequential_attention_keeps_nothing_as_large_as_the_attention_weights(monkeypatch):
+def test_sequential_attention_saves_no_attention_weights(monkeypatch):
     inputs = [t.requires_grad_() for t in draw((16, 16), (8, 8))]
     monkeypatch.setattr(reference, 'CHUNK', 1)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         window_attention(*inputs, (8, 8), (4, 4), 'reference', sequential=True)
-    assert max(sizes) <= 2 * 64**2  # the bias of one window; the attention weights of the map are four times as many
+    assert max(sizes) <= 2 * 64**2  # the bias of one window; all attention weights are four times as large
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize(('size', 'window', 'shift'), [((7, 2), (4, 2), (1, 0)), ((2, 3, 2), (4, 2, 2), (2, 1, 1))])
-def test_gradients_equal_finite_differences(size, window, shift, backend):
+def test_window_attention_gradients_equal_finite_differences(size, window, shift, backend):
     inputs = [t.requires_grad_() for t in draw(size, window)]
     with torch.no_grad():
-        inputs[1][1] = 3.0  # the clamp has no derivative at its edge, and none beyond it
+        inputs[1][1] = 3.0  # below the clamp, which is not differentiable at its limit
     assert torch.autograd.gradcheck(lambda *t: window_attention(*t, window, shift, backend), inputs)
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
-def test_a_scale_beyond_100_is_cut_and_gets_no_gradient(backend):
+def test_window_attention_clamps_the_scale_to_100_without_gradient(backend):
     qkv, scale, table = draw((4, 4), (2, 2))
     scale = scale.requires_grad_()
     out = window_attention(qkv, scale, table, (2, 2), (1, 1), backend)
-    cut = window_attention(qkv, scale.detach().clamp(max=math.log(100)), table, (2, 2), (1, 1), backend)
-    assert torch.equal(out, cut)
+    clamped = window_attention(qkv, scale.detach().clamp(max=math.log(100)), table, (2, 2), (1, 1), backend)
+    assert torch.equal(out, clamped)
     out.square().sum().backward()
     assert scale.grad[1] == 0
     assert scale.grad[0] != 0
@@ -113,8 +98,8 @@ def test_a_scale_beyond_100_is_cut_and_gets_no_gradient(backend):
 
 @pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize(('size', 'window', 'shift'), [((5, 7), (3, 3), (1, 1)), ((7,), (4,), (2,))])
-def test_more_padding_changes_nothing(size, window, shift, backend):
-    """With scales that the shift mask of -100 holds back, the result is that of a map padded by whole windows more."""
+def test_window_attention_does_not_depend_on_the_amount_of_padding(size, window, shift, backend):
+    """Equal to a feature map padded by further windows, at a scale small enough for the shift mask of -100."""
     qkv, _, table = draw(size, window)
     scale = torch.zeros(2, 1, 1, dtype=torch.float64)
     expected = brute_force_attention(qkv[0], scale, table, window, shift, extra_windows=1)
@@ -123,7 +108,7 @@ def test_more_padding_changes_nothing(size, window, shift, backend):
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
-def test_a_window_larger_than_the_map_is_the_shrunk_window(backend):
+def test_window_attention_shrinks_a_window_larger_than_the_feature_map(backend):
     qkv, scale, table = draw((3, 5), (8, 8))
     grid = table.view(2, 15, 15)[:, 5:10, 3:12]  # offsets -2..2 and -4..4
     shrunk = window_attention(qkv, scale, grid.flatten(1), (3, 5), (0, 0), backend)
@@ -132,9 +117,9 @@ def test_a_window_larger_than_the_map_is_the_shrunk_window(backend):
 
 @pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_half_precision_stays_close_to_float64_with_finite_gradients(dtype, backend):
+def test_window_attention_in_half_precision_is_close_to_float64_with_finite_gradients(dtype, backend):
     qkv, scale, table = draw((5, 7), (4, 4), dim=32)
-    qkv[0, 0, 0] = 0  # a token of zeros, as padding before the projection makes them
+    qkv[0, 0, 0] = 0  # a zero token, as made by padding before the projection
     half = qkv.to(dtype).requires_grad_()
     scale32 = scale.float().requires_grad_()
     out = window_attention(half, scale32, table.float(), (4, 4), (2, 2), backend)
@@ -151,13 +136,13 @@ def test_half_precision_stays_close_to_float64_with_finite_gradients(dtype, back
     ('change', 'message'),
     [
         (dict(backend='cuda'), "'cuda' is not known; use 'auto' or one of 'triton', 'sdpa', 'reference'"),
-        (dict(window_size=(3,)), 'has 2 map axes, but window_size is'),
+        (dict(window_size=(3,)), 'has 2 spatial axes, but window_size is'),
         (dict(shift_size=(3, 0)), 'must lie between 0 and window_size'),
         (dict(bias_table=torch.zeros(2, 9)), 'need bias_table'),
         (dict(qkv=torch.zeros(1, 6, 6, 2, 3)), 'must have the shape'),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(change, message):
+def test_window_attention_names_invalid_arguments(change, message):
     qkv, scale, table = draw((6, 6), (3, 3))
     arguments = dict(qkv=qkv, logit_scale=scale, bias_table=table, window_size=(3, 3), shift_size=(1, 1)) | change
     with pytest.raises(ValueError, match=message):
@@ -165,13 +150,13 @@ def test_arguments_that_do_not_fit_are_named(change, message):
 
 
 def raise_error(*_):
-    raise AssertionError('was asked')
+    raise AssertionError('must not run')
 
 
-def test_auto_asks_in_order_and_tells_why_once(monkeypatch, caplog):
+def test_window_attention_auto_falls_back_in_order_and_logs_each_reason_once(monkeypatch, caplog):
     inputs = draw((6, 6), (3, 3))
     monkeypatch.setitem(module.BACKENDS, 'triton', module.Backend(raise_error, lambda qkv: 'it is for GPUs'))
-    module._tell_once.cache_clear()
+    module._log_skipped_once.cache_clear()
     with caplog.at_level(logging.INFO, logger='swinv2_mm'):
         outs = [window_attention(*inputs, (3, 3), (1, 1)) for _ in range(2)]
         assert torch.equal(outs[1], window_attention(*inputs, (3, 3), (1, 1), 'sdpa'))

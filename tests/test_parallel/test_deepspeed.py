@@ -9,14 +9,15 @@ import re
 import shutil
 from pathlib import Path
 
+import nano.training as small
 import pytest
-import small_training as small
 import torch
 from mmengine.config import Config
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
+from nano import NANO_CONFIGS
 from processes import ProcessError, run_processes
 from tool_runs import call, call_together, metrics, run
 
@@ -30,7 +31,7 @@ from swinv2_mm.parallel import deepspeed
 STAGES = (1, 2, 3)
 FROZEN = (2, 3)  # stages that train with frozen parameters
 PROCESSES = 2
-TINY = Path(__file__).parents[1] / 'helpers/tiny/det.py'
+TINY = NANO_CONFIGS / 'det.py'
 CONFIGS = Path(__file__).parents[2] / 'configs'
 
 

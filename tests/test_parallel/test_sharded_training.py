@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nano.training as small
 import pytest
-import small_training as small
 import torch
 import torch.distributed as dist
 from mmengine.model import BaseModel
 from processes import ProcessError, run_processes
-from tool_runs import REPOSITORY, environment, free_port
+from tool_runs import HELPERS, REPOSITORY, environment, free_port
 from torch import nn
 
 from swinv2_mm.models import SwinTransformerV2
@@ -54,7 +54,7 @@ def train_each(folder: Path, data: Path, savers: list[str]) -> None:
 
 def train_htc(folder: Path, data: Path, savers: list[str], accumulate: int = 1) -> None:
     """Train with each saver; after DeepSpeed, predict where one process runs other modules than the rest."""
-    nano = importlib.import_module('nano_training')
+    nano = importlib.import_module('nano.htc_training')
     for saver in savers:
         runner = small.train(nano.config(folder / saver, data, saver, accumulate))
         if saver in DEEPSPEED:
@@ -169,7 +169,7 @@ def average_parts(folder, data):
 def test_averaged_weights_are_refused_for_split_parameters(data, tmp_path):
     with pytest.raises(ProcessError) as refused:
         run_processes(average_parts, tmp_path, data, processes=1, folder=tmp_path)
-    way_out = 'leave the hook out, or split the optimizer states alone (configs/_base_/memory/zero1.py)'
+    way_out = 'leave the hook out, or shard only the optimizer states (configs/_base_/memory/zero1.py)'
     assert way_out in refused.value.log
 
 
@@ -255,7 +255,7 @@ def config_files(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp('config')
     for saver in SAVERS:
         cfg = small.config(folder, data, saver)
-        cfg.custom_imports = dict(imports=['small_training'])
+        cfg.custom_imports = dict(imports=['nano.training'])
         cfg.dump(folder / f'{saver}.py')
     return folder
 
@@ -265,7 +265,7 @@ def torchrun(*args, **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', 2, *args]
     return subprocess.run(
         [*map(str, command)],
-        env=environment(PYTHONPATH=str(REPOSITORY / 'tests'), **env),
+        env=environment(PYTHONPATH=str(HELPERS), **env),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -317,9 +317,7 @@ def test_torchrun_starts_a_killed_training_again(two_processes, config_files, tm
 @pytest.mark.slow
 def test_two_machines_train_like_two_processes_of_one(two_processes, config_files, tmp_path):
     """Each of two launchers believes that it is on a machine of its own."""
-    place = environment(
-        NNODES='2', MASTER_ADDR='127.0.0.1', PORT=str(free_port()), PYTHONPATH=str(REPOSITORY / 'tests')
-    )
+    place = environment(NNODES='2', MASTER_ADDR='127.0.0.1', PORT=str(free_port()), PYTHONPATH=str(HELPERS))
     machines = [
         subprocess.Popen(
             [REPOSITORY / 'tools/dist_train.sh', config_files / 'ddp.py', '1', '--work-dir', tmp_path],
@@ -343,7 +341,7 @@ def htc(tmp_path_factory):
     """Trainings of a nano HTC with each saver on two processes, and that of one process on their joint batch."""
     pytest.importorskip('mmdet')
     folder = tmp_path_factory.mktemp('htc')
-    data = importlib.import_module('nano_training').write_data(folder / 'data')
+    data = importlib.import_module('nano.htc_training').write_data(folder / 'data')
     run_processes(train_htc, folder / 'one', data, ['ddp'], 2, processes=1, folder=folder)
     run_processes(train_htc, folder, data, SAVERS + DEEPSPEED, folder=folder)
     return folder

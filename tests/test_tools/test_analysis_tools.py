@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from nano import ARCH
-from nano_video import shrink, write_kinetics400
-from tiny_data import write_frames, write_segments
+from nano import ARCH, NANO_CONFIGS
+from nano.seg import write_segments
+from nano.video import shrink, write_frames, write_kinetics400
 from tool_runs import REPOSITORY, TOOLS, call, load_tool, refuse, run
 
 from swinv2_mm.cli import launch
+from swinv2_mm.cli.inputs import input_shape
 
-TINY = Path(__file__).parents[1] / 'helpers/tiny'
+TINY = NANO_CONFIGS
 AS_USERS = pytest.param(run, marks=pytest.mark.slow, id='as_users')
 HOWS = pytest.mark.parametrize('how', [pytest.param(call, id='called'), AS_USERS])
 NANO = dict(embed_dims=16, depths=(2, 1, 3, 1), num_heads=(1, 2, 4, 8))
@@ -277,7 +278,7 @@ def test_a_head_that_cannot_be_traced_is_left_out_and_named(tool):
 def test_the_numbers_of_a_shape_fit_the_kind_of_video_model(tool, format_shape, numbers, shape):
     cfg = Config.fromfile(TINY / 'video.py')
     cfg.model.data_preprocessor.format_shape = format_shape
-    assert tool('get_flops').input_shape(cfg, numbers) == shape
+    assert input_shape(cfg, numbers) == shape
 
 
 def test_a_video_model_on_frames_costs_as_often_as_there_are_frames(tool):
@@ -305,7 +306,7 @@ def test_get_flops_prints_every_part_and_its_convention(tmp_path, how):
 )
 def test_a_shape_that_does_not_fit_is_refused(tool, config, numbers, text):
     with pytest.raises(ValueError, match=text):
-        tool('get_flops').input_shape(Config.fromfile(TINY / config), numbers)
+        input_shape(Config.fromfile(TINY / config), numbers)
 
 
 # ---------------------------------------------------------------- benchmark

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from tool_runs import TOOLS, beside, call, environment, free_port, refuse, run, taken_port
+from nano import NANO_CONFIGS
+from tool_runs import TOOLS, call, environment, folder_on_path, free_port, refuse, run, taken_port
 
 from swinv2_mm.cli import checks, classes, launch
 
-TINY = Path(__file__).parents[1] / 'helpers/tiny'
+TINY = NANO_CONFIGS
 DET = Path(__file__).parents[2] / 'configs/det'
 SCRIPTS = sorted(
     str(path.relative_to(TOOLS)) for path in TOOLS.rglob('*.py') if 'def main(' in path.read_text(encoding='utf-8')
@@ -541,7 +542,7 @@ def test_preflight_checks_and_leaves(data, tmp_path, monkeypatch):
 def test_each_tool_is_a_script_that_explains_itself(script, monkeypatch, capsys):
     """As Python runs a script, but in this process, which has imported everything already."""
     monkeypatch.setattr(sys, 'argv', [script, '--help'])
-    with beside(TOOLS / script), pytest.raises(SystemExit) as end:
+    with folder_on_path(TOOLS / script), pytest.raises(SystemExit) as end:
         runpy.run_path(str(TOOLS / script), run_name='__main__')
     assert not end.value.code
     assert capsys.readouterr().out.startswith(f'usage: {Path(script).name}')

@@ -121,15 +121,15 @@ def test_mistakes_give_one_line(checkpoint, tmp_path, args, message):
     assert message in refuse(tmp_path, TOOL, checkpoint, '--windows', 8, *args)
 
 
-def test_the_option_fills_in_what_the_checkpoint_leaves_open_and_contradicts_nothing(tool, state_dict):
+def test_pretrained_window_sizes_fill_in_unknown_windows_only(tool, state_dict):
     mixed = dict(state_dict)
     mixed['layers.3.blocks.1.attn.cpb_mlp.pretrained_window_size'] = torch.tensor([0, 6])
-    with pytest.raises(ValueError, match='does not say which window stage 3'):
+    with pytest.raises(ValueError, match='pre-training window of stage 3 is not in'):
         tool.pretrained_window(mixed, 3)
-    settled = tool.set_windows(mixed, PRETRAINED)
-    assert [tool.pretrained_window(settled, stage) for stage in range(4)] == [(p, p) for p in PRETRAINED]
-    with pytest.raises(ValueError, match='windows of 6x6 in stage 3, but'):
-        tool.set_windows(state_dict, [12, 12, 12, 8])
+    resolved = tool.write_windows(mixed, PRETRAINED)
+    assert [tool.pretrained_window(resolved, stage) for stage in range(4)] == [(p, p) for p in PRETRAINED]
+    with pytest.raises(ValueError, match='window of stage 3 is 6x6, but'):
+        tool.write_windows(state_dict, [12, 12, 12, 8])
 
 
 def test_a_video_backbones_maps_are_those_within_one_frame(tool):

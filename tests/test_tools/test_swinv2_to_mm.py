@@ -46,7 +46,7 @@ def test_the_result_holds_the_weights_and_the_windows_that_were_given(source, ti
 
 
 def test_windows_that_nobody_knows_are_said_to_be_missing(timm_file, tmp_path):
-    assert 'not known: pass --pretrained-window-sizes' in call(tmp_path, TOOL, timm_file, tmp_path / 'a.pth')
+    assert 'unknown: pass --pretrained-window-sizes' in call(tmp_path, TOOL, timm_file, tmp_path / 'a.pth')
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,26 @@ import pytest
 import torch
 from decord import VideoReader
 from mmengine.registry import DefaultScope
-from nano_video import shrink, write_kinetics400
-from tiny_data import write_frames, write_segments
-from tool_runs import REPOSITORY, call, call_together, check_training, command, environment, free_port, run, taken_port
+from nano import NANO_CONFIGS
+from nano.seg import write_segments
+from nano.video import shrink, write_frames, write_kinetics400
+from tool_runs import (
+    HELPERS,
+    REPOSITORY,
+    call,
+    call_together,
+    check_training,
+    command,
+    environment,
+    free_port,
+    run,
+    taken_port,
+)
 
 import swinv2_mm  # noqa: F401  lets torch.load read checkpoints of mmengine
 from swinv2_mm.cli import launch
 
-TINY = Path(__file__).parents[1] / 'helpers/tiny'
+TINY = NANO_CONFIGS
 DET = TINY / 'det.py'
 VIDEO = REPOSITORY / 'configs/video/swinv2_t_k400_224x224x32.py'
 CLIP, FILM = 8, 40  # frames of a clip, every second of the film, and of a film
@@ -106,7 +118,7 @@ def test_killed_training_resumes_to_the_same_weights(shapes, trained, tmp_path):
     """As users start it, beside something that has torchrun's usual port. The resumed run is not told the seed."""
     (tmp_path / 'config.py').write_text(f"""
 _base_ = '{DET}'
-custom_imports = dict(imports=['stalling'], allow_failed_imports=False)
+custom_imports = dict(imports=['nano.training'], allow_failed_imports=False)
 custom_hooks = [dict(type='swinv2_mm.ReproducibleResumeHook'), dict(type='StallInSecondEpoch')]
 """)
     options = ['--work-dir', 'work', '--cfg-options', f'data_root={shapes}']
@@ -126,7 +138,7 @@ custom_hooks = [dict(type='swinv2_mm.ReproducibleResumeHook'), dict(type='StallI
 def kill_in_second_epoch(folder: Path, *options) -> None:
     """Train with config.py, and SIGKILL the launcher alone: its processes and their data workers have to end too."""
     program, args = command('dist_train.sh', 'config.py', 2, *options)
-    env = environment(**ONE_THREAD, PYTHONPATH=str(REPOSITORY / 'tests'))
+    env = environment(**ONE_THREAD, PYTHONPATH=str(HELPERS))
     with (folder / 'log').open('w') as log:
         process = subprocess.Popen([*program, *args], cwd=folder, env=env, stdout=log, stderr=log)
     children = []

@@ -25,11 +25,12 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner, load_checkpoint
 from torch import Tensor, nn
 
-import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
+import swinv2_mm  # noqa: F401  before any toolbox: it applies workarounds that the toolboxes' imports need
 from swinv2_mm.cli import checks, classes, launch
+from swinv2_mm.cli.inputs import input_shape, random_data, toolbox
 
 from browse_dataset import run_script, toolbox_script  # isort: skip
-from get_flops import build_model, input_shape, random_data, toolbox  # isort: skip
+from get_flops import build_model  # isort: skip
 
 MIB = 2**20
 MMDET_SCRIPT, MMDET_TASKS = 'analysis_tools/benchmark.py', ('dataloader', 'dataset')

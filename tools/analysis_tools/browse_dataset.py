@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from mmengine.config import Config, DictAction
 
-import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
+import swinv2_mm  # noqa: F401  before any toolbox: it applies workarounds that the toolboxes' imports need
 from swinv2_mm.cli import checks, classes, launch
 
 SCRIPTS = {

@@ -19,20 +19,13 @@ from mmengine.analysis.jit_handles import get_shape
 from mmengine.config import Config, DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.utils import get_object_from_string
 from torch import Tensor, nn
 
-import swinv2_mm  # noqa: F401  before any toolbox: it mends what is broken in this environment
+import swinv2_mm  # noqa: F401  before any toolbox: it applies workarounds that the toolboxes' imports need
 from swinv2_mm.cli import classes, launch
+from swinv2_mm.cli.inputs import input_shape, join_numbers, random_data
 from swinv2_mm.models.attention import WindowAttention
 
-DATA_SAMPLES = {
-    'mmdet': 'mmdet.structures.DetDataSample',
-    'mmseg': 'mmseg.structures.SegDataSample',
-    'mmaction': 'mmaction.structures.ActionDataSample',
-}
-DEFAULT_SHAPES = {'mmdet': [800, 1280], 'mmseg': [1024, 2048], 'mmaction': [224, 224]}
-DEFAULT_CLIP = [32, 224, 224]  # for video models with an axis for time
 REST = 'in between'  # what is computed outside of the parts
 REGIONS = (10, 20)  # numbers of proposals that a two-stage detector is traced with
 
@@ -54,19 +47,7 @@ class Complexity:
     skipped: str = ''
 
 
-# ---------------------------------------------------------------- models and inputs
-
-
-def toolbox(cfg: Config) -> str:
-    """Toolbox of a config.
-
-    Raises:
-        ValueError: The config names none of the three.
-    """
-    scope = cfg.get('default_scope')
-    if scope not in DATA_SAMPLES:
-        raise ValueError(f'default_scope of the config must be one of {", ".join(DATA_SAMPLES)}, got {scope!r}')
-    return scope
+# ---------------------------------------------------------------- models
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -74,53 +55,6 @@ def build_model(cfg: Config) -> nn.Module:
     init_default_scope(cfg.default_scope)
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
     return model.cuda() if torch.cuda.is_available() else model
-
-
-def input_shape(cfg: Config, shape: list[int] | None) -> tuple[int, ...]:
-    """Shape of one sample's input, before preprocessing, from the numbers of `--shape`.
-
-    Args:
-        cfg: The config; a video model takes (clips, C, T, H, W) or (frames, C, H, W), as its `format_shape` says.
-        shape: A side, H W, or for video T H W, or for video the whole shape. None for the toolbox's usual one.
-
-    Returns:
-        (C, H, W) for images, else what the video model takes.
-
-    Raises:
-        ValueError: The numbers do not fit the toolbox or the model.
-    """
-    scope = toolbox(cfg)
-    three_axes = (cfg.model.get('data_preprocessor') or {}).get('format_shape', 'NCHW') == 'NCTHW'
-    given = shape or (DEFAULT_CLIP if scope == 'mmaction' and three_axes else DEFAULT_SHAPES[scope])
-    if min(given) < 1:
-        raise ValueError(f'--shape must be positive numbers, got {_join(given)}')
-    size = given * 2 if len(given) == 1 else given
-    channels = cfg.model.get('backbone', {}).get('in_channels', 3)
-    if scope != 'mmaction':
-        if len(size) != 2:
-            raise ValueError(f'--shape of an image takes one or two numbers (H W), got {_join(given)}')
-        return (channels, *size)
-    whole = 5 if three_axes else 4
-    if len(size) == whole:
-        return tuple(size)
-    if len(size) not in ((3,) if three_axes else (2, 3)):
-        kind = 'T H W' if three_axes else 'H W, or T H W for T frames'
-        raise ValueError(f'--shape of this video model takes {kind}, or all {whole} axes, got {_join(given)}')
-    frames, size = (size[0] if len(size) == 3 else 1), tuple(size[-2:])
-    return (1, channels, frames, *size) if three_axes else (frames, channels, *size)
-
-
-def random_data(cfg: Config, shape: tuple[int, ...]) -> dict[str, list]:
-    """One random sample as a data loader gives it: uint8 (C, H, W), or the shape of a video, and its data sample.
-
-    A video is of the first class, so that a training can take it; objects and segments it would need are not made up.
-    """
-    sample = get_object_from_string(DATA_SAMPLES[cfg.default_scope])()
-    size = shape[-2:]
-    sample.set_metainfo(dict(img_id=0, ori_shape=size, img_shape=size, pad_shape=size, scale_factor=(1.0, 1.0)))
-    if cfg.default_scope == 'mmaction':
-        sample.set_gt_label(0)
-    return dict(inputs=[torch.randint(0, 256, shape, dtype=torch.uint8)], data_samples=[sample])
 
 
 # ---------------------------------------------------------------- counting
@@ -184,6 +118,7 @@ def _times(name: str, regions: dict[str, int]) -> float:
     return (regions['masks' if name.startswith('roi_head.mask') else 'proposals'] - few) / (more - few)
 
 
+# mmengine's analyzer and not torch.utils.flop_counter, which counts no norms and hence gives other figures
 def _trace(model: nn.Module, inputs: Tensor, forward: Callable) -> tuple[dict[str, int], list[str]]:
     """FLOPs of each part of the model, and the operations that have no rule but are worth counting."""
     model.forward = lambda x: tuple(_tensors(forward(x)))
@@ -245,15 +180,11 @@ def _format(number: int) -> str:
     return str(number)
 
 
-def _join(numbers) -> str:
-    return ' '.join(map(str, numbers))
-
-
 def report(result: Complexity, shape: tuple[int, ...]) -> str:
     """Text of the result: a row per part, the total, and what it leaves out."""
     rows = [*result.parts, ('total', sum(part[1] for part in result.parts), sum(part[2] for part in result.parts))]
     width = max(len(row[0]) for row in rows) + 2
-    lines = [f'Input shape: {_join(shape)}', f'{"":<{width}}{"Flops":>12}{"Params":>12}']
+    lines = [f'Input shape: {join_numbers(shape)}', f'{"":<{width}}{"Flops":>12}{"Params":>12}']
     lines += [f'{name:<{width}}{_format(flops):>12}{_format(params):>12}' for name, flops, params in rows]
     lines.append('One FLOP is one multiply-add; norms count 5 for each element, other element-wise operations nothing.')
     if result.regions:

@@ -1,10 +1,9 @@
-"""Picture of what the position bias of a checkpoint becomes in other windows: every stage at several windows.
+"""Plot the position bias of a checkpoint: every stage at several windows.
 
 python tools/analysis_tools/plot_position_bias.py swinv2_base_patch4_window12_192_22k.pth --windows 12 24 32
 
-A cell holds the maps of all heads of a stage's last block: the bias (0 to 16) of each offset between two tokens of the
-window, offset (0, 0) in the middle. A red frame bounds the offsets that pre-training has seen; the bias outside is
-extrapolated.
+A cell shows the bias (0 to 16) of all heads of a stage's last block at each offset between two tokens of the window,
+with offset (0, 0) in the middle. A red frame bounds the offsets of pre-training; the bias outside is extrapolated.
 """
 
 import argparse
@@ -23,8 +22,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from swinv2_mm.checkpoints import load_swinv2_state_dict
+from swinv2_mm.checkpoints.conversion import write_windows
 from swinv2_mm.checkpoints.layouts import depths
-from swinv2_mm.checkpoints.windows import set_windows
 from swinv2_mm.cli import launch
 from swinv2_mm.models.log_cpb import LogCPB
 
@@ -41,13 +40,13 @@ def pretrained_window(state_dict: dict[str, Tensor], stage: int) -> tuple[int, .
     """Window along each axis that a stage was pre-trained with.
 
     Raises:
-        ValueError: The checkpoint does not tell.
+        ValueError: It is unknown.
     """
     entry = state_dict.get(mlp_prefix(state_dict, stage) + 'pretrained_window_size')
     if entry is None or (entry == 0).any():
         raise ValueError(
-            f'the checkpoint does not say which window stage {stage} was pre-trained with, and a wrong one gives '
-            f'another bias; pass one number per stage, for example {OPTION} 12 12 12 6'
+            f'the pre-training window of stage {stage} is not in the checkpoint, and another one gives another bias; '
+            f'pass one number per stage, for example {OPTION} 12 12 12 6'
         )
     return tuple(entry.tolist())
 
@@ -56,7 +55,7 @@ def bias_maps(state_dict: dict[str, Tensor], stage: int, window: int) -> Tensor:
     """Position bias of a stage's last block in a square window.
 
     Args:
-        state_dict: Weights under their canonical names, with the pre-training windows.
+        state_dict: Weights of `load_swinv2_state_dict`, with the pre-training windows.
         stage: Stage, counted from 0.
         window: Tokens along each axis. A video backbone's bias is that within one frame.
 
@@ -150,17 +149,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         nargs='+',
         metavar='N',
-        help='window that each stage was pre-trained with, where the checkpoint does not say it',
+        help='pre-training window of each stage, for a checkpoint without it',
     )
     return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Find what would fail after the checkpoint has been read.
+    """Check the arguments before the checkpoint is read.
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ValueError: A window or the kind of the picture cannot be.
+        ValueError: A window, or the format of the picture, is not supported.
     """
     if min(args.windows) < 1:
         raise ValueError(f'--windows must be at least 1, got {min(args.windows)}')
@@ -178,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check(args)
         state_dict = load_swinv2_state_dict(args.checkpoint)
         if args.pretrained_window_sizes:
-            state_dict = set_windows(state_dict, args.pretrained_window_sizes)
+            state_dict = write_windows(state_dict, args.pretrained_window_sizes)
         stages = range(len(depths(state_dict)))
         pretrained = [pretrained_window(state_dict, stage) for stage in stages]
     maps = [[bias_maps(state_dict, stage, window).numpy() for window in args.windows] for stage in stages]

@@ -1,8 +1,8 @@
 """Convert any public Swin V2 checkpoint to the names of this package, with the windows that it was pre-trained with.
 
-Not needed for training: every checkpoint loads as it is. It serves to look into a file, to shrink one that carries an
-optimizer, to store windows that a file does not tell, and to take the weights out of a file that is refused because it
-holds more than data.
+Not needed for training: every checkpoint loads as it is. Use it to inspect a file, to drop the optimizer state, to add
+the pre-training windows to a file without them, or to extract the weights from a file that is refused because it
+contains more than data.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict
-from swinv2_mm.checkpoints.layouts import describe
-from swinv2_mm.checkpoints.windows import set_windows
+from swinv2_mm.checkpoints.conversion import write_windows
+from swinv2_mm.checkpoints.layouts import describe_arch
 from swinv2_mm.cli.launch import one_line_errors
 
 
@@ -30,7 +30,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         nargs='+',
         metavar='W',
-        help='window of pre-training of each stage, for a file that does not tell, such as 12 12 12 6',
+        help='window of pre-training of each stage, for a file without it, such as 12 12 12 6',
     )
     parser.add_argument('--trust', action='store_true', help='let the file execute code while it is read')
     return parser.parse_args(argv)
@@ -41,7 +41,7 @@ def check_target(dst: Path) -> None:
 
     Raises:
         FileNotFoundError: Its folder does not exist.
-        ValueError: Its suffix names no format.
+        ValueError: Its suffix is of no supported format.
     """
     if dst.suffix not in ('.pth', '.safetensors'):
         raise ValueError(f'{dst} must end with .pth or .safetensors')
@@ -65,15 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_target(args.dst)
         weights = load_swinv2_state_dict(args.src, trust=args.trust)
         if args.pretrained_window_sizes:
-            weights = set_windows(weights, args.pretrained_window_sizes)
+            weights = write_windows(weights, args.pretrained_window_sizes)
         save(weights, args.dst)
     windows = {
         re.match(r'layers\.\d+', n)[0]: tuple(v.tolist()) for n, v in weights.items() if n.endswith('_window_size')
     }
-    print(f'{args.dst}: {len(weights)} entries, {describe({n: v.shape for n, v in weights.items()})}')
-    print(
-        f'pre-training windows: {", ".join(map(str, windows.values())) or "not known: pass --pretrained-window-sizes"}'
-    )
+    print(f'{args.dst}: {len(weights)} entries, {describe_arch({n: v.shape for n, v in weights.items()})}')
+    print(f'pre-training windows: {", ".join(map(str, windows.values())) or "unknown: pass --pretrained-window-sizes"}')
 
 
 if __name__ == '__main__':

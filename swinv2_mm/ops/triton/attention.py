@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import _python_dispatch
 
-from ..recording import at_compilation, is_compiling, is_tracing, is_transformed
 from ..reference import MAX_LOGIT_SCALE
+from ..tracing import assume_constant_result, is_compiling, is_tracing, is_transformed
 from ..windows import (
     Size,
     fit_window,
@@ -82,12 +82,12 @@ def can_run(qkv: Tensor) -> str | None:
     return None
 
 
-@at_compilation
+@assume_constant_result
 def _triton_version() -> str:
     return importlib.import_module('triton').__version__
 
 
-@at_compilation
+@assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 

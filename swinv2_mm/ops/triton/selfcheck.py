@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ..files import write_whole
-from ..recording import at_compilation, is_compiling
 from ..reference import reference_window_attention
 from ..sdpa import sdpa_window_attention
+from ..tracing import assume_constant_result, is_compiling
 from ..windows import Size
 from . import attention as triton
 from . import post_norm
@@ -75,7 +75,7 @@ def why_not_post_norm(branch: Tensor) -> str | None:
     return _why_not(branch.device, branch.dtype, None, False)
 
 
-@at_compilation
+@assume_constant_result
 def _why_not(device: torch.device, dtype: torch.dtype, head_dim: int | None, one_tile: bool) -> str | None:
     case = device, dtype, head_dim, one_tile, _is_tf32(dtype)
     if case not in _verdicts:

@@ -1,0 +1,96 @@
+"""Nano models, configs and data sets, which a CPU trains in a second.
+
+`NANO_CONFIGS` has a small config of each task for the command line; `nano.det`, `nano.seg` and `nano.video` shrink the
+recipes of this repository and write the data of both. `nano.training` compares trainings of several processes.
+"""
+
+import argparse
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+NANO_CONFIGS = Path(__file__).parent / 'configs'  # det.py, seg.py, video.py
+ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+CHANNELS = [16, 32, 64, 128]
+
+
+def shrink_sizes(value, factor: int, key: str = ''):
+    """A config value with the sizes of its transforms divided."""
+    if isinstance(value, dict):
+        return type(value)({k: shrink_sizes(v, factor, k) for k, v in value.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(shrink_sizes(item, factor, key) for item in value)
+    return value // factor if key in ('scale', 'scales', 'crop_size', 'size') else value
+
+
+def shrink_inputs(cfg: Config, factor: int) -> None:
+    """Divide the sizes of images, and load them in the process itself; log every step."""
+    cfg.model.data_preprocessor = shrink_sizes(cfg.model.data_preprocessor, factor)
+    for split in ('train', 'val', 'test'):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.pipeline = shrink_sizes(loader.dataset.pipeline, factor)
+    if 'tta_pipeline' in cfg:
+        cfg.tta_pipeline = shrink_sizes(cfg.tta_pipeline, factor)
+    cfg.default_hooks.logger.interval = 1
+
+
+def train_a_step(cfg: Config) -> Runner:
+    """Train one step and validate; every parameter must have been updated, and be finite."""
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    trainable = [p for p in runner.model.parameters() if p.requires_grad]
+    stepped = runner.optim_wrapper.optimizer.state
+    assert all(p in stepped for p in trainable), 'some parameters got no gradient'
+    assert all(p.isfinite().all() for p in trainable)
+    return runner
+
+
+# Numbers that change the result of a training, but not which code runs; the tests of the recipes check their values.
+NUMBERS = {
+    *('window_size', 'pretrained_window_sizes', 'patch_size', 'drop_path_rate'),
+    *('lr', 'weight_decay', 'batch_size', 'base_batch_size', 'indices', 'begin', 'end', 'T_max', 'interval'),
+    *('scale', 'crop_size', 'size', 'clip_len', 'frame_interval'),
+}
+MEMORY_OPTIONS = {'with_cp', 'sequential_stages'}  # they do not change what the backbone computes
+
+
+def closest(cfg: Config, trained: list[Config]) -> list[str]:
+    """Entries in which a config differs from the most similar of these, without `NUMBERS` and `MEMORY_OPTIONS`."""
+    mine = runner_entries(cfg)
+    others = [runner_entries(other) for other in trained]
+    return min((sorted(key for key in mine | other if mine.get(key) != other.get(key)) for other in others), key=len)
+
+
+def runner_entries(cfg: Config) -> dict:
+    """The entries of a config that `Runner` takes, by their dotted names."""
+    read = inspect.signature(Runner).parameters
+    return dict(entry for key in cfg if key in read for entry in entries(cfg[key], key))
+
+
+def entries(value, name: str):
+    """Dotted names and values inside a config value, without `NUMBERS` and `MEMORY_OPTIONS`."""
+    if not isinstance(value, (dict, list, tuple)):
+        yield name, value
+        return
+    yield name, 'entries'
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if key not in NUMBERS | MEMORY_OPTIONS:
+            yield from entries(item, f'{name}.{key}')
+
+
+def trial_arguments(configs: Path) -> list[str]:
+    """The command line options for a smaller backbone that the README of a folder of configs gives."""
+    readme = (configs / 'README.md').read_text()
+    return shlex.split(re.search(r'A smaller backbone for a trial: `(.*?)`', readme, re.DOTALL)[1])
+
+
+def smaller_backbone(configs: Path) -> dict:
+    """The same as `cfg_options`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    return parser.parse_args(trial_arguments(configs)).cfg_options

@@ -45,7 +45,7 @@ def _inverse_norm(tile):
 
 
 @triton.jit
-def _across(grad, tile, inverse_norm):
+def _project_out(grad, tile, inverse_norm):
     """Gradients of unit vectors less their parts along them: times 1 / norm, they are those of the vectors."""
     along = tl.sum(grad * tile, 1) * inverse_norm * inverse_norm
     return grad - tile * along[:, None]
@@ -385,7 +385,7 @@ def bwd_dq(
     tl.store(grad_scale + tl.program_id(0), tl.sum(tl.sum(grad_q * q, 1), 0) * (1 / LOG2_E))
     norm_ptr = inverse_norms + 2 * sample + head
     inverse_norm = _load_norms(norm_ptr, q_rows, 2 * heads, LARGE, PARTIAL)
-    grad_q = _across(grad_q, q, 1.0 / (scale * LOG2_E)) * (inverse_norm * scale)[:, None]
+    grad_q = _project_out(grad_q, q, 1.0 / (scale * LOG2_E)) * (inverse_norm * scale)[:, None]
     _store_rows(grad_qkv + (3 * sample + head) * DIM, grad_q, q_rows, stride, DIM, BLOCK_DIM, LARGE, PARTIAL)
 
 
@@ -470,7 +470,7 @@ def bwd_dk_dv(
     k = _load_rows(k_ptr, k_rows, unit_stride, DIM, BLOCK_DIM, LARGE, PARTIAL).to(tl.float32)
     norm_ptr = inverse_norms + 2 * sample + heads + head
     inverse_norm = _load_norms(norm_ptr, k_rows, 2 * heads, LARGE, PARTIAL)
-    grad_k = _across(grad_k, k, 1.0) * (inverse_norm * (1 / LOG2_E))[:, None]
+    grad_k = _project_out(grad_k, k, 1.0) * (inverse_norm * (1 / LOG2_E))[:, None]
     _store_rows(grad_ptr, grad_k, k_rows, stride, DIM, BLOCK_DIM, LARGE, PARTIAL)
 
 
@@ -696,11 +696,11 @@ def window_backward(
         rounded = ds.to(k.dtype)
         k_unit = (k.to(tl.float32) * k_norm[:, None]).to(k.dtype)
         grad_q = tl.dot(rounded, k_unit, input_precision=PRECISION) * scale
-        grad_q = _across(grad_q, q.to(tl.float32), q_norm) * q_norm[:, None]
+        grad_q = _project_out(grad_q, q.to(tl.float32), q_norm) * q_norm[:, None]
         _store_rows(grad_ptr, grad_q, row, stride, DIM, BLOCK_DIM, LARGE)
         q_unit = (q.to(tl.float32) * q_norm[:, None]).to(q.dtype)
         grad_k = tl.dot(tl.trans(rounded), q_unit, input_precision=PRECISION) * scale
-        grad_k = _across(grad_k, k.to(tl.float32), k_norm) * k_norm[:, None]
+        grad_k = _project_out(grad_k, k.to(tl.float32), k_norm) * k_norm[:, None]
         _store_rows(grad_ptr + heads * DIM, grad_k, row, stride, DIM, BLOCK_DIM, LARGE)
     tl.store(grad_scale + program, tl.sum(total_scale, 0) * (1 / LOG2_E))
     _store_tile(grad_tiles, total, head * all_tiles + first_tile + part, BLOCK_M)

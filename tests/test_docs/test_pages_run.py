@@ -14,7 +14,7 @@ import torch
 from doc_pages import CODE, COMMANDS, LAUNCHERS, blocks, launched
 from mmengine.config import Config
 from mmengine.registry import DATASETS, HOOKS, MODELS, DefaultScope
-from tool_runs import REPOSITORY, call
+from tool_runs import REPOSITORY, call, run
 
 from swinv2_mm.cli import launch
 from swinv2_mm.models import SwinTransformerV2
@@ -32,19 +32,21 @@ TASKS = dict(
 NANO = dict(nano.ARCH, depths=(1, 1, 1, 1))
 CHECKPOINT = 'nano.pth'
 RELEASE = re.compile(r'swinv2://\w+')
+EXAMPLES = (('make_shapes_coco.py', 'shapes_coco'), ('make_motion_clips.py', 'motion_clips'))  # of the pages
+PROCESSES = 'benchmark_loading.py', 'benchmark_memory.py', 'kernel_report.py', 'study_window_transfer.py'  # start some
 # run by CI as they are, or by tests of their own: downloads, GPUs, many machines
 ELSEWHERE = (
     r'(git|pip|make|source|cd|export) ',
-    r'\S*benchmarks/gpu_run\.sh ',
+    r'(TINY=1 )?benchmarks/gpu_run\.sh ',
     r'(TRITON_INTERPRET=1 )?python -m swinv2_mm\.ops\.selfcheck',
     r'python tools/demo\.py',
 )
 # what makes a command small: of repeated options the last one counts
 SMALL = {
-    r'benchmark_(attention|backbone)\.py': '--shapes nano --repeats 1',
+    r'benchmark_(attention|backbone)\.py': '--shapes nano --repeats 1 --implementations *eager',
     r'benchmark_loading\.py': '--arch tiny --layouts hf --formats pth',
     r'benchmark_memory\.py --task sizes': '--sizes 64 96 --window 4',
-    r'benchmark_memory\.py --task (?!sizes)': '--task nano',
+    r'benchmark_memory\.py --task (?!sizes)': '--task nano --techniques sdpa',
     r'kernel_report\.py': '--shapes nano --json report.json',
     r'tools/benchmark\.py': '--max-iter 1 --num-warmup 0',
     r'make_shapes_coco\.py': '--train 2 --val 1 --size 96',
@@ -58,26 +60,20 @@ SMALL = {
 def folder(tmp_path_factory) -> Path:
     """A working folder with the repository's configs at nano size, data sets, and checkpoints for them."""
     root = tmp_path_factory.mktemp('docs')
+    for script, name in EXAMPLES:
+        call(root, f'misc/{script}', f'data/{name}', *small(script))
     for task, (shrink, write_data) in TASKS.items():
         (root / 'data' / task).mkdir(parents=True)
         data = write_data(root / 'data' / task)
         (root / 'configs' / task).mkdir(parents=True)
         for path in (REPOSITORY / 'configs' / task).glob('*.py'):
+            is_demo = 'demo' in path.name  # small already, with data of its own
             place = data / ('objects365' if 'objects365' in path.name else 'coco') if task == 'det' else data
-            cfg = launch.load_config(str(path), dict(data_root=f'{place}/'))
-            (cfg if 'demo' in path.name else shrink(cfg)).dump(root / 'configs' / task / path.name)
+            cfg = launch.load_config(str(path), {} if is_demo else dict(data_root=f'{place}/'))
+            (cfg if is_demo else shrink(cfg)).dump(root / 'configs' / task / path.name)
     backbone = oracles.randomize(SwinTransformerV2(NANO, window_size=8, pretrained_window_sizes=8))
     torch.save(dict(state_dict=backbone.state_dict(), meta={}), root / CHECKPOINT)
     return root
-
-
-@pytest.fixture(scope='module')
-def examples(folder) -> Path:
-    """The folder, with the data sets that the pages generate."""
-    for script, name in (('make_shapes_coco.py', 'shapes_coco'), ('make_motion_clips.py', 'motion_clips')):
-        if not (folder / 'data' / name).exists():
-            call(folder, f'misc/{script}', f'data/{name}', *small(script))
-    return folder
 
 
 def checkpoint_of(path: str, folder: Path) -> None:
@@ -90,6 +86,16 @@ def checkpoint_of(path: str, folder: Path) -> None:
         model = MODELS.build(cfg.model)
     target.parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta={})), target)
+
+
+def log_of_a_training(folder: Path) -> Path:
+    """The scalars that a training and its validation have logged."""
+    work_dir = folder / 'work_dirs/logged'
+    if not work_dir.exists():
+        options = ['train_dataloader.dataset.indices=2', 'train_dataloader.batch_size=1']
+        config = 'configs/det/cascade_mask_rcnn_swinv2_t.py'
+        call(folder, 'train.py', config, '--work-dir', work_dir, '--cfg-options', *options)
+    return next(work_dir.glob('*/vis_data/2*.json'))
 
 
 def as_python(command: str) -> list[str]:
@@ -112,19 +118,28 @@ def small(command: str) -> list[str]:
     return [word for pattern, options in SMALL.items() if re.search(pattern, command) for word in options.split()]
 
 
-RUN = sorted({c for _, c in COMMANDS if not any(re.match(pattern, c) for pattern in ELSEWHERE)})
+RUN_HERE = sorted({c for _, c in COMMANDS if not any(re.match(pattern, c) for pattern in ELSEWHERE)})
 
 
-@pytest.mark.parametrize('command', RUN)
+@pytest.mark.parametrize('command', RUN_HERE)
 def test_a_command_runs(command, folder):
+    if command.startswith('python -c'):
+        exec(shlex.split(command)[2], {})
+        return
     script, *arguments = as_python(RELEASE.sub(CHECKPOINT, command))
     if script.startswith('tools/misc/make_'):
         shutil.rmtree(folder / arguments[0], ignore_errors=True)
     for word in arguments:
         for path in re.findall(r'work_dirs/\w+/\w+\.pth', word):
             checkpoint_of(path, folder)
-    arguments = [{'CHECKPOINT': CHECKPOINT, 'SRC': CHECKPOINT}.get(word, word) for word in arguments]
-    call(folder, REPOSITORY / script, *arguments, *small(command))
+    names = {'CHECKPOINT': CHECKPOINT, 'SRC': CHECKPOINT, 'DST': 'converted.pth'}
+    if 'LOG.json' in arguments:
+        names['LOG.json'] = log_of_a_training(folder)
+    arguments = [names.get(word, word) for word in arguments] + small(command)
+    if Path(script).name in PROCESSES:
+        run(folder, REPOSITORY / script, *arguments, TRITON_INTERPRET='0')
+    else:
+        call(folder, REPOSITORY / script, *arguments)
 
 
 # ---------------------------------------------------------------- code
@@ -147,9 +162,9 @@ def test_a_script_runs(page, number, folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(('page', 'number'), CONFIGS)
-def test_a_config_builds(page, number, examples, tmp_path, monkeypatch):
+def test_a_config_builds(page, number, folder, tmp_path, monkeypatch):
     """Its model or backbone, its data sets, hooks and the optimizer's constructor."""
-    monkeypatch.chdir(examples)
+    monkeypatch.chdir(folder)
     path = tmp_path / 'mine.py'
     path.write_text(blocks(REPOSITORY / page, 'python')[number])
     cfg = Config.fromfile(path)

@@ -27,7 +27,7 @@ from torch import nn
 from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict
 from swinv2_mm.models import SwinTransformerV2
 
-TINY = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+NANO = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 
 
 def build(arch=ARCH, window=WINDOWS, pretrained=None, **kwargs):
@@ -422,7 +422,7 @@ def test_files_of_other_models_are_refused_for_what_they_are(model, message, tmp
     path = save('', weights, tmp_path / 'file.pth')
     with pytest.raises(CheckpointError, match=message):
         load_swinv2_state_dict(path)
-    backbone = SwinTransformerV2(TINY, 4, 4, init_cfg=dict(type='Pretrained', checkpoint=path))
+    backbone = SwinTransformerV2(NANO, 4, 4, init_cfg=dict(type='Pretrained', checkpoint=path))
     with pytest.raises(CheckpointError, match=message):
         backbone.init_weights()
     with pytest.raises(CheckpointError, match=message):

@@ -21,7 +21,7 @@ from swinv2_mm.models import SwinTransformerV2
 
 # no stage of one head: PyTorch multiplies by a single row in another order for each number of rows, one bit off
 ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16))
-TINY = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+NANO = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 DETECTOR = NANO_CONFIGS / 'det.py'
 
 
@@ -206,7 +206,7 @@ def test_read_windows_of_released_files(windows, pretrained, dtype):
 
 
 def test_read_windows_in_half_precision(tmp_path):
-    weights = layouts.official(weights_of(TINY), (14, 14, 14, 7), (12, 12, 12, 6))
+    weights = layouts.official(weights_of(NANO), (14, 14, 14, 7), (12, 12, 12, 6))
     save_file({k: v.half() for k, v in weights.items() if v.is_floating_point()}, tmp_path / 'model.safetensors')
     found = windows_in(load_swinv2_state_dict(str(tmp_path / 'model.safetensors')))
     assert found == dict(enumerate(square(12, 12, 12, 6)))
@@ -214,9 +214,9 @@ def test_read_windows_in_half_precision(tmp_path):
 
 def test_read_windows_that_are_not_square(tmp_path):
     path = official_file(
-        tmp_path / 'model.pth', [(8, 4), (8, 4), (6, 9), (3, 2)], [(8, 4), (6, 4), (4, 9), (3, 2)], TINY
+        tmp_path / 'model.pth', [(8, 4), (8, 4), (6, 9), (3, 2)], [(8, 4), (6, 4), (4, 9), (3, 2)], NANO
     )
-    backbone = build([(16, 8)] * 4, arch=TINY, path=path)
+    backbone = build([(16, 8)] * 4, arch=NANO, path=path)
     assert windows_of(backbone) == [(8, 4), (6, 4), (4, 9), (3, 2)]
 
 
@@ -241,10 +241,10 @@ def linear(windows, scale):
     ids=['linear by 8', 'linear', 'natural', 'no whole window', 'reversed', 'axes swapped', 'NaN', 'zeros'],
 )
 def test_read_windows_refuses_a_table_that_is_not_log_spaced(table):
-    weights = layouts.official(weights_of(TINY), (8,) * 4, (8,) * 4)
+    weights = layouts.official(weights_of(NANO), (8,) * 4, (8,) * 4)
     weights['layers.1.blocks.0.attn.relative_coords_table'] = table
     with pytest.raises(CheckpointError, match=r'layers\.1\.blocks\.0\.attn\.relative_coords_table'):
-        build(8, arch=TINY).load_state_dict(weights)
+        build(8, arch=NANO).load_state_dict(weights)
 
 
 def test_read_windows_refuses_blocks_of_a_stage_that_disagree():
@@ -258,9 +258,9 @@ def test_read_windows_refuses_blocks_of_a_stage_that_disagree():
 
 
 def test_resolve_pretrained_windows_from_the_file(tmp_path):
-    path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4), TINY)
+    path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4), NANO)
     for cfg_windows in (None, 0, (0, 8, 0, 0), (8, 8, 8, 4), ((8, 0), 8, 0, (0, 4))):
-        assert windows_of(build(16, cfg_windows, arch=TINY, path=path)) == square(8, 8, 8, 4), cfg_windows
+        assert windows_of(build(16, cfg_windows, arch=NANO, path=path)) == square(8, 8, 8, 4), cfg_windows
 
 
 @pytest.mark.parametrize(
@@ -274,12 +274,12 @@ def test_resolve_pretrained_windows_from_the_file(tmp_path):
     ],
 )
 def test_resolve_pretrained_windows_refuses_a_config_that_contradicts_the_file(cfg_windows, stored, tmp_path):
-    path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4), TINY)
+    path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4), NANO)
     if stored == 'our own':
-        torch.save(build(16, arch=TINY, path=path).state_dict(), path)
+        torch.save(build(16, arch=NANO, path=path).state_dict(), path)
     stage, value = {16: (0, '16')}.get(cfg_windows) or (3, {8: '8', 6: '6'}.get(cfg_windows[3], '5'))
     with pytest.raises(CheckpointError) as error:
-        build(16, cfg_windows, arch=TINY, path=path)
+        build(16, cfg_windows, arch=NANO, path=path)
     message = str(error.value)
     assert re.search(rf'stage {stage}\b', message), message
     numbers = re.findall(r'\d+', message)
@@ -287,26 +287,26 @@ def test_resolve_pretrained_windows_refuses_a_config_that_contradicts_the_file(c
 
 
 def test_resolve_pretrained_windows_of_our_own_file(tmp_path):
-    source = build(8, (8, 8, 8, 4), arch=TINY)
+    source = build(8, (8, 8, 8, 4), arch=NANO)
     torch.save(source.state_dict(), tmp_path / 'ours.pth')
     assert windows_in(load_swinv2_state_dict(str(tmp_path / 'ours.pth'))) == dict(enumerate(square(8, 8, 8, 4)))
-    assert windows_of(build(16, arch=TINY, path=tmp_path / 'ours.pth')) == square(8, 8, 8, 4)
+    assert windows_of(build(16, arch=NANO, path=tmp_path / 'ours.pth')) == square(8, 8, 8, 4)
 
 
 @pytest.mark.parametrize('cfg_windows', [None, 8, (16, 16, 16, 8)])
 def test_read_windows_refuses_a_name_that_contradicts_the_table(cfg_windows, tmp_path):
     """Somebody has renamed the file, so that neither is to be believed."""
-    path = official_file(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', (8,) * 4, (8,) * 4, TINY)
+    path = official_file(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', (8,) * 4, (8,) * 4, NANO)
     with pytest.raises(CheckpointError, match=r'stage 0: 8 .*relative_coords_table, 16 .*name of the file'):
-        build(16, cfg_windows, arch=TINY, path=path)
+        build(16, cfg_windows, arch=NANO, path=path)
 
 
 @pytest.mark.parametrize('cfg_windows', [8, (16, 16, 16, 16), (0, 0, 0, 16)])
 def test_resolve_pretrained_windows_refuses_a_config_that_contradicts_the_name(cfg_windows, tmp_path):
-    path = file_without_windows(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', TINY)
+    path = file_without_windows(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', NANO)
     with pytest.raises(CheckpointError, match=r'stage \d.*pretrained_window_sizes'):
-        build(16, cfg_windows, arch=TINY, path=path)
-    assert windows_of(build(16, (0, 16, 16, 8), arch=TINY, path=path)) == square(16, 16, 16, 8)
+        build(16, cfg_windows, arch=NANO, path=path)
+    assert windows_of(build(16, (0, 16, 16, 8), arch=NANO, path=path)) == square(16, 16, 16, 8)
 
 
 @pytest.mark.parametrize(
@@ -314,27 +314,27 @@ def test_resolve_pretrained_windows_refuses_a_config_that_contradicts_the_name(c
 )
 def test_read_windows_by_the_name_of_a_released_file(name, tmp_path):
     """For other names, see `test_loaders.py`."""
-    weights = layouts.timm_new(weights_of(TINY))
+    weights = layouts.timm_new(weights_of(NANO))
     save = save_file if name.endswith('.safetensors') else torch.save
     save(weights, tmp_path / name)
     expected = square(16, 16, 16, 8)
     assert windows_in(load_swinv2_state_dict(str(tmp_path / name))) == dict(enumerate(expected))
-    assert windows_of(build(32, arch=TINY, path=tmp_path / name)) == expected
+    assert windows_of(build(32, arch=NANO, path=tmp_path / name)) == expected
 
 
 @pytest.mark.parametrize('name', ['model.pth', 'swinv2_tiny_patch4_window7_224.pth'])
 def test_resolve_pretrained_windows_unknown_error_names_the_argument(name, tmp_path):
-    path = file_without_windows(tmp_path / name, TINY)
+    path = file_without_windows(tmp_path / name, NANO)
     assert windows_in(load_swinv2_state_dict(str(path))) == {}
-    for load in (lambda: build(8, arch=TINY, path=path), lambda: build(8, arch=TINY).load_state_dict(torch.load(path))):
+    for load in (lambda: build(8, arch=NANO, path=path), lambda: build(8, arch=NANO).load_state_dict(torch.load(path))):
         with pytest.raises(CheckpointError, match='pretrained_window_sizes'):
             load()
 
 
 def test_resolve_pretrained_windows_needs_all_stages(tmp_path):
-    path = file_without_windows(tmp_path / 'model.pth', TINY)
+    path = file_without_windows(tmp_path / 'model.pth', NANO)
     with pytest.raises(CheckpointError, match='pretrained_window_sizes') as error:
-        build(8, (12, 12, 12, 0), arch=TINY, path=path)
+        build(8, (12, 12, 12, 0), arch=NANO, path=path)
     assert re.search(r'stage 3\b', str(error.value)), error.value
 
 
@@ -342,9 +342,9 @@ def test_resolve_pretrained_windows_needs_all_stages(tmp_path):
 
 
 def test_log_window_transfer_of_each_stage(tmp_path):
-    path = official_file(tmp_path / 'model.pth', (12, 12, 12, 6), (12, 12, 12, 6), TINY)
+    path = official_file(tmp_path / 'model.pth', (12, 12, 12, 6), (12, 12, 12, 6), NANO)
     with layouts.recorded_log() as messages:
-        build((24, 24, 24, 12), arch=TINY, path=path)
+        build((24, 24, 24, 12), arch=NANO, path=path)
     for stage, before, after in ((0, 12, 24), (1, 12, 24), (2, 12, 24), (3, 6, 12)):
         (line,) = [m for m in messages if re.search(rf'\bstage {stage}\b', m)]
         assert f'{before}x{before}' in line
@@ -358,9 +358,9 @@ def test_log_window_transfer_of_each_stage(tmp_path):
     ('window', 'message'), [(8, 'no extrapolation'), (7, 'no extrapolation'), (9, 'extrapolates by ')]
 )
 def test_log_window_transfer_extrapolation(window, message, tmp_path):
-    path = official_file(tmp_path / 'model.pth', (8,) * 4, (8,) * 4, TINY)
+    path = official_file(tmp_path / 'model.pth', (8,) * 4, (8,) * 4, NANO)
     with layouts.recorded_log() as messages:
-        build(window, arch=TINY, path=path)
+        build(window, arch=NANO, path=path)
     assert len([m for m in messages if message in m]) == 4
 
 

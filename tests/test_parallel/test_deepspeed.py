@@ -31,7 +31,7 @@ from swinv2_mm.parallel import deepspeed
 STAGES = (1, 2, 3)
 FROZEN = (2, 3)  # stages that train with frozen parameters
 PROCESSES = 2
-TINY = NANO_CONFIGS / 'det.py'
+DET = NANO_CONFIGS / 'det.py'
 CONFIGS = Path(__file__).parents[2] / 'configs'
 
 
@@ -250,15 +250,15 @@ def test_tools_train_validate_resume_and_test(shapes, tmp_path):
         'train_cfg.max_epochs=2',
         'auto_scale_lr.base_batch_size=8',
     ]
-    log = run(tmp_path, 'dist_train.sh', TINY, 2, *train, *options, *more)
+    log = run(tmp_path, 'dist_train.sh', DET, 2, *train, *options, *more)
     assert 'Scaling the original LR by 0.5' in log
     assert 'Epoch(val) [2][3/3]' in log
     shutil.rmtree(tmp_path / 'work/epoch_2.pth')
     again = ['--resume', 'work/epoch_1.pth', '--no-validate']
-    log = call_together(tmp_path, 'train.py', TINY, *train, *again, *options, *more)
+    log = call_together(tmp_path, 'train.py', DET, *train, *again, *options, *more)
     assert 'resumed epoch: 1, iter: 2' in log
     assert 'Epoch(val)' not in log
-    call(tmp_path, 'test.py', TINY, 'work/epoch_2.pth', '--work-dir', 'tested', *options)
+    call(tmp_path, 'test.py', DET, 'work/epoch_2.pth', '--work-dir', 'tested', *options)
     assert 'coco/bbox_mAP' in metrics(tmp_path / 'tested')
     assert 'state_dict' in read_checkpoint(next((tmp_path / 'work').glob('best_coco_bbox_mAP_epoch_*.pth')))
 

@@ -23,7 +23,6 @@ from tool_runs import REPOSITORY, TOOLS, call, load_tool, refuse, run
 from swinv2_mm.cli import launch
 from swinv2_mm.cli.inputs import input_shape
 
-TINY = NANO_CONFIGS
 AS_USERS = pytest.param(run, marks=pytest.mark.slow, id='as_users')
 HOWS = pytest.mark.parametrize('how', [pytest.param(call, id='called'), AS_USERS])
 NANO = dict(embed_dims=16, depths=(2, 1, 3, 1), num_heads=(1, 2, 4, 8))
@@ -94,7 +93,7 @@ def output_norm(arch, tokens):
 
 def backbone_config(arch, window, **others):
     """A segmentor whose head is on the last stage."""
-    cfg = Config.fromfile(TINY / 'seg.py')
+    cfg = Config.fromfile(NANO_CONFIGS / 'seg.py')
     cfg.model.backbone = dict(
         type='swinv2_mm.SwinTransformerV2', arch=arch, window_size=window, out_indices=(3,), **others
     )
@@ -182,7 +181,7 @@ def test_get_flops_counts_a_view_of_a_video(clips, tmp_path):
 
 def two_stage_config(proposals, masks):
     """Mask R-CNN with the smallest of heads."""
-    cfg = Config.fromfile(TINY / 'det.py')
+    cfg = Config.fromfile(NANO_CONFIGS / 'det.py')
     extractor = dict(
         type='SingleRoIExtractor',
         roi_layer=dict(type='RoIAlign', output_size=4, sampling_ratio=0),
@@ -231,7 +230,7 @@ def test_a_roi_head_is_counted_for_the_regions_that_the_config_keeps(tool):
 
 
 def test_the_extra_attention_of_a_neck_is_counted(tool):
-    cfg = Config.fromfile(TINY / 'det.py')
+    cfg = Config.fromfile(NANO_CONFIGS / 'det.py')
     attention = dict(type='swinv2_mm.GlobalAttention', in_channels=128, num_heads=4)
     without = {name: flops for name, flops, _ in tool('get_flops').complexity(cfg, (3, 64, 96)).parts}
     cfg.model.neck = [attention, cfg.model.neck]
@@ -244,7 +243,7 @@ def test_the_extra_attention_of_a_neck_is_counted(tool):
 
 
 def test_a_segmentor_is_counted_without_its_auxiliary_head(tool):
-    cfg = Config.fromfile(TINY / 'seg.py')
+    cfg = Config.fromfile(NANO_CONFIGS / 'seg.py')
     alone = tool('get_flops').complexity(cfg, (3, 64, 64)).parts
     cfg.model.auxiliary_head = dict(cfg.model.decode_head)
     assert tool('get_flops').complexity(cfg, (3, 64, 64)).parts == alone
@@ -276,20 +275,20 @@ def test_a_head_that_cannot_be_traced_is_left_out_and_named(tool):
     ],
 )
 def test_the_numbers_of_a_shape_fit_the_kind_of_video_model(tool, format_shape, numbers, shape):
-    cfg = Config.fromfile(TINY / 'video.py')
+    cfg = Config.fromfile(NANO_CONFIGS / 'video.py')
     cfg.model.data_preprocessor.format_shape = format_shape
     assert input_shape(cfg, numbers) == shape
 
 
 def test_a_video_model_on_frames_costs_as_often_as_there_are_frames(tool):
-    cfg = Config.fromfile(TINY / 'video.py')
+    cfg = Config.fromfile(NANO_CONFIGS / 'video.py')
     one, eight = (tool('get_flops').complexity(cfg, (frames, 3, 64, 64)) for frames in (1, 8))
     assert dict((p[0], p[1]) for p in eight.parts)['backbone'] == 8 * dict((p[0], p[1]) for p in one.parts)['backbone']
 
 
 @HOWS
 def test_get_flops_prints_every_part_and_its_convention(tmp_path, how):
-    output = how(tmp_path, FLOPS, TINY / 'det.py', '--shape', 64, 96)
+    output = how(tmp_path, FLOPS, NANO_CONFIGS / 'det.py', '--shape', 64, 96)
     rows = [line.split()[0] for line in output.splitlines() if line]
     assert {'backbone', 'neck', 'bbox_head', 'total'} <= set(rows)
     assert 'Input shape: 3 64 96' in output
@@ -306,7 +305,7 @@ def test_get_flops_prints_every_part_and_its_convention(tmp_path, how):
 )
 def test_a_shape_that_does_not_fit_is_refused(tool, config, numbers, text):
     with pytest.raises(ValueError, match=text):
-        input_shape(Config.fromfile(TINY / config), numbers)
+        input_shape(Config.fromfile(NANO_CONFIGS / config), numbers)
 
 
 # ---------------------------------------------------------------- benchmark
@@ -350,7 +349,7 @@ def test_each_view_of_a_video_counts_as_a_clip(tool):
     ids=['det', 'seg', 'video', 'as_users'],
 )
 def test_inference_on_random_inputs_is_timed(tmp_path, config, how):
-    output = how(tmp_path, BENCHMARK, TINY / config, '--shape', 64, '--max-iter', 3, '--repeat-num', 2)
+    output = how(tmp_path, BENCHMARK, NANO_CONFIGS / config, '--shape', 64, '--max-iter', 3, '--repeat-num', 2)
     rows = [line.split() for line in output.splitlines() if line[:5].strip().isdigit()]
     assert [row[:2] for row in rows] == [['1', '3'], ['2', '3']]
     for row in rows:
@@ -362,7 +361,7 @@ def test_inference_on_random_inputs_is_timed(tmp_path, config, how):
 def test_inference_and_training_on_the_data_of_the_config_are_timed(shapes, tmp_path):
     for task in ('inference', 'train'):
         options = ['--task', task, '--max-iter', 9, '--num-warmup', 1]  # more batches than there are
-        output = call(tmp_path, BENCHMARK, TINY / 'det.py', *options, '--cfg-options', f'data_root={shapes}')
+        output = call(tmp_path, BENCHMARK, NANO_CONFIGS / 'det.py', *options, '--cfg-options', f'data_root={shapes}')
         assert ' img/s' in output
 
 
@@ -375,7 +374,7 @@ def test_inference_and_training_of_a_recognizer_are_timed_by_the_clip(clips, tmp
 
 def test_loading_data_is_timed_by_the_script_of_mmdet(shapes, tmp_path):
     options = ['--task', 'dataloader', '--max-iter', 2, '--num-warmup', 0, '--cfg-options', f'data_root={shapes}']
-    assert 'batch/s' in call(tmp_path, BENCHMARK, TINY / 'det.py', *options)
+    assert 'batch/s' in call(tmp_path, BENCHMARK, NANO_CONFIGS / 'det.py', *options)
 
 
 # ---------------------------------------------------------------- pictures of data
@@ -423,7 +422,7 @@ def assert_not_blank(path):
 def test_every_training_sample_of_a_detector_is_drawn_once_with_its_boxes(shapes, tmp_path):
     """The data set of the config is a RepeatDataset, in which the script of mmdet alone goes round for ever."""
     options = ['--not-show', '--output-dir', tmp_path, '--cfg-options', f'data_root={shapes}']
-    call(tmp_path, BROWSE, TINY / 'det.py', *options)
+    call(tmp_path, BROWSE, NANO_CONFIGS / 'det.py', *options)
     pictures = sorted(tmp_path.glob('*.jpg'))
     assert [path.name for path in pictures] == sorted(path.name for path in (shapes / 'train2017').iterdir())
     for path in pictures:
@@ -443,7 +442,7 @@ def test_semantic_maps_are_drawn_with_values_that_no_instance_has(shapes, tmp_pa
 @HOWS
 def test_every_training_sample_of_a_segmentor_is_drawn(segments, tmp_path, how):
     options = ['--not-show', '--output-dir', tmp_path / 'out', '--cfg-options', f'data_root={segments}']
-    how(tmp_path, BROWSE, TINY / 'seg.py', *options)
+    how(tmp_path, BROWSE, NANO_CONFIGS / 'seg.py', *options)
     pictures = sorted((tmp_path / 'out').iterdir())
     assert [path.name for path in pictures] == [f'{i}.png' for i in range(4)]
     for path in pictures:
@@ -452,7 +451,7 @@ def test_every_training_sample_of_a_segmentor_is_drawn(segments, tmp_path, how):
 
 def test_clips_are_drawn_with_the_arguments_of_mmaction(frames, tmp_path):
     options = ['--show-number', 2, '--cfg-options', f'data_root={frames}/']
-    call(tmp_path, BROWSE, TINY / 'video.py', 'out', *options)
+    call(tmp_path, BROWSE, NANO_CONFIGS / 'video.py', 'out', *options)
     drawn = [path for path in (tmp_path / 'out').rglob('*') if path.is_file()]
     assert len({path.relative_to(tmp_path / 'out').parts[0] for path in drawn}) == 2
     for path in drawn:
@@ -555,17 +554,29 @@ def test_a_mistake_with_a_log_gives_one_line(log_file, tmp_path, lines, args, te
     ('script', 'args', 'text'),
     [
         ('get_flops.py', ['no.py'], 'config no.py does not exist'),
-        ('get_flops.py', [TINY / 'det.py', '--shape', 1, 2, 3], '--shape of an image takes one or two numbers'),
-        ('benchmark.py', [TINY / 'det.py', '--shape', 64, '--checkpoint', 'no.pth'], '--checkpoint: checkpoint no.pth'),
-        ('benchmark.py', [TINY / 'det.py', '--task', 'train', '--shape', 64], '--shape makes inputs without labels'),
-        ('benchmark.py', [TINY / 'det.py', '--max-iter', 0], '--max-iter must be at least 1, got 0'),
+        ('get_flops.py', [NANO_CONFIGS / 'det.py', '--shape', 1, 2, 3], '--shape of an image takes one or two numbers'),
         (
             'benchmark.py',
-            [TINY / 'det.py', '--task', 'dataset'],
+            [NANO_CONFIGS / 'det.py', '--shape', 64, '--checkpoint', 'no.pth'],
+            '--checkpoint: checkpoint no.pth',
+        ),
+        (
+            'benchmark.py',
+            [NANO_CONFIGS / 'det.py', '--task', 'train', '--shape', 64],
+            '--shape makes inputs without labels',
+        ),
+        ('benchmark.py', [NANO_CONFIGS / 'det.py', '--max-iter', 0], '--max-iter must be at least 1, got 0'),
+        (
+            'benchmark.py',
+            [NANO_CONFIGS / 'det.py', '--task', 'dataset'],
             'test data: data/shapes/annotations/instances_val2017',
         ),
-        ('browse_dataset.py', [TINY / 'det.py'], 'there is no display for windows: use --not-show --output-dir DIR'),
-        ('browse_dataset.py', [TINY / 'seg.py', '--not-show'], 'train data: data/seg/images does not exist'),
+        (
+            'browse_dataset.py',
+            [NANO_CONFIGS / 'det.py'],
+            'there is no display for windows: use --not-show --output-dir DIR',
+        ),
+        ('browse_dataset.py', [NANO_CONFIGS / 'seg.py', '--not-show'], 'train data: data/seg/images does not exist'),
         ('analyze_logs.py', ['cal_train_time', 'no.json'], 'log no.json does not exist'),
     ],
 )

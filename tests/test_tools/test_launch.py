@@ -14,7 +14,6 @@ from tool_runs import TOOLS, call, environment, folder_on_path, free_port, refus
 
 from swinv2_mm.cli import checks, classes, launch
 
-TINY = NANO_CONFIGS
 DET = Path(__file__).parents[2] / 'configs/det'
 SCRIPTS = sorted(
     str(path.relative_to(TOOLS)) for path in TOOLS.rglob('*.py') if 'def main(' in path.read_text(encoding='utf-8')
@@ -61,14 +60,16 @@ def test_missing_data(complain, data, tmp_path, tool, missing, option, split):
     path = data / missing
     path.rmdir() if path.is_dir() else path.unlink()
     (tmp_path / 'a.pth').touch()
-    arguments = [TINY / 'det.py', *([tmp_path / 'a.pth'] if tool == 'test' else [])]
+    arguments = [NANO_CONFIGS / 'det.py', *([tmp_path / 'a.pth'] if tool == 'test' else [])]
     line = complain(tool, *arguments, '--cfg-options', f'data_root={data}')
     assert f'{split} data: {data}/{missing} does not exist; it is set by {option}.' in line
     assert '--cfg-options data_root=DIR' in line
 
 
 def test_missing_annotations_of_an_evaluator(complain, data, tmp_path):
-    line = complain('train', TINY / 'det.py', '--cfg-options', f'data_root={data}', 'val_evaluator.ann_file=gone.json')
+    line = complain(
+        'train', NANO_CONFIGS / 'det.py', '--cfg-options', f'data_root={data}', 'val_evaluator.ann_file=gone.json'
+    )
     assert 'gone.json' in line
     assert 'val_evaluator.ann_file=PATH' in line
 
@@ -117,13 +118,13 @@ def test_each_part_of_a_concatenation_is_checked(data):
 @pytest.mark.parametrize(('split', 'missing'), [('train', 'images'), ('val', 'labels')])
 def test_missing_folder_of_a_segmentation_set(tmp_path, split, missing):
     (tmp_path / ({'images', 'labels'} - {missing}).pop()).mkdir()
-    cfg = launch.load_config(str(TINY / 'seg.py'), dict(data_root=str(tmp_path)))
+    cfg = launch.load_config(str(NANO_CONFIGS / 'seg.py'), dict(data_root=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match=f'{tmp_path}/{missing}'):
         checks.check_data(cfg, [split])
 
 
 def test_missing_list_of_a_video_set(tmp_path):
-    cfg = launch.load_config(str(TINY / 'video.py'), dict(data_root=str(tmp_path)))
+    cfg = launch.load_config(str(NANO_CONFIGS / 'video.py'), dict(data_root=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match='train_dataloader.dataset.ann_file=PATH'):
         checks.check_data(cfg, ['train'])
 
@@ -138,7 +139,7 @@ def test_missing_list_of_a_video_set(tmp_path):
     ],
 )
 def test_wrong_backbone(complain, data, option, text):
-    line = complain('train', TINY / 'det.py', '--cfg-options', f'data_root={data}', option)
+    line = complain('train', NANO_CONFIGS / 'det.py', '--cfg-options', f'data_root={data}', option)
     assert any(word in line for word in text.split('|'))
 
 
@@ -180,7 +181,7 @@ def test_wrong_backbone(complain, data, option, text):
 @pytest.mark.parametrize('tool', ['train', 'test'])
 def test_wrong_names_of_classes_and_arguments(complain, data, tmp_path, tool, option, text):
     (tmp_path / 'a.pth').touch()
-    arguments = [TINY / 'det.py', *([tmp_path / 'a.pth'] if tool == 'test' else [])]
+    arguments = [NANO_CONFIGS / 'det.py', *([tmp_path / 'a.pth'] if tool == 'test' else [])]
     assert text in complain(tool, *arguments, '--cfg-options', f'data_root={data}', option)
 
 
@@ -198,7 +199,7 @@ def test_wrong_names_of_classes_and_arguments(complain, data, tmp_path, tool, op
     [('model.backbone.windowsize=3', 'did you mean window_size?'), ('model.type=A', 'there is no A')],
 )
 def test_wrong_names_in_the_analysis_tools(tmp_path, tool, arguments, option, text):
-    line = refuse(tmp_path, f'analysis_tools/{tool}.py', TINY / 'det.py', *arguments, '--cfg-options', option)
+    line = refuse(tmp_path, f'analysis_tools/{tool}.py', NANO_CONFIGS / 'det.py', *arguments, '--cfg-options', option)
     assert text in line
 
 
@@ -213,7 +214,7 @@ def test_wrong_names_in_the_analysis_tools(tmp_path, tool, arguments, option, te
 )
 def test_wrong_initialisation(complain, data, options, text):
     options = [f'data_root={data}', *(f'model.backbone.init_cfg.{option}' for option in options)]
-    assert text in complain('train', TINY / 'det.py', '--cfg-options', *options)
+    assert text in complain('train', NANO_CONFIGS / 'det.py', '--cfg-options', *options)
 
 
 def test_the_tools_for_models_need_no_package_for_data(monkeypatch, tmp_path):
@@ -222,7 +223,7 @@ def test_the_tools_for_models_need_no_package_for_data(monkeypatch, tmp_path):
     config = tmp_path / 'config.py'
     dataset = "dict(type='swinv2_mm.datasets.video.VideoDataset', ann_file='a', pipeline=[])"
     config.write_text(
-        f"_base_ = '{TINY / 'det.py'}'\ntrain_dataloader = dict(dataset=dict(_delete_=True, **{dataset}))"
+        f"_base_ = '{NANO_CONFIGS / 'det.py'}'\ntrain_dataloader = dict(dataset=dict(_delete_=True, **{dataset}))"
     )
     printed = call(tmp_path, 'analysis_tools/get_flops.py', config, '--shape', '64', '64')
     assert 'Params' in printed
@@ -231,12 +232,12 @@ def test_the_tools_for_models_need_no_package_for_data(monkeypatch, tmp_path):
 def test_settings_of_the_optimizer_are_checked_before_anything_starts(complain, data):
     options = ['optim_wrapper.constructor=swinv2_mm.SwinV2OptimWrapperConstructor']
     options.append('optim_wrapper.paramwise_cfg.decay_rate=0.9')
-    line = complain('train', TINY / 'det.py', '--cfg-options', f'data_root={data}', *options)
+    line = complain('train', NANO_CONFIGS / 'det.py', '--cfg-options', f'data_root={data}', *options)
     assert 'but not decay_rate (write layer_decay_rate=0.9' in line
 
 
 def test_a_priority_of_a_hook_and_the_model_of_a_wrapper_are_no_arguments(data, tmp_path):
-    cfg = Config.fromfile(TINY / 'det.py')
+    cfg = Config.fromfile(NANO_CONFIGS / 'det.py')
     cfg.custom_hooks[0].priority = 'LOW'
     cfg.model_wrapper_cfg = dict(type='swinv2_mm.ZeroDistributedDataParallel', bucket_cap_mb=5)
     classes.check_classes(cfg)
@@ -287,7 +288,7 @@ def test_a_class_whose_package_is_missing_is_no_wrong_name(monkeypatch):
     ],
 )
 def test_wrong_flags_of_train(complain, data, flags, text):
-    assert text in complain('train', TINY / 'det.py', '--cfg-options', f'data_root={data}', *flags)
+    assert text in complain('train', NANO_CONFIGS / 'det.py', '--cfg-options', f'data_root={data}', *flags)
 
 
 @pytest.mark.parametrize(
@@ -310,16 +311,18 @@ def test_wrong_flags_of_train(complain, data, flags, text):
 def test_wrong_flags_of_test(complain, monkeypatch, tmp_path, config, flags, text):
     (tmp_path / 'a.pth').touch()
     monkeypatch.setattr(checks, 'check_data', lambda cfg, splits: None)
-    assert text in complain('test', TINY / f'{config}.py', tmp_path / 'a.pth', *flags)
+    assert text in complain('test', NANO_CONFIGS / f'{config}.py', tmp_path / 'a.pth', *flags)
 
 
 def test_missing_checkpoint(complain):
-    assert 'CHECKPOINT: checkpoint gone.pth does not exist' in complain('test', TINY / 'det.py', 'gone.pth')
+    assert 'CHECKPOINT: checkpoint gone.pth does not exist' in complain('test', NANO_CONFIGS / 'det.py', 'gone.pth')
 
 
 def test_last_checkpoint_that_is_gone(complain, data, tmp_path):
     (tmp_path / 'last_checkpoint').write_text('/elsewhere/epoch_3.pth')
-    line = complain('train', TINY / 'det.py', '--work-dir', tmp_path, '--resume', '--cfg-options', f'data_root={data}')
+    line = complain(
+        'train', NANO_CONFIGS / 'det.py', '--work-dir', tmp_path, '--resume', '--cfg-options', f'data_root={data}'
+    )
     assert 'names /elsewhere/epoch_3.pth, which does not exist' in line
 
 
@@ -371,7 +374,9 @@ def test_other_errors_keep_their_traceback():
 
 
 def test_data_root_moves_what_was_copied_from_it():
-    cfg = launch.load_config(str(TINY / 'det.py'), {'data_root': '/new', 'val_dataloader.dataset.data_root': '/other'})
+    cfg = launch.load_config(
+        str(NANO_CONFIGS / 'det.py'), {'data_root': '/new', 'val_dataloader.dataset.data_root': '/other'}
+    )
     assert cfg.train_dataloader.dataset.dataset.data_root == '/new/'
     assert cfg.val_dataloader.dataset.data_root == '/other'
     assert cfg.test_evaluator.ann_file == '/new/annotations/instances_val2017.json'
@@ -379,7 +384,7 @@ def test_data_root_moves_what_was_copied_from_it():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')
 def test_mixed_precision_becomes_fp32_on_a_cpu():
-    cfg = Config.fromfile(TINY / 'det.py')
+    cfg = Config.fromfile(NANO_CONFIGS / 'det.py')
     launch.adapt_to_cpu(cfg)
     assert dict(cfg.optim_wrapper) == dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
 
@@ -390,7 +395,7 @@ def test_the_first_process_says_alone_what_it_has_adapted(monkeypatch, rank, tim
     said = []
     monkeypatch.setattr(launch, 'print_log', lambda text, **_: said.append(text))
     monkeypatch.setenv('RANK', rank)
-    launch.adapt_to_cpu(Config.fromfile(TINY / 'det.py'))
+    launch.adapt_to_cpu(Config.fromfile(NANO_CONFIGS / 'det.py'))
     assert said == ['No GPU: training in fp32 (OptimWrapper) instead of mixed precision (AmpOptimWrapper).'] * times
 
 
@@ -514,13 +519,13 @@ def test_dist_train_complains_in_one_line_about_a_port_in_use(data, tmp_path):
     """A process as users start it; the other mistakes are those of train.py, above."""
     options = ['--cfg-options', f'data_root={data}']
     with taken_port() as port:
-        line = refuse_to_start(tmp_path, 'dist_train.sh', TINY / 'det.py', 2, *options, PORT=str(port))
+        line = refuse_to_start(tmp_path, 'dist_train.sh', NANO_CONFIGS / 'det.py', 2, *options, PORT=str(port))
     assert line.startswith(f'error: port {port} cannot be used')
 
 
 def test_preflight_finds_what_gets_no_gradient(data, tmp_path):
     options = [f'data_root={data}', 'model.neck.start_level=1', 'model.neck.num_outs=2']
-    arguments = [TINY / 'det.py', '--launcher', 'pytorch', '--preflight', '2', '--cfg-options', *options]
+    arguments = [NANO_CONFIGS / 'det.py', '--launcher', 'pytorch', '--preflight', '2', '--cfg-options', *options]
     line = refuse(tmp_path, 'train.py', *arguments)
     assert 'nothing uses output 1 of model.backbone.out_indices=(1, 2, 3)' in line
     assert ' model.backbone.out_indices="[2,3]" model.neck.in_channels="[64,128]" model.neck.start_level=0' in line
@@ -528,7 +533,8 @@ def test_preflight_finds_what_gets_no_gradient(data, tmp_path):
 
 def test_preflight_checks_and_leaves(data, tmp_path, monkeypatch):
     monkeypatch.setenv('PORT', str(free_port()))
-    arguments = [TINY / 'det.py', '--launcher', 'pytorch', '--preflight', '2', '--cfg-options', f'data_root={data}']
+    flags = ['--launcher', 'pytorch', '--preflight', '2']
+    arguments = [NANO_CONFIGS / 'det.py', *flags, '--cfg-options', f'data_root={data}']
     call(tmp_path, 'train.py', *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ['shapes']
     (data / SHAPES[0]).unlink()
@@ -554,12 +560,14 @@ def test_each_tool_is_a_script_that_explains_itself(script, monkeypatch, capsys)
 @pytest.mark.parametrize('how', [call, pytest.param(run, marks=pytest.mark.slow)], ids=['called', 'as_users'])
 def test_print_config(tmp_path, how):
     options = ['--cfg-options', 'train_cfg.max_iters=7']
-    assert 'max_iters=7' in how(tmp_path, 'misc/print_config.py', TINY / 'seg.py', '--save-path', 'a.py', *options)
+    assert 'max_iters=7' in how(
+        tmp_path, 'misc/print_config.py', NANO_CONFIGS / 'seg.py', '--save-path', 'a.py', *options
+    )
     assert Config.fromfile(tmp_path / 'a.py').train_cfg.max_iters == 7
 
 
 def test_print_config_refuses_an_unknown_suffix(tmp_path):
-    line = refuse(tmp_path, 'misc/print_config.py', TINY / 'seg.py', '--save-path', 'a.txt')
+    line = refuse(tmp_path, 'misc/print_config.py', NANO_CONFIGS / 'seg.py', '--save-path', 'a.txt')
     assert line == 'error: --save-path a.txt: the file must end in .py, .json or .yml'
 
 

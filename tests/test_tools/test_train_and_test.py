@@ -35,8 +35,7 @@ from tool_runs import (
 import swinv2_mm  # noqa: F401  lets torch.load read checkpoints of mmengine
 from swinv2_mm.cli import launch
 
-TINY = NANO_CONFIGS
-DET = TINY / 'det.py'
+DET = NANO_CONFIGS / 'det.py'
 VIDEO = REPOSITORY / 'configs/video/swinv2_t_k400_224x224x32.py'
 CLIP, FILM = 8, 40  # frames of a clip, every second of the film, and of a film
 PLOT = 'analysis_tools/analyze_logs.py'
@@ -191,11 +190,11 @@ def test_segmentation_trains_and_tests(tmp_path):
     write_segments(tmp_path / 'seg')
     options = ['--work-dir', 'work', '--cfg-options', 'data_root=seg', 'default_hooks.logger.type=LoggerHook']
     options += ['default_hooks.logger.interval=1']
-    call(tmp_path, 'train.py', TINY / 'seg.py', *options)
+    call(tmp_path, 'train.py', NANO_CONFIGS / 'seg.py', *options)
     assert (tmp_path / 'work/last_checkpoint').read_text().endswith('iter_4.pth')
     check_curves(next(tmp_path.glob('work/*/vis_data/2*.json')), tmp_path / 'miou.png')
     saved = ['--tta', '--out', 'labels', '--dump', 'a.pkl']
-    call(tmp_path, 'test.py', TINY / 'seg.py', 'work/iter_4.pth', *saved, *options)
+    call(tmp_path, 'test.py', NANO_CONFIGS / 'seg.py', 'work/iter_4.pth', *saved, *options)
     assert {path.name for path in (tmp_path / 'labels').iterdir()} == {f'{i}.png' for i in range(4)}
     assert len(predictions(tmp_path / 'a.pkl')) == 4
 
@@ -214,9 +213,19 @@ def test_video_trains_and_tests(tmp_path):
     """mmaction: with the mends that its wheel needs, and with pictures where the config names its hook, which fails."""
     write_frames(tmp_path / 'video')
     options = ['--work-dir', 'work', '--cfg-options', 'data_root=video']
-    call(tmp_path, 'train.py', TINY / 'video.py', *options)
+    call(tmp_path, 'train.py', NANO_CONFIGS / 'video.py', *options)
     options += ['test_dataloader.dataset.indices=3']  # in batches of two
-    call(tmp_path, 'test.py', TINY / 'video.py', 'work/epoch_1.pth', '--dump', 'a.pkl', '--show-dir', 'drawn', *options)
+    call(
+        tmp_path,
+        'test.py',
+        NANO_CONFIGS / 'video.py',
+        'work/epoch_1.pth',
+        '--dump',
+        'a.pkl',
+        '--show-dir',
+        'drawn',
+        *options,
+    )
     assert len(predictions(tmp_path / 'a.pkl')) == 3
     assert 0 <= scores(tmp_path / 'work')['acc/top1'] <= 1
     drawn = sorted(path.relative_to(tmp_path / 'drawn').as_posix() for path in tmp_path.glob('drawn/**/*.png'))

@@ -97,6 +97,7 @@ LONGEST = (
     'test_coco_mini.py',
     'test_sharded_training.py',
     'test_deepspeed.py',
+    'test_benchmark_memory.py',
     'test_plan_memory.py',
     'test_train_and_test.py',
     'test_triton.py',

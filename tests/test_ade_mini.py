@@ -20,7 +20,7 @@ CONFIG = str(REPOSITORY / 'configs/seg/upernet_swinv2_t.py')
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f'{DATA} does not exist')
 
 
-def test_stored_predictions_have_the_known_figures():
+def test_metric_of_stored_predictions():
     """Read, checked and scored as the config says; computed once by other code, to six digits."""
     from mmseg.registry import DATASETS, METRICS
 
@@ -45,7 +45,7 @@ def test_stored_predictions_have_the_known_figures():
 
 
 @pytest.mark.slow
-def test_a_segmentor_trains_and_evaluates_real_images_on_two_processes(tmp_path):
+def test_segmentor_trains_on_real_images_on_two_processes(tmp_path):
     """SwinV2-T's recipe at a nano size; three images, of which two processes see one twice, and all five."""
     cfg = shrink(launch.load_config(CONFIG, dict(data_root=str(DATA))))
     cfg.tta_pipeline[-1].transforms[0] = cfg.tta_pipeline[-1].transforms[0][:2]

@@ -104,7 +104,7 @@ def check_figures(found: dict, *kinds: str) -> None:
 
 @needs['coco_mini']
 @pytest.mark.slow
-def test_a_cascade_trains_and_evaluates_real_images_on_two_processes(data, tmp_path):
+def test_cascade_trains_on_real_images_on_two_processes(data, tmp_path):
     """SwinV2-T's recipe, apart from the backbone's size, the sizes of images and the number of RoIs."""
     config = write_config('cascade_mask_rcnn_swinv2_t', data, tmp_path, shrink_model)
     call_together(tmp_path, 'train.py', config, '--work-dir', 'out', '--cfg-options', 'train_dataloader.batch_size=1')
@@ -119,7 +119,7 @@ def metrics_of_validation(folder: Path) -> dict:
 
 @needs['coco_mini']
 @pytest.mark.slow
-def test_objects365_then_coco_then_the_test_systems(data, tmp_path):
+def test_objects365_then_coco_then_tta(data, tmp_path):
     """The road of SwinV2-G: the checkpoint of each step is what the next one starts from."""
     first, second, systems = (
         write_config(name, data, tmp_path)
@@ -156,7 +156,7 @@ def simple_images(annotations: dict, number: int) -> dict:
 
 @needs['coco_mini']
 @pytest.mark.slow
-def test_a_nano_htc_overfits_five_real_images(tmp_path):
+def test_nano_htc_overfits_five_images(tmp_path):
     """Only a pipeline in which images, boxes, masks, semantic maps and labels belong together gets there."""
     root = tmp_path / 'coco'
     (root / 'annotations').mkdir(parents=True)
@@ -210,7 +210,7 @@ default_hooks = dict(checkpoint=dict(interval=max_epochs))
 
 @needs['coco_metric_check']
 @pytest.mark.parametrize(('kind', 'published'), [('bbox', (0.505, 0.697, 0.573)), ('segm', (0.320, 0.562, 0.299))])
-def test_the_configured_metric_gives_the_published_figures(kind, published):
+def test_configured_metric_gives_published_results(kind, published):
     from mmdet.registry import METRICS
     from mmengine.config import Config
 

@@ -73,7 +73,7 @@ def build_dataset(data: Path, split: str, names=GOOD, **others):
 
 
 @pytest.mark.parametrize(('split', 'views'), [('train', 1), ('val', 1), ('test', 12)])
-def test_videos_decode_as_the_config_says(data, split, views):
+def test_videos_are_decoded_as_configured(data, split, views):
     for sample, label in zip(build_dataset(data, split), GOOD.values(), strict=True):
         assert sample['inputs'].shape == (views, 3, 32, 224, 224)
         assert sample['inputs'].dtype == torch.uint8
@@ -81,7 +81,7 @@ def test_videos_decode_as_the_config_says(data, split, views):
         assert sample['inputs'].float().std((2, 3, 4)).min() > 10
 
 
-def test_the_views_of_a_test_are_four_clips_in_three_places(data):
+def test_views_of_a_test_are_four_clips_of_three_crops(data):
     """By hand: clips of 63 frames from start to end of the video, at the left, in the middle and at the right."""
     for name, sample in zip(GOOD, build_dataset(data, 'test'), strict=True):
         video = VideoReader(str(DATA / name))
@@ -102,7 +102,7 @@ def test_the_views_of_a_test_are_four_clips_in_three_places(data):
 
 
 @pytest.mark.parametrize('split', ['train', 'val', 'test'])
-def test_a_video_that_is_too_short_starts_again(data, split):
+def test_short_video_is_repeated(data, split):
     """Five frames, each with a brightness of its own, and every second one is asked for."""
     path = data / f'videos_{"train" if split == "train" else "val"}/five.avi'
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'MJPG'), 10, (64, 64))
@@ -119,7 +119,7 @@ def test_a_video_that_is_too_short_starts_again(data, split):
 
 @pytest.mark.parametrize('split', ['train', 'val', 'test'])
 @pytest.mark.parametrize('name', BROKEN)
-def test_a_broken_file_is_an_error_that_names_it(data, split, name):
+def test_broken_video_is_an_error(data, split, name):
     dataset = build_dataset(data, split, [name])
     folder = 'videos_train' if split == 'train' else 'videos_val'
     with pytest.raises(RuntimeError, match=re.escape(f'{data}/{folder}/{name} cannot be read as a video (')) as error:
@@ -129,19 +129,19 @@ def test_a_broken_file_is_an_error_that_names_it(data, split, name):
 
 
 @pytest.mark.parametrize('name', BROKEN)
-def test_a_training_can_do_without_a_broken_file(data, name):
+def test_training_skips_a_broken_video(data, name):
     dataset = build_dataset(data, 'train', [name, *GOOD], skip_unreadable=True)
     assert dataset[0]['data_samples'].gt_label.item() in GOOD.values()
 
 
-def test_a_test_cannot_do_without_a_broken_file(data):
+def test_testing_does_not_skip_a_broken_video(data):
     dataset = build_dataset(data, 'test', ['corrupted.mp4', *GOOD], skip_unreadable=True)
     with pytest.raises(RuntimeError, match='corrupted.mp4 cannot be read as a video'):
         dataset[0]
 
 
 @pytest.mark.parametrize('name', ['corrupted.mp4', 'missing.mp4'])
-def test_the_error_of_a_data_worker_names_the_file_too(data, name):
+def test_error_of_a_data_worker_names_the_video(data, name):
     """Two forked workers, after decord has run in the process that forks them."""
     assert len(VideoReader(str(DATA / 'arm_wrestling.mp4'))) > 0
     loader = dict(
@@ -172,7 +172,7 @@ def config(data, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_real_videos_train_and_are_recognized_on_two_processes(data, config, tmp_path):
+def test_recognizer_trains_on_real_videos_on_two_processes(data, config, tmp_path):
     """Broken ones in the list are left out of the training, each with a line of the process that met it."""
     listed = write_list(tmp_path / 'list.txt', [*GOOD, *THREE_BROKEN])
     options = ['--no-validate', '--cfg-options', f'train_dataloader.dataset.ann_file={listed}', SKIP]
@@ -196,7 +196,7 @@ def test_real_videos_train_and_are_recognized_on_two_processes(data, config, tmp
     assert metrics(tmp_path / 'test')['acc/top1'] == np.mean(right)
 
 
-def test_a_training_that_may_not_skip_stops_at_a_broken_file(config, tmp_path):
+def test_training_stops_at_a_broken_video(config, tmp_path):
     """The last line of the error, which ends the output of a process, names the file and the way out."""
     listed = write_list(tmp_path / 'list.txt', [*GOOD, 'corrupted.mp4'])
     options = ['--no-validate', '--cfg-options', f'train_dataloader.dataset.ann_file={listed}']

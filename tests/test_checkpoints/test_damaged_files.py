@@ -476,13 +476,13 @@ def _new_models_after_a_change():
 # ---------------------------------------------------------------- tests
 
 
-def test_there_are_enough_cases():
+def test_number_of_damaged_cases():
     assert len(CASES) + len(STATE_DICTS) >= 200
 
 
 @pytest.mark.parametrize('container', CONTAINERS)
 @pytest.mark.parametrize('kind', ['backbone', 'detector'])
-def test_the_checkpoint_that_all_are_made_of_is_good(kind, container, tmp_path):
+def test_undamaged_checkpoint_loads(kind, container, tmp_path):
     path = tmp_path / f'checkpoint{container}'
     path.write_bytes(good_file(container))
     model, _ = model_and_state(kind)
@@ -494,7 +494,7 @@ def test_the_checkpoint_that_all_are_made_of_is_good(kind, container, tmp_path):
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_a_broken_file_is_refused(name, tmp_path):
+def test_damaged_file_is_refused(name, tmp_path):
     path = tmp_path / f'checkpoint{SUFFIX[name]}'
     CASES[name](path)
     assert_refused(lambda model: load_checkpoint(model, str(path)), 'backbone', str(path))
@@ -504,7 +504,7 @@ NO_WEIGHTS = ('list', 'tuple', 'tensor', 'number', 'text', 'none', 'dict of numb
 
 
 @pytest.mark.parametrize('name', NO_WEIGHTS)
-def test_a_detector_refuses_a_file_without_weights(name, tmp_path):
+def test_detector_refuses_a_file_without_weights(name, tmp_path):
     """Only files that can be read come to a model, so that those which cannot need no other one."""
     path = tmp_path / 'checkpoint.pth'
     CASES[f'{name} in a file'](path)
@@ -512,7 +512,7 @@ def test_a_detector_refuses_a_file_without_weights(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', [name for name in OTHER_OBJECTS if name not in NO_WEIGHTS])
-def test_a_detector_warns_of_a_file_without_its_backbone(name, tmp_path):
+def test_detector_warns_about_a_file_without_its_backbone(name, tmp_path):
     """As torch does, which calls all of it missing; the backbone itself refuses such a file."""
     path = tmp_path / 'checkpoint.pth'
     CASES[f'{name} in a file'](path)
@@ -525,7 +525,7 @@ def test_a_detector_warns_of_a_file_without_its_backbone(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', STATE_DICTS)
-def test_broken_weights_are_refused(name, tmp_path):
+def test_damaged_weights_are_refused(name, tmp_path):
     """As they are, and in a file; neither load is strict in the sense of torch, which makes no difference."""
     make, named = STATE_DICTS[name]
     assert_refused(lambda model: model.load_state_dict(make(), strict=False), 'backbone', named)
@@ -539,7 +539,7 @@ KNOWN = [name for name, (_, named) in STATE_DICTS.items() if named != 'no Swin V
 
 
 @pytest.mark.parametrize('name', KNOWN[::7])
-def test_a_detector_refuses_a_backbone_of_broken_weights(name, tmp_path):
+def test_detector_refuses_a_damaged_backbone(name, tmp_path):
     make, named = STATE_DICTS[name]
     path = tmp_path / 'checkpoint.pth'
     save_torch(make(), path)
@@ -548,7 +548,7 @@ def test_a_detector_refuses_a_backbone_of_broken_weights(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', KNOWN[::7])
-def test_broken_weights_in_a_whole_detector_are_refused(name, tmp_path):
+def test_damaged_weights_of_a_detector_are_refused(name, tmp_path):
     """Nor is anything else of the detector loaded."""
     make, named = STATE_DICTS[name]
     path = tmp_path / 'checkpoint.pth'
@@ -561,7 +561,7 @@ def test_broken_weights_in_a_whole_detector_are_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', list(STATE_DICTS)[3::14])
-def test_a_backbone_refuses_the_checkpoint_of_a_detector_with_broken_weights(name, tmp_path):
+def test_backbone_refuses_a_damaged_detector(name, tmp_path):
     make, named = STATE_DICTS[name]
     path = tmp_path / 'checkpoint.pth'
     torch.save({'state_dict': {f'backbone.{key}': value for key, value in make().items()}, 'meta': {}}, path)
@@ -569,6 +569,6 @@ def test_a_backbone_refuses_the_checkpoint_of_a_detector_with_broken_weights(nam
 
 
 @pytest.mark.parametrize('name', ['missing.pth', 'missing.safetensors', 'missing/missing.pth'])
-def test_a_file_that_does_not_exist_is_named(name, tmp_path):
+def test_missing_file_is_named(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=name):
         load_checkpoint(model_and_state('backbone')[0], str(tmp_path / name))

@@ -83,7 +83,7 @@ def trained(folder, official):
     return train_once(folder, official)
 
 
-def test_the_window_of_pretraining_matters():
+def test_pretrained_window_changes_the_features():
     """The tests below can fail: without it, all features but the patches' own differ."""
     weights = source_backbone().state_dict()
     right, wrong = (features(twin(weights, pretrained)) for pretrained in (PRETRAINED, None))
@@ -91,7 +91,7 @@ def test_the_window_of_pretraining_matters():
 
 
 @pytest.mark.parametrize('loading_path', LOADING_PATHS)
-def test_an_official_file_arrives(loading_path, official, folder):
+def test_official_file_on_every_loading_path(loading_path, official, folder):
     assert_arrived(LOADING_PATHS[loading_path](official, folder), source_backbone())
 
 
@@ -106,7 +106,7 @@ OWN_LOADING_PATHS = (
 
 
 @pytest.mark.parametrize('loading_path', OWN_LOADING_PATHS)
-def test_our_own_checkpoint_arrives_with_the_window_of_its_first_training(loading_path, trained, folder):
+def test_our_checkpoint_on_every_loading_path(loading_path, trained, folder):
     """Pre-trained at 6, trained at 8, now used at 12: the bias is still that of 6."""
     backbone = (LOADING_PATHS | dict(resume=by_resume))[loading_path](trained, folder, window_size=12)
     weights = backbone_part(trained)
@@ -114,7 +114,7 @@ def test_our_own_checkpoint_arrives_with_the_window_of_its_first_training(loadin
     assert_arrived(backbone, twin(weights, window_size=12))
 
 
-def test_the_backbone_takes_the_dict_of_an_official_file():
+def test_load_state_dict_of_an_official_file():
     backbone = SwinTransformerV2(**ALL_STAGES)
     load_strictly_but_for_new_norms(backbone, official_weights(source_backbone()))
     assert_arrived(backbone, source_backbone())
@@ -131,14 +131,14 @@ def test_the_backbone_takes_the_dict_of_an_official_file():
         (None, 'backbone.'),
     ],
 )
-def test_prefixes_and_wrappers_do_not_matter(prefix, wrapper, folder, tmp_path):
+def test_prefixes_and_wrappers(prefix, wrapper, folder, tmp_path):
     weights = {prefix + name: value for name, value in official_weights(source_backbone()).items()}
     torch.save({wrapper: weights, 'meta': {}} if wrapper else weights, tmp_path / 'a.pth')
     assert_arrived(by_load_checkpoint(tmp_path / 'a.pth', folder), source_backbone())
     assert_arrived(by_init_detector(tmp_path / 'a.pth', folder), source_backbone())
 
 
-def test_a_copy_loads_on_its_own():
+def test_deepcopy_loads_independently():
     """A hook that was bound to the first backbone would load into that one."""
     first = SwinTransformerV2(**ALL_STAGES)
     before = copy.deepcopy(first.state_dict())
@@ -148,14 +148,14 @@ def test_a_copy_loads_on_its_own():
     assert all(torch.equal(first.state_dict()[name], value) for name, value in before.items())
 
 
-def test_an_averaged_model_loads():
+def test_averaged_model_loads():
     averaged = ExponentialMovingAverage(SwinTransformerV2(**ALL_STAGES))
     weights = {f'module.{name}': value for name, value in official_weights(source_backbone()).items()}
     averaged.load_state_dict(weights, strict=False)
     assert_arrived(averaged.module, source_backbone())
 
 
-def test_a_model_on_the_meta_device_takes_the_tensors_themselves():
+def test_load_state_dict_assign_on_the_meta_device():
     weights = official_weights(source_backbone())
     with torch.device('meta'):
         backbone = SwinTransformerV2(**dict(ALL_STAGES, out_indices=(3,)))
@@ -172,7 +172,7 @@ def test_a_model_on_the_meta_device_takes_the_tensors_themselves():
     [('init_cfg', dict()), ('init_cfg', dict(begin_iter=1)), ('load_from', dict(update_buffers=True))],
     ids=str,
 )
-def test_the_averaged_copy_computes_with_the_window_of_pretraining(loading_path, options, official, folder, tmp_path):
+def test_averaged_model_has_the_pretrained_window(loading_path, options, official, folder, tmp_path):
     """EMAHook copies the model before init_cfg is loaded, and never copies again."""
     cfg = detector_config(folder)
     cfg.work_dir = str(tmp_path)
@@ -258,7 +258,7 @@ def load_in_shards_of_every_kind(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_in_shards_loads(tmp_path):
+def test_sharded_model_loads(tmp_path):
     """FullyShardedDataParallel on two processes: with and without units inside, a backbone and a model around it."""
     run_processes(load_in_shards_of_every_kind, tmp_path, folder=tmp_path)
     source = source_backbone()

@@ -102,7 +102,7 @@ def timm_model(size, window, pretrained):
     [(256, 16, 'timm', True), (192, 24, 'official', False)],
 )
 @torch.no_grad()
-def test_windows_of_12_become_16_and_24_as_in_timm(file, size, window, per_stage, tmp_path):
+def test_window_12_becomes_16_and_24_as_in_timm(file, size, window, per_stage, tmp_path):
     """The last stage goes from 6 to 8, or keeps 6, by the config or because its feature map is no larger."""
     path, cfg_windows = tmp_path / 'model.pth', None
     if file == 'official':
@@ -119,7 +119,7 @@ def test_windows_of_12_become_16_and_24_as_in_timm(file, size, window, per_stage
 
 
 @torch.no_grad()
-def test_a_wrong_window_changes_the_features(tmp_path):
+def test_wrong_pretrained_window_changes_the_features(tmp_path):
     """What the errors below protect from: the weights load as well with any other window."""
     path = file_without_windows(tmp_path / 'model.pth')
     right, wrong = (build(8, p, path=path)(image(64)) for p in ((12, 12, 12, 6), 8))
@@ -127,7 +127,7 @@ def test_a_wrong_window_changes_the_features(tmp_path):
 
 
 @torch.no_grad()
-def test_windows_may_grow_in_steps(tmp_path):
+def test_window_transfer_in_steps(tmp_path):
     """8 -> 12 -> 16 through saved files is 8 -> 16: what counts is the window of the first training."""
     first, second = official_file(tmp_path / 'w8.pth', (8,) * 4, (8,) * 4), tmp_path / 'w12.pth'
     torch.save(build(12, path=first).state_dict(), second)

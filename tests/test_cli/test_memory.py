@@ -37,7 +37,7 @@ SAVERS = [
 # ---------------------------------------------------------------- the tracker
 
 
-def test_a_tensor_counts_from_its_operation_to_its_end():
+def test_memory_tracker_lifetime_of_a_tensor():
     with MemoryTracker() as tracker:
         a = torch.zeros(256)
         assert (tracker.live, tracker.peak) == (1024, 1024)
@@ -53,7 +53,7 @@ def test_a_tensor_counts_from_its_operation_to_its_end():
     assert tracker.live == 0
 
 
-def test_views_and_operations_in_place_cost_nothing_and_a_view_keeps_all_alive():
+def test_memory_tracker_views_and_in_place_operations():
     with MemoryTracker() as tracker:
         a = torch.zeros(16, 16)
         view = a.t()[3:5].reshape(-1, 1)[1:].expand(-1, 7)
@@ -67,7 +67,7 @@ def test_views_and_operations_in_place_cost_nothing_and_a_view_keeps_all_alive()
     assert tracker.live == 0
 
 
-def test_what_was_there_before_counts_when_it_is_watched_and_once():
+def test_memory_tracker_watch():
     before = torch.zeros(64)
     with MemoryTracker() as tracker:
         before.mul_(2)
@@ -83,13 +83,13 @@ def test_what_was_there_before_counts_when_it_is_watched_and_once():
     assert tracker.live == 0
 
 
-def test_shapes_without_memory_cost_nothing():
+def test_memory_tracker_ignores_meta_tensors():
     with MemoryTracker() as tracker:
         torch.empty(100, device='meta').add(1)
         assert tracker.peak == 0
 
 
-def test_memory_that_is_given_back_and_taken_again_counts_again():
+def test_memory_tracker_resized_storage():
     with MemoryTracker() as tracker:
         for _ in range(50):
             x = torch.zeros(1000)
@@ -98,7 +98,7 @@ def test_memory_that_is_given_back_and_taken_again_counts_again():
         assert (tracker.live, tracker.peak) == (0, 4000)
 
 
-def test_what_autograd_keeps_is_counted_until_the_backward_pass_is_done():
+def test_memory_tracker_saved_tensors_of_autograd():
     x, weight = torch.rand(100, 8), torch.rand(8, 8, requires_grad=True)
     with MemoryTracker() as tracker:
         loss = (x @ weight).tanh().sum()
@@ -114,7 +114,7 @@ def test_what_autograd_keeps_is_counted_until_the_backward_pass_is_done():
 
 
 @pytest.mark.slow
-def test_the_peak_is_that_of_the_process():
+def test_memory_tracker_peak_is_that_of_the_process():
     """Where tensors are large, its memory grows by them; a process of its own, since peaks do not go down."""
     script = r"""
         import re, torch
@@ -177,7 +177,7 @@ def backbone(axes, attention_backend, with_cp, sequential_stages):
         (3, SAVERS[6], True),
     ],
 )
-def test_fake_tensors_take_the_memory_of_real_ones_byte_for_byte(axes, savers, bfloat16):
+def test_measure_backbone_of_fake_and_real_tensors(axes, savers, bfloat16):
     shape = (1, 3, *{2: (40, 24), 3: (6, 24, 20)}[axes])  # which windows do not divide
     for _ in range(2):  # the first one makes the indices of the windows, which stay for all models
         real = measure_backbone(backbone(axes, *savers), torch.rand(shape), bfloat16)
@@ -192,7 +192,7 @@ def test_fake_tensors_take_the_memory_of_real_ones_byte_for_byte(axes, savers, b
     assert len(fake.kept) == 1 + 3  # the patch embedding, and the stages up to the last output
 
 
-def test_what_is_kept_and_the_peaks_are_those_of_a_plain_step():
+def test_measure_backbone_is_a_plain_training_step():
     """Without the function that measures: the same step, written out."""
     model, x = backbone(2, 'reference', False, ()), torch.rand(2, 3, 64, 64)
     memory = measure_backbone(model, x)
@@ -211,7 +211,7 @@ def test_what_is_kept_and_the_peaks_are_those_of_a_plain_step():
     assert kept < 0.05 * tracker.peak
 
 
-def test_each_saver_keeps_or_takes_less():
+def test_measure_backbone_each_technique_saves_memory():
     def measured(*savers):
         return measure_backbone(backbone(2, *savers), torch.rand(2, 3, 128, 128))
 
@@ -236,7 +236,7 @@ def dtypes():
         return [t.dtype for t in (y, norm, group, y.softmax(-1), y.log_softmax(-1), loss, mask, F.gelu(y))]
 
 
-def test_autocast_casts_as_on_a_gpu_and_only_while_it_is_told_to():
+def test_cuda_casts_of_autocast():
     """The list of float32 is that of PyTorch's documentation of autocast for CUDA."""
     half, full = torch.bfloat16, torch.float32
     before = dtypes()
@@ -246,7 +246,7 @@ def test_autocast_casts_as_on_a_gpu_and_only_while_it_is_told_to():
     assert before[1] == half
 
 
-def test_casts_keep_the_gradient():
+def test_cuda_casts_keep_the_gradient():
     x = torch.rand(4, 8, requires_grad=True)
     with cuda_casts(), torch.autocast('cpu', torch.bfloat16):
         (x.bfloat16().softmax(-1)[:, 0]).sum().backward()
@@ -257,7 +257,7 @@ def test_casts_keep_the_gradient():
 # ---------------------------------------------------------------- products that are left out
 
 
-def test_skipped_products_take_the_memory_of_real_ones():
+def test_skipped_products_take_the_same_memory():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 2, 2), nn.Flatten(), nn.Linear(64, 5)
     )

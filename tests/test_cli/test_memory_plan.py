@@ -78,7 +78,7 @@ def measured(cfg: Config, shape: tuple[int, ...], samples: int, bfloat16: bool =
         ('video/swinv2_demo.py', [8, 64, 64], 4, 'auto'),
     ],
 )
-def test_activations_are_within_a_tenth_of_a_real_training(name, size, samples, backend):
+def test_activations_of_a_real_training(name, size, samples, backend):
     cfg = nano(name, samples)
     cfg.model.backbone.attention_backend = backend
     shape = inputs.training_shape(cfg, size)
@@ -96,7 +96,7 @@ def test_activations_are_within_a_tenth_of_a_real_training(name, size, samples, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['det/htc_swinv2_demo.py', 'seg/upernet_swinv2_demo.py'])
-def test_activations_in_mixed_precision_are_within_a_tenth_of_a_real_training(name):
+def test_activations_of_a_real_training_in_mixed_precision(name):
     cfg = nano(name, 2)
     shape = inputs.training_shape(cfg, None)
     with cuda_casts(), cuda_chunks():
@@ -109,7 +109,7 @@ def test_activations_in_mixed_precision_are_within_a_tenth_of_a_real_training(na
 
 
 @pytest.mark.parametrize(('backend', 'rows'), [('auto', 2), ('reference', 4)])
-def test_activations_with_sequential_attention_only_for_the_reference_backend(monkeypatch, backend, rows):
+def test_activations_rows_of_sequential_attention(monkeypatch, backend, rows):
     monkeypatch.setattr(memory_plan, 'heads_memory', lambda *_: 0)
     cfg = read('video/swinv2_demo.py')
     cfg.model.backbone.update(attention_backend=backend, with_cp=False, sequential_stages=(0, 1))
@@ -136,7 +136,7 @@ def size(**changes):
     return memory_plan.ModelSize(**sizes | changes)
 
 
-def test_model_states_agree_with_a_calculation_by_hand():
+def test_model_states_by_hand():
     """Rajbhandari et al. (2020), Fig. 1: of parameters, gradients and states, 1, 2 or all 3 are divided."""
     by_hand = {
         'DDP': 40e6 + 32e6 + 64e6 + 32e6,
@@ -180,7 +180,7 @@ def test_configured_strategy(base, name):
     assert memory_plan.configured_strategy(cfg) == name
 
 
-def test_peak_of_activations_is_the_largest_of_the_three_phases():
+def test_activations_peak_is_the_largest_phase():
     def peak(kept, forward, backward, heads):
         return memory_plan.Activations('', BackboneMemory(kept, forward, backward, []), heads, False).peak
 
@@ -192,7 +192,7 @@ def test_peak_of_activations_is_the_largest_of_the_three_phases():
 # ---------------------------------------------------------------- configs
 
 
-def test_training_shape_of_every_config_is_found_or_asked_for():
+def test_training_shape_of_every_config():
     for name in LEAVES:
         cfg = read(name)
         if any(word in name for word in VARYING) or name == 'video/swinv2_demo.py':

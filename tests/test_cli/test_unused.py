@@ -87,7 +87,7 @@ class OwnDetector(nn.Module):
 
 @pytest.mark.parametrize('kind', ['FPN', 'PAFPN', 'FPN_DropBlock'])
 @pytest.mark.parametrize('start', [0, 1, 2])
-def test_levels_below_the_first_of_a_neck_get_no_gradient(kind, start):
+def test_check_unused_start_level_of_a_neck(kind, start):
     pytest.importorskip('mmdet')
     cfg = detector(dict(type=kind, start_level=start, num_outs=4 - start))
     unused = without_gradient(cfg)
@@ -99,7 +99,7 @@ def test_levels_below_the_first_of_a_neck_get_no_gradient(kind, start):
         assert complaint(better) is None
 
 
-def test_a_default_of_the_neck_counts():
+def test_check_unused_default_of_a_neck():
     pytest.importorskip('mmdet')
     cfg = detector(dict(type='NASFCOS_FPN', num_outs=3))
     assert 'norm0.weight' in without_gradient(cfg)
@@ -120,7 +120,7 @@ def test_a_default_of_the_neck_counts():
         (fcn([0, 1, 2, 3]),),
     ],
 )
-def test_maps_that_no_head_reads_get_no_gradient(heads):
+def test_check_unused_in_index_of_heads(heads):
     pytest.importorskip('mmseg')
     cfg = segmentor(*heads)
     unused = without_gradient(cfg)
@@ -131,7 +131,7 @@ def test_maps_that_no_head_reads_get_no_gradient(heads):
         assert complaint(better) is None
 
 
-def test_stages_after_the_last_that_is_used_get_no_gradient():
+def test_check_unused_end_level_of_a_neck():
     pytest.importorskip('mmdet')
     cfg = detector(dict(type='FPN', end_level=2, num_outs=3))
     assert any(name.startswith('layers.3.') for name in without_gradient(cfg))
@@ -140,7 +140,7 @@ def test_stages_after_the_last_that_is_used_get_no_gradient():
     assert complaint(advised(cfg)) is None
 
 
-def test_several_necks_one_after_the_other():
+def test_check_unused_several_necks():
     pytest.importorskip('mmdet')
     attention = dict(type='swinv2_mm.GlobalAttention', in_channels=CHANNELS[3], num_heads=8)
     cfg = detector({})
@@ -150,7 +150,7 @@ def test_several_necks_one_after_the_other():
     assert complaint(advised(cfg)) is None
 
 
-def test_global_attention_on_a_map_that_nothing_uses_cannot_be_cut_off():
+def test_check_unused_global_attention():
     pytest.importorskip('mmdet')
     attention = dict(type='swinv2_mm.GlobalAttention', in_channels=CHANNELS[3], num_heads=8)
     cfg = detector({})
@@ -160,12 +160,12 @@ def test_global_attention_on_a_map_that_nothing_uses_cannot_be_cut_off():
 
 
 @pytest.mark.parametrize('wrong', [dict(start_level='1'), dict(in_channels=None), dict(end_level=-2)], ids=str)
-def test_quiet_about_a_neck_that_will_say_itself_what_is_wrong(wrong):
+def test_check_unused_leaves_invalid_necks_to_their_own_errors(wrong):
     pytest.importorskip('mmdet')
     assert complaint(detector(dict(type='FPN', num_outs=4) | wrong)) is None
 
 
-def test_the_stock_retinanet_trains_every_parameter_after_the_advice():
+def test_check_unused_advice_for_retinanet():
     mmdet = pytest.importorskip('mmdet.testing')
     path = Path(inspect.getfile(mmdet)).parents[1] / '.mim/configs/_base_/models/retinanet_r50_fpn.py'
     cfg = config('mmdet', **{k: v for k, v in Config.fromfile(path).model.items() if k != 'backbone'})
@@ -197,7 +197,7 @@ def test_the_stock_retinanet_trains_every_parameter_after_the_advice():
         dict(model=dict(type='OwnDetector')),
     ],
 )
-def test_quiet_where_nothing_stops_or_nothing_is_known(options):
+def test_check_unused_accepts(options):
     pytest.importorskip('mmdet')
     cfg = detector(dict(type='FPN', start_level=1))
     assert complaint(cfg) is not None
@@ -205,14 +205,14 @@ def test_quiet_where_nothing_stops_or_nothing_is_known(options):
     assert complaint(cfg) is None
 
 
-def test_zero1_is_told_where_its_option_is():
+def test_check_unused_option_of_zero1():
     pytest.importorskip('mmdet')
     cfg = detector(dict(type='FPN', start_level=1))
     cfg.model_wrapper_cfg = dict(type='swinv2_mm.ZeroDistributedDataParallel')
     assert complaint(cfg).endswith(', or model_wrapper_cfg.find_unused_parameters=True')
 
 
-def test_heads_that_read_other_maps_too_are_left_alone():
+def test_check_unused_accepts_heads_with_other_inputs():
     pytest.importorskip('mmseg')
     kind = dict(type='DepthwiseSeparableASPPHead', c1_in_channels=16, c1_channels=8, in_index=3, in_channels=128)
     assert complaint(segmentor(dict(kind, channels=8, num_classes=3))) is None
@@ -241,7 +241,7 @@ def two_steps(cfg: dict) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_stop_without_the_advice_and_train_with_it(tmp_path):
+def test_check_unused_advice_on_two_processes(tmp_path):
     pytest.importorskip('mmdet')
     cfg = detector(dict(type='FPN', start_level=1))
     with pytest.raises(ProcessError) as error:

@@ -85,7 +85,7 @@ def warnings(caplog):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
-def test_right_kernels_are_taken_in_silence_and_checked_once_for_a_user(use, monkeypatch, caplog, dtype):
+def test_auto_takes_correct_kernels_and_checks_once(use, monkeypatch, caplog, dtype):
     kernels = use(Kernels())
     assert auto_takes_triton(dtype)
     assert auto_takes_triton(dtype)
@@ -98,9 +98,7 @@ def test_right_kernels_are_taken_in_silence_and_checked_once_for_a_user(use, mon
 
 @pytest.mark.parametrize(('wrong', 'name'), list(enumerate(selfcheck.RESULTS)))
 @pytest.mark.parametrize('error', [1e-3, float('nan')])
-def test_wrong_kernels_are_left_out_with_one_warning_that_shows_by_how_much(
-    use, monkeypatch, caplog, wrong, name, error
-):
+def test_auto_rejects_wrong_kernels_with_one_warning(use, monkeypatch, caplog, wrong, name, error):
     kernels = use(Kernels(wrong, error))
     assert not auto_takes_triton()
     assert not auto_takes_triton()
@@ -121,18 +119,18 @@ def test_wrong_kernels_are_left_out_with_one_warning_that_shows_by_how_much(
 
 
 @pytest.mark.parametrize(('dtype', 'error'), [(torch.float16, 0.02), (torch.bfloat16, 0.1)])
-def test_in_half_precision_errors_that_rounding_does_not_explain_are_found(use, dtype, error):
+def test_auto_rejects_wrong_kernels_in_half_precision(use, dtype, error):
     use(Kernels(1, error))
     assert not auto_takes_triton(dtype)
 
 
-def test_kernels_that_do_not_compile_are_left_out(use, caplog):
+def test_auto_rejects_kernels_that_do_not_compile(use, caplog):
     use(Kernels(error=triton.TritonError('out of resource:\n  shared memory')))
     assert not auto_takes_triton()
     assert 'in windows of 3x3: TritonError: out of resource: shared memory, on ' in warnings(caplog)[0]
 
 
-def test_without_memory_for_the_check_nothing_is_concluded(use, caplog):
+def test_out_of_memory_is_no_verdict(use, caplog):
     use(Kernels(error=torch.cuda.OutOfMemoryError('full')))
     assert not auto_takes_triton()
     assert not selfcheck.cache_file().exists()
@@ -142,7 +140,7 @@ def test_without_memory_for_the_check_nothing_is_concluded(use, caplog):
     assert 'in this process: its kernels could not be checked in windows of 3x3: OutOfMemoryError: full' in warning
 
 
-def test_a_process_that_could_not_check_does_not_change_its_mind(use):
+def test_out_of_memory_decides_for_the_process(use):
     """Blocks that are computed again in the backward pass take the kernels of the forward pass."""
     kernels = use(Kernels(error=torch.cuda.OutOfMemoryError('full')))
     assert not auto_takes_triton()
@@ -150,13 +148,13 @@ def test_a_process_that_could_not_check_does_not_change_its_mind(use):
     assert not auto_takes_triton()
 
 
-def test_a_yardstick_of_nan_allows_nothing(use, monkeypatch):
+def test_nan_of_sdpa_allows_no_error(use, monkeypatch):
     monkeypatch.setattr(selfcheck, 'sdpa_window_attention', Kernels(0, float('nan')))
     use(Kernels(0, 1e-3))
     assert not auto_takes_triton()
 
 
-def test_products_in_tf32_are_allowed_the_error_of_float16(use, monkeypatch):
+def test_allowed_error_in_tf32(use, monkeypatch):
     """A verdict is valid for one setting."""
     kernels = use(Kernels(0, 1e-3))
     monkeypatch.setattr(triton_backend, '_is_tf32_allowed', lambda: True)
@@ -170,7 +168,7 @@ def test_products_in_tf32_are_allowed_the_error_of_float16(use, monkeypatch):
     assert not auto_takes_triton()
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(use, monkeypatch, caplog, tmp_path):
+def test_unwritable_cache_is_no_error(use, monkeypatch, caplog, tmp_path):
     (tmp_path / 'file').touch()
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
     kernels = use(Kernels())
@@ -181,7 +179,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(use, monkeypatch, caplog, tm
 
 
 @pytest.mark.parametrize('content', [b'{"a', b'\xff', b'[]', b'null', None])
-def test_a_damaged_cache_is_written_anew(use, monkeypatch, content):
+def test_damaged_cache_is_replaced(use, monkeypatch, content):
     kernels = use(Kernels())
     assert auto_takes_triton()
     file = selfcheck.cache_file()
@@ -202,7 +200,7 @@ def test_a_damaged_cache_is_written_anew(use, monkeypatch, content):
         lambda patch: patch.setattr(selfcheck, '_digest', lambda: 'of other kernels'),
     ],
 )
-def test_other_versions_are_checked_anew(use, monkeypatch, change):
+def test_verdict_is_of_versions(use, monkeypatch, change):
     kernels = use(Kernels())
     assert auto_takes_triton()
     change(monkeypatch)
@@ -212,7 +210,7 @@ def test_other_versions_are_checked_anew(use, monkeypatch, change):
     assert len(json.loads(selfcheck.cache_file().read_text())) == 2
 
 
-def test_a_verdict_is_valid_for_a_gpu_a_dtype_and_a_head_size(use, monkeypatch):
+def test_verdict_is_of_gpu_dtype_and_head_dim(use, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'A GPU')
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
     assert selfcheck.describe(torch.device('cuda:1'), torch.float32, 16).startswith('A GPU (9.0), torch ')
@@ -228,7 +226,7 @@ def test_a_verdict_is_valid_for_a_gpu_a_dtype_and_a_head_size(use, monkeypatch):
         assert kernels.calls == checked
 
 
-def test_whatever_is_active_where_it_is_called_has_no_effect_and_is_not_affected(use):
+def test_check_is_isolated_from_active_modes(use):
     use(Kernels())
     former = torch.get_rng_state()
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: 1 / 0, lambda t: t)
@@ -243,7 +241,7 @@ def test_whatever_is_active_where_it_is_called_has_no_effect_and_is_not_affected
     assert torch.equal(torch.get_rng_state(), former)
 
 
-def test_in_a_backward_pass_or_a_capture_sdpa_is_taken_without_a_verdict(use, monkeypatch):
+def test_no_check_in_backward_or_graph_capture(use, monkeypatch):
     kernels, found = use(Kernels()), []
 
     class Recomputed(torch.autograd.Function):
@@ -276,7 +274,7 @@ def test_in_a_backward_pass_or_a_capture_sdpa_is_taken_without_a_verdict(use, mo
         (16, 12, True, [(3, 3), (2, 2)]),  # one graph is for maps of all sizes
     ],
 )
-def test_windows_of_one_tile_and_of_several_have_verdicts_of_their_own(use, size, window, is_compiled, expected):
+def test_verdict_is_of_one_tile_or_several(use, size, window, is_compiled, expected):
     checked = []
 
     class Noted(Kernels):
@@ -297,7 +295,7 @@ def test_windows_of_one_tile_and_of_several_have_verdicts_of_their_own(use, size
     ('window', 'dtype', 'number'),
     [((8, 8), torch.bfloat16, 6), ((16, 16), torch.bfloat16, 12), ((9, 9), torch.float32, 12)],
 )
-def test_each_kernel_of_a_check_is_compiled_once_before_it_runs(monkeypatch, window, dtype, number):
+def test_examine_compiles_each_kernel_first(monkeypatch, window, dtype, number):
     def kinds(launches):
         arguments = [[(t.dtype, t.shape) if isinstance(t, torch.Tensor) else t for t in call.args] for call in launches]
         return {str((c.kernel.__name__, c.programs, c.constants, a)) for c, a in zip(launches, arguments, strict=True)}
@@ -310,7 +308,7 @@ def test_each_kernel_of_a_check_is_compiled_once_before_it_runs(monkeypatch, win
     assert len(compiled) == number
 
 
-def test_kernels_are_compiled_at_the_same_time_and_errors_are_results(monkeypatch):
+def test_compile_launches_in_threads_returns_errors(monkeypatch):
     """In a process with two CPUs."""
     monkeypatch.setattr(os, 'cpu_count', lambda: 2)
     both = threading.Barrier(2, timeout=600)
@@ -328,7 +326,7 @@ def test_kernels_are_compiled_at_the_same_time_and_errors_are_results(monkeypatc
     assert str(wrong) == 'PTXAS error'
 
 
-def test_other_threads_run_their_kernels_while_launches_are_recorded():
+def test_recorded_is_local_to_its_thread():
     ran = []
 
     class Kernel:
@@ -346,7 +344,7 @@ def test_other_threads_run_their_kernels_while_launches_are_recorded():
 
 @pytest.mark.parametrize('dynamic', [False, True])
 @pytest.mark.parametrize('error', [0.0, 1.0])
-def test_compiled_the_choice_is_a_constant_of_one_graph(use, error, dynamic):
+def test_compile_has_the_choice_as_a_constant(use, error, dynamic):
     kernels = use(Kernels(0, error))
     torch._dynamo.reset()
     compiled = torch.compile(window_attention, fullgraph=True, backend='eager', dynamic=dynamic)
@@ -367,7 +365,7 @@ def few(use, monkeypatch):
     return use
 
 
-def test_the_command_prints_errors_of_all_cases_and_its_verdicts_replace_former_ones(few, monkeypatch, capsys):
+def test_command_prints_errors_and_replaces_verdicts(few, monkeypatch, capsys):
     few(Kernels(0, 1.0))
     assert not auto_takes_triton()
     few(Kernels())
@@ -393,7 +391,7 @@ def test_the_command_prints_errors_of_all_cases_and_its_verdicts_replace_former_
         (triton.TritonError('no such instruction'), 'TritonError: no such instruction'),
     ],
 )
-def test_the_command_fails_if_a_result_is_wrong(few, capsys, error, printed):
+def test_command_fails_on_a_wrong_result(few, capsys, error, printed):
     few(Kernels(0, error))
     assert command.main([]) == 1
     verdict = capsys.readouterr().out.splitlines()[-1]
@@ -404,7 +402,7 @@ def test_the_command_fails_if_a_result_is_wrong(few, capsys, error, printed):
     assert not auto_takes_triton()
 
 
-def test_the_command_gives_no_verdict_on_what_it_could_not_check(few, monkeypatch, capsys):
+def test_command_gives_no_verdict_without_a_check(few, monkeypatch, capsys):
     full = torch.cuda.OutOfMemoryError('full')
     few(Kernels(error=full))
     monkeypatch.setattr(post_norm, 'check', Kernels(error=full))
@@ -415,7 +413,7 @@ def test_the_command_gives_no_verdict_on_what_it_could_not_check(few, monkeypatc
     assert not selfcheck.cache_file().exists()
 
 
-def test_the_command_goes_on_where_it_was_stopped(few, monkeypatch, capsys, tmp_path):
+def test_command_resumes(few, monkeypatch, capsys, tmp_path):
     """And checks all again if the kernels have changed."""
     options = ['--resume', str(tmp_path / 'rows.json')]
     monkeypatch.setattr(post_norm, 'check', lambda device, dtype: {})
@@ -445,7 +443,7 @@ def test_the_command_goes_on_where_it_was_stopped(few, monkeypatch, capsys, tmp_
     assert kernels.calls == 2 * 8 - 3
 
 
-def test_rows_that_cannot_be_kept_are_an_error_before_the_check(few, capsys, tmp_path):
+def test_command_checks_its_output_first(few, capsys, tmp_path):
     kernels = few(Kernels())
     assert command.main(['--resume', str(tmp_path / 'no' / 'rows.json')]) == 2
     assert f'error: --resume {tmp_path}/no/rows.json cannot be read and written: ' in capsys.readouterr().err
@@ -455,7 +453,7 @@ def test_rows_that_cannot_be_kept_are_an_error_before_the_check(few, capsys, tmp
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='with a GPU it runs')
-def test_the_command_says_that_there_is_no_gpu(monkeypatch, capsys):
+def test_command_without_a_gpu(monkeypatch, capsys):
     monkeypatch.delenv('TRITON_INTERPRET')
     assert command.main([]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -465,7 +463,7 @@ def test_the_command_says_that_there_is_no_gpu(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_command_can_be_tried_without_a_gpu(tmp_path):
+def test_command_in_the_interpreter(tmp_path):
     env = os.environ | dict(TRITON_INTERPRET='1', XDG_CACHE_HOME=str(tmp_path))
     result = subprocess.run(
         [sys.executable, '-m', 'swinv2_mm.ops.selfcheck'], env=env, capture_output=True, text=True, check=False
@@ -478,7 +476,7 @@ def test_the_command_can_be_tried_without_a_gpu(tmp_path):
 @pytest.mark.parametrize(
     ('error', 'fault'), [(0.05, ''), (0.2, 'in post-norm: out is off by 2.0e-01 (allowed 1.0e-01)')]
 )
-def test_the_post_norm_has_a_verdict_of_its_own(use, monkeypatch, caplog, error, fault):
+def test_verdict_of_the_post_norm(use, monkeypatch, caplog, error, fault):
     use(Kernels())
     monkeypatch.setattr(post_norm, 'check', lambda device, dtype: {'out': (error, 0.1)})
     branch = torch.ones(1, 4, 16)

@@ -116,7 +116,7 @@ MAPS = [
 
 
 @pytest.mark.parametrize(('size', 'window', 'shift'), MAPS)
-def test_equals_a_loop_over_token_pairs(size, window, shift):
+def test_triton_window_attention_equals_brute_force(size, window, shift):
     out = attention(*(t.float() for t in draw_small(size, window, batch=2)), window, shift, 'triton')
     torch.testing.assert_close(out.double(), expected_of_pairs(size, window, shift), rtol=1e-4, atol=1e-5)
 
@@ -140,7 +140,7 @@ def draw_scaled(size, heads, window, head_dim, dtype):
         ((1, 7), (5, 5), torch.bfloat16, 1, 16, 1024),
     ],
 )
-def test_one_tile_is_as_exact_as_sdpa(monkeypatch, size, window, dtype, heads, head_dim, programs):
+def test_one_tile_kernels_are_as_exact_as_sdpa(monkeypatch, size, window, dtype, heads, head_dim, programs):
     """Windows within the map, at each edge and in the corners, shifted and padded."""
     monkeypatch.setattr(triton_backend, 'PROGRAMS', dict.fromkeys(tiles.KERNELS, programs))
     inputs, shift = draw_scaled(size, heads, window, head_dim, dtype), tuple(w // 2 for w in window)
@@ -170,7 +170,7 @@ def most_windows(geometry):
         ((7, 33), (4, 16), torch.bfloat16, 1, 32, (32, 32, 32), 1),
     ],
 )
-def test_several_tiles_are_as_exact_as_sdpa(take, size, window, dtype, heads, head_dim, tiles, programs):
+def test_tiled_kernels_are_as_exact_as_sdpa(take, size, window, dtype, heads, head_dim, tiles, programs):
     take(*tiles, programs)
     inputs, shift = draw_scaled(size, heads, window, head_dim, dtype), tuple(w // 2 for w in window)
     geometry = triton_backend.Geometry(inputs[0].to(dtype), window, shift)
@@ -183,7 +183,7 @@ def test_several_tiles_are_as_exact_as_sdpa(take, size, window, dtype, heads, he
 @pytest.mark.skipif(DEVICE == 'cuda', reason='a GPU rounds as it does')
 @pytest.mark.parametrize('block', [64, 32])
 @pytest.mark.parametrize('side', [0, 1])
-def test_multiply_add_with_one_rounding_gives_no_nan(monkeypatch, take, side, block):
+def test_fused_multiply_add_gives_no_nan(monkeypatch, take, side, block):
     """In windows at the edges the first keys that a program takes are all padding: their logits are huge and equal."""
     triton_interpreter.fuse_multiply_add(monkeypatch, side)
     take(block, block, 32)
@@ -199,7 +199,7 @@ def test_multiply_add_with_one_rounding_gives_no_nan(monkeypatch, take, side, bl
         pytest.param((32, 32), torch.float32, marks=pytest.mark.slow),
     ],
 )
-def test_is_as_exact_as_sdpa_in_large_windows(window, dtype):
+def test_large_windows_are_as_exact_as_sdpa(window, dtype):
     size, shift = tuple(w + w // 3 for w in window), tuple(w // 2 for w in window)
     assert_as_exact_as_sdpa(draw(size, heads=1, window=window), window, shift, dtype)
 
@@ -207,12 +207,12 @@ def test_is_as_exact_as_sdpa_in_large_windows(window, dtype):
 @pytest.mark.parametrize(
     ('dtype', 'one_tile'), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 )
-def test_they_pass_the_self_check(dtype, one_tile):
+def test_selfcheck_of_the_kernels(dtype, one_tile):
     assert selfcheck.check(torch.device(DEVICE), dtype, 32, one_tile) == ''
 
 
 @pytest.mark.skipif(DEVICE == 'cuda', reason='a GPU has TF32')
-def test_they_pass_the_self_check_in_tf32(monkeypatch):
+def test_selfcheck_of_the_kernels_in_tf32(monkeypatch):
     triton_interpreter.truncate_to_tf32(monkeypatch)
     assert 'grad of qkv is off by' in selfcheck.check(torch.device(DEVICE), torch.float32, 32, one_tile=False)
     monkeypatch.setattr(triton_backend, '_is_tf32_allowed', lambda: True)
@@ -220,11 +220,11 @@ def test_they_pass_the_self_check_in_tf32(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_window_of_4096_tokens():
+def test_window_of_4096_tokens():
     assert_as_exact_as_sdpa(draw((64, 64), heads=1, window=(64, 64), head_dim=16), (64, 64), (0, 0))
 
 
-def test_a_scale_beyond_its_clamp_and_tokens_of_zeros():
+def test_clamped_logit_scale_and_tokens_of_zeros():
     qkv, _, table = draw((4, 6), heads=2, window=(3, 3), head_dim=16)
     qkv[0, :3] = 0
     scale = torch.tensor([5.0, 2.0]).view(-1, 1, 1)
@@ -240,7 +240,7 @@ def store_addresses(numbers, place, window_ids, num_windows, tokens, row, stride
     tl.store(numbers + 1, kernels._offsets(tl.load(row), stride, LARGE))
 
 
-def test_addresses_that_32_bits_do_not_count():
+def test_offsets_beyond_32_bits():
     """Sample 9 of a batch of which two are too large, and the last token of a sample that is too large itself."""
     numbers = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     ids = torch.zeros(3, dtype=torch.int32, device=DEVICE)
@@ -254,7 +254,7 @@ def test_addresses_that_32_bits_do_not_count():
         assert is_large == (tokens * stride >= 2**31) == (heads == 16)
 
 
-def test_more_windows_than_a_grid_of_cuda_has_blocks_along_its_other_axes(monkeypatch):
+def test_more_than_65535_windows(monkeypatch):
     """In the interpreter, which takes milliseconds for each of the programs, some of them run."""
     size, window = (257, 257), (1, 1)  # 66,049 windows of one token, which attends to itself
     programs = [0, 1, 256, 257, 40000, 65535, 65536, 257**2 - 1]
@@ -271,7 +271,7 @@ def test_more_windows_than_a_grid_of_cuda_has_blocks_along_its_other_axes(monkey
 
 
 @pytest.mark.parametrize('block', [32, 16])
-def test_results_are_the_same_on_every_run_and_each_of_their_numbers_is_written(take, block):
+def test_results_are_deterministic_and_fully_written(take, block):
     """Where memory is what was left there, and where it is NaN."""
     take(block, block, block, programs=2)
     size, window = ((40, 45), (5, 5)) if DEVICE == 'cuda' else ((6, 9), (5, 5))
@@ -283,7 +283,7 @@ def test_results_are_the_same_on_every_run_and_each_of_their_numbers_is_written(
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
 
-def test_inputs_that_are_not_contiguous():
+def test_non_contiguous_inputs():
     qkv, scale, table = draw((3, 4), heads=2, window=(2, 2), head_dim=4)
     turned = qkv.transpose(1, 2).contiguous().transpose(1, 2)
     table = table.t().contiguous().t()
@@ -294,7 +294,7 @@ def test_inputs_that_are_not_contiguous():
 
 @pytest.mark.parametrize('head_dim', [16, 40])  # windows that are one tile, and several
 @pytest.mark.parametrize('name', ['logit_scale', 'bias_table'])
-def test_nan_in_parameters_is_nan_in_the_output(head_dim, name):
+def test_nan_of_parameters_propagates(head_dim, name):
     qkv, scale, table = draw((4, 4), heads=1, window=(4, 4), head_dim=head_dim)
     (scale if name == 'logit_scale' else table)[:] = math.nan
     ours = run((qkv, scale, table), (4, 4), (0, 0), 'triton', torch.bfloat16)
@@ -303,7 +303,7 @@ def test_nan_in_parameters_is_nan_in_the_output(head_dim, name):
 
 @pytest.mark.parametrize('head_dim', [16, 40])
 @pytest.mark.parametrize(('values', 'gradients'), [(1e6, 1.0), (1.0, 1e-12), (1.0, 1e12)])
-def test_bfloat16_may_be_large_and_gradients_of_any_size(head_dim, values, gradients):
+def test_bfloat16_with_large_values_and_any_gradients(head_dim, values, gradients):
     qkv, scale, table = draw_scaled((5, 6), 1, (4, 4), head_dim, torch.bfloat16)
     qkv[..., 2, :, :] *= values
     inputs = [t.to(DEVICE) for t in (qkv.bfloat16(), scale, table)]
@@ -319,7 +319,7 @@ def test_bfloat16_may_be_large_and_gradients_of_any_size(head_dim, values, gradi
 
 
 @pytest.mark.parametrize('head_dim', [16, 40])
-def test_an_empty_batch_has_gradients_of_zeros(head_dim):
+def test_empty_batch(head_dim):
     qkv, scale, table = draw((5, 6), heads=2, window=(4, 4), head_dim=head_dim)
     ours = run((qkv[:0], scale, table), (4, 4), (2, 2), 'triton', torch.bfloat16)
     assert ours['out'].shape == (0, 5, 6, 2 * head_dim)
@@ -328,7 +328,7 @@ def test_an_empty_batch_has_gradients_of_zeros(head_dim):
 
 @pytest.mark.parametrize('head_dim', [16, 40])
 @pytest.mark.parametrize('types', [(torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)])
-def test_types_of_scale_and_table_need_not_be_those_of_the_map(head_dim, types):
+def test_dtypes_of_logit_scale_and_bias_table(head_dim, types):
     dtype, other = types
     qkv, scale, table = draw((5, 6), heads=1, window=(4, 4), head_dim=head_dim)
     inputs = [
@@ -346,14 +346,14 @@ def test_types_of_scale_and_table_need_not_be_those_of_the_map(head_dim, types):
 
 
 @pytest.mark.parametrize('block', [32, 16])
-def test_the_operators_keep_their_contract_with_torch(take, block):
+def test_opcheck_of_the_operator(take, block):
     take(block, block, block)
     inputs = [t.to(DEVICE).requires_grad_() for t in draw((3, 6), heads=1, window=(4, 6), head_dim=16)]
     # its numbers are compared elsewhere; here, that what it says of shapes and strides is so, and needs no new graph
     torch.library.opcheck(torch.ops.swinv2_mm.triton_window_attention.default, (*inputs, [4, 6], [2, 2]))
 
 
-def test_compiled_it_is_one_graph_and_gives_the_same():
+def test_compile_gives_one_graph():
     """The operator is kept whole, at a second size too."""
     graphs = []
 
@@ -370,7 +370,7 @@ def test_compiled_it_is_one_graph_and_gives_the_same():
     torch._dynamo.reset()
 
 
-def test_no_tensor_is_as_large_as_the_attention_weights(monkeypatch, take):
+def test_memory_is_not_quadratic_in_tokens(monkeypatch, take):
     """What operators allocate for a window of 1024 tokens, forward and backward: no N x N numbers anywhere.
 
     The kernels, which allocate nothing, do not run.
@@ -396,7 +396,7 @@ def test_no_tensor_is_as_large_as_the_attention_weights(monkeypatch, take):
     assert max(sizes) < 1024**2 / 3
 
 
-def test_a_training_run_follows_that_of_the_reference(monkeypatch):
+def test_training_follows_the_reference(monkeypatch):
     """Losses of a few steps of a backbone, whose map is padded in one stage and fits into a window in the other."""
     monkeypatch.setitem(
         module.BACKENDS, 'triton', module.Backend(triton_backend.triton_window_attention, lambda qkv: None)
@@ -425,7 +425,7 @@ def test_a_training_run_follows_that_of_the_reference(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE == 'cuda', reason='on a GPU it can run')
-def test_on_a_cpu_it_says_why_it_cannot_run():
+def test_window_attention_on_a_cpu_is_an_error():
     reason = r"its kernels are for GPUs, and the map is on 'cpu'"
     with pytest.raises(ValueError, match=f"'triton' cannot run: {reason}; 'auto' takes another"):
         window_attention(*draw((8, 8)), (4, 4), (2, 2), 'triton')
@@ -443,14 +443,14 @@ def test_on_a_cpu_it_says_why_it_cannot_run():
         (lambda qkv: qkv[:, :, :, None, None], 'maps of up to 3 axes, and this one has 4'),
     ],
 )
-def test_cases_that_it_cannot_run_are_named(monkeypatch, change, reason):
+def test_can_run_names_the_reason(monkeypatch, change, reason):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
     qkv = torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu)
     assert reason in triton_backend.can_run(change(qkv))
     assert triton_backend.can_run(qkv) is None
 
 
-def test_old_gpus_and_old_triton_are_refused_when_models_are_compiled_too(monkeypatch):
+def test_can_run_needs_a_new_gpu_and_triton(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
     qkv = torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu)
     assert (
@@ -465,7 +465,7 @@ def test_old_gpus_and_old_triton_are_refused_when_models_are_compiled_too(monkey
     assert torch.compile(recorded, fullgraph=True, backend='eager')(torch.zeros(1)) == 7 + len('3.3.1')
 
 
-def test_torch_func_and_forward_mode_cannot_transform_it(monkeypatch):
+def test_can_run_not_in_torch_func_or_forward_mode(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
     qkv, reasons = torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu), []
     torch.func.vmap(lambda x: reasons.append(triton_backend.can_run(qkv)) or x)(torch.zeros(1))
@@ -474,7 +474,7 @@ def test_torch_func_and_forward_mode_cannot_transform_it(monkeypatch):
     assert reasons == ['torch.func and forward-mode AD transform operators of PyTorch alone'] * 2
 
 
-def test_without_triton_it_cannot_run(monkeypatch):
+def test_can_run_needs_triton(monkeypatch):
     monkeypatch.setattr(triton_backend, 'HAS_TRITON', False)
     assert 'triton is not installed' in triton_backend.can_run(torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu))
 
@@ -496,7 +496,7 @@ def precision(dtype):
 
 
 @pytest.mark.parametrize('setting', ['high', 'medium', 'allow_tf32', 'fp32_precision'])
-def test_products_of_float32_are_in_tf32_where_torch_has_them_so(matmul, setting):
+def test_tf32_follows_the_settings_of_torch(matmul, setting):
     assert precision(torch.float32) == 'ieee'
     if setting in ('high', 'medium'):
         torch.set_float32_matmul_precision(setting)
@@ -511,12 +511,12 @@ def test_products_of_float32_are_in_tf32_where_torch_has_them_so(matmul, setting
 
 
 @pytest.mark.parametrize('allowed', [False, True])
-def test_torch_before_2_9_has_one_setting_of_tf32(monkeypatch, allowed):
+def test_tf32_before_torch_2_9(monkeypatch, allowed):
     monkeypatch.setattr(torch.backends.cuda, 'matmul', types.SimpleNamespace(allow_tf32=allowed))
     assert precision(torch.float32) == ('tf32' if allowed else 'ieee')
 
 
-def test_kernels_are_interpreted_only_without_a_gpu():
+def test_interpreter_only_without_a_gpu():
     assert type(kernels.forward).__name__ == ('InterpretedFunction' if DEVICE == 'cpu' else 'JITFunction')
 
 
@@ -524,13 +524,13 @@ def test_kernels_are_interpreted_only_without_a_gpu():
     ('head_dim', 'dtype', 'fits'),
     [(16, torch.float32, False), (32, torch.bfloat16, True), (33, torch.bfloat16, False), (16, torch.float16, True)],
 )
-def test_a_window_is_one_tile_only_if_its_heads_are_small(head_dim, dtype, fits):
+def test_is_one_tile_depends_on_head_dim(head_dim, dtype, fits):
     geometry = triton_backend.Geometry(torch.empty(1, 8, 8, 3, 1, head_dim, dtype=dtype), (8, 8), (4, 4))
     assert geometry.is_one_tile == fits
 
 
 @pytest.mark.slow
-def test_all_kernels_compile_for_a_gpu_and_fit_its_shared_memory(tmp_path):
+def test_kernels_compile_and_fit_shared_memory(tmp_path):
     """What the interpreter accepts need not compile; the compiler needs no GPU."""
     env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
     command = [sys.executable, COMPILE, tmp_path / 'kernels.json']

@@ -16,7 +16,7 @@ WINDOWS = [(1, 7, 7), (1, 12, 12), (1, 8, 8), (8, 7, 7), (4, 3, 5), (1, 1, 49), 
 
 @pytest.mark.parametrize('window', [*WINDOWS, (1, 24, 24), (1, 64, 64), (8, 20, 20)])
 @pytest.mark.parametrize('tokens', [16, 32, 64, 128])
-def test_boxes_hold_each_token_of_a_window_once(window, tokens):
+def test_tile_window_has_each_token_once(window, tokens):
     box = layout.tile_window(window, tokens)
     slots = 2 * tokens * math.prod(box.counts)
     positions = layout.slot_positions(window, box, slots)
@@ -26,7 +26,7 @@ def test_boxes_hold_each_token_of_a_window_once(window, tokens):
     assert sorted(inside) == list(itertools.product(*map(range, window)))
 
 
-def test_windows_of_released_models_have_no_empty_slots():
+def test_tile_window_of_released_models_has_no_padding():
     """They are cut into 8x8 tokens, or 4x4x4 for video."""
     for side in (8, 16, 24, 32, 64):
         assert layout.tile_window((1, side, side), 64) == ((1, 8, 8), (1, side // 8, side // 8), 8)
@@ -45,7 +45,7 @@ MAPS = [
 
 @pytest.mark.parametrize(('size', 'window', 'shift'), MAPS)
 @pytest.mark.parametrize('in_boxes', [True, False])
-def test_tables_say_where_tokens_lie_and_which_lay_together(size, window, shift, in_boxes):
+def test_token_tables(size, window, shift, in_boxes):
     window, shift = fit_window(size, window, shift)
     tokens = math.prod(window)
     box = layout.tile_window(window, 16) if in_boxes else None
@@ -78,7 +78,7 @@ def test_tables_say_where_tokens_lie_and_which_lay_together(size, window, shift,
 
 @pytest.mark.parametrize('window', WINDOWS)
 @pytest.mark.parametrize(('table', 'tokens'), [((0, 0, 0), 16), ((1, 0, 2), 32)])
-def test_places_of_a_query_and_a_key_add_up_to_that_of_their_bias(window, table, tokens):
+def test_bias_tables(window, table, tokens):
     """Also where the bias table is that of a larger window; keys that are no tokens have no entry."""
     table = tuple(w + t for w, t in zip(window, table, strict=True))
     box = layout.tile_window(window, tokens)
@@ -103,7 +103,7 @@ def test_places_of_a_query_and_a_key_add_up_to_that_of_their_bias(window, table,
 
 
 @pytest.mark.parametrize('window', [(1, 7, 7), (2, 3, 4), (1, 1, 5), (1, 8, 8)])
-def test_entries_of_the_bias_of_one_tile(window):
+def test_dense_entries(window):
     table = (window[0], window[1] + 1, window[2])
     tokens, slots = math.prod(window), 64
     found = layout.dense_entries(window, table, slots, CPU).view(slots, slots)
@@ -115,7 +115,7 @@ def test_entries_of_the_bias_of_one_tile(window):
 
 
 @pytest.mark.parametrize('counts', [(1, 3, 3), (1, 1, 1), (2, 1, 3)])
-def test_pairs_of_boxes_by_displacement(counts):
+def test_box_pairs_by_displacement(counts):
     box = layout.Box((1, 4, 4), counts, 4)
     slots, first = layout.box_pairs(box, CPU)
     boxes = list(itertools.product(*map(range, counts)))
@@ -131,7 +131,7 @@ def test_pairs_of_boxes_by_displacement(counts):
     ('window', 'box'), [((1, 7, 6), ((1, 4, 2), (1, 2, 3), 2)), ((3, 4, 5), ((2, 1, 4), (2, 4, 2), 4))]
 )
 @pytest.mark.parametrize('larger', [0, 2])
-def test_members_sum_tiles_of_displacements_to_the_gradient_of_the_bias_table(window, box, larger):
+def test_bias_members_of_several_tiles(window, box, larger):
     """Against the gradient of the whole (N, N) bias, and for a table of a larger window too."""
     box, table = layout.Box(*box), tuple(w + larger for w in window)
     generator = torch.Generator().manual_seed(0)
@@ -153,7 +153,7 @@ def test_members_sum_tiles_of_displacements_to_the_gradient_of_the_bias_table(wi
     torch.testing.assert_close(found, expected[0])
 
 
-def test_members_of_windows_of_one_tile():
+def test_bias_members_of_one_tile():
     window, slots = (2, 3, 4), 32
     whole = torch.randn(1, 24, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tile = torch.nn.functional.pad(whole[0], (0, 8, 0, 8), value=math.nan)

@@ -149,7 +149,7 @@ def backbone(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize('stage', STAGES)
 @pytest.mark.parametrize('accumulated', ['', '_accumulated'])
-def test_training_is_that_of_one_process_on_the_joint_batch(trained, stage, accumulated):
+def test_deepspeed_trains_like_one_process(trained, stage, accumulated):
     """Losses, the norm of all gradients before they are clipped, and weights, with layer-wise rates.
 
     Two processes that accumulate over two iterations have four images, as one has that takes them in turn.
@@ -160,14 +160,14 @@ def test_training_is_that_of_one_process_on_the_joint_batch(trained, stage, accu
 
 
 @pytest.mark.parametrize('stage', STAGES)
-def test_resumed_training_reaches_the_same_weights(trained, stage):
+def test_deepspeed_resumes(trained, stage):
     resumed = trained / f'{stage}_resumed'
     assert small.same_weights(small.last(resumed), small.last(trained / f'{stage}'))
     assert small.notes(resumed, 'losses').shape == (PROCESSES, small.STEPS - small.SAVED)
 
 
 @pytest.mark.parametrize('stage', STAGES)
-def test_each_process_holds_its_share(trained, stage):
+def test_deepspeed_shards_parameters_and_states(trained, stage):
     """Bytes of two processes against those of the whole model; at stage 3, small parameters stay whole."""
     start = small.weights(trained / 'data' / small.START)
     size = sum(4 * w.numel() for name, w in start.items() if 'window_size' not in name)
@@ -183,7 +183,7 @@ def test_each_process_holds_its_share(trained, stage):
 
 
 @pytest.mark.parametrize('stage', STAGES)
-def test_checkpoints_load_in_a_plain_process(trained, tmp_path, stage):
+def test_deepspeed_checkpoints_load_without_deepspeed(trained, tmp_path, stage):
     """As `load_from`, and for a prediction, which is that of the training's processes."""
     folder = small.last(trained / f'{stage}')
     cfg = small.config(tmp_path, trained / 'data')
@@ -205,14 +205,14 @@ def resume_alone(folder: Path, data: Path) -> None:
     train(cfg)
 
 
-def test_resuming_elsewhere_is_refused(trained):
+def test_deepspeed_refuses_to_resume_at_another_stage(trained):
     with pytest.raises(ProcessError) as refused:
         run_processes(resume_alone, trained, trained / 'data', processes=1, folder=trained)
     assert 'was written at ZeRO stage 1 by 2 processes, and this is stage 2 with 1' in refused.value.log
 
 
 @pytest.mark.parametrize('stage', FROZEN)
-def test_frozen_parameters_stay_those_of_the_file(trained, stage):
+def test_deepspeed_keeps_frozen_parameters(trained, stage):
     """The training started from a backbone alone, as Microsoft's files are; with activation checkpointing."""
     start, end = backbone(trained / 'data' / small.START), backbone(small.last(trained / f'{stage}_frozen'))
     changed = {name for name in start if not torch.equal(start[name], end[name])}
@@ -220,14 +220,14 @@ def test_frozen_parameters_stay_those_of_the_file(trained, stage):
     assert not any(name.startswith(('patch_embed.', 'layers.0.')) for name in changed)
 
 
-def test_bf16_computes_in_bf16_alone(trained):
+def test_deepspeed_bf16(trained):
     """Checked further where it runs: parameters and what processes exchange are fp32."""
     losses, exact = small.notes(trained / 'bf16', 'losses'), small.notes(trained / '2', 'losses')[:, :2]
     torch.testing.assert_close(losses, exact, rtol=5e-2, atol=0)
     assert not torch.isclose(losses, exact, rtol=1e-6, atol=0).any()
 
 
-def test_averaged_weights(trained):
+def test_deepspeed_ema(trained):
     """EMAHook against the formula; the checkpoint has the average in place of the weights, and resuming swaps back."""
     first, *others = torch.load(trained / 'ema/trace.pth', weights_only=True)
     averages = dict(first)
@@ -240,7 +240,7 @@ def test_averaged_weights(trained):
 
 
 @pytest.mark.slow
-def test_tools_train_validate_resume_and_test(shapes, tmp_path):
+def test_tools_with_deepspeed(shapes, tmp_path):
     """`--cfg-options` alone turn any config into one for DeepSpeed; a test needs neither it nor processes."""
     strategy = ['strategy.type=swinv2_mm.DeepSpeedStrategy', 'strategy.zero_optimization.stage=3']
     options = ['--cfg-options', f'data_root={shapes}', 'runner_type=swinv2_mm.FlexibleRunner', *strategy]
@@ -280,12 +280,12 @@ def with_deepspeed(stage: object = 2, **more) -> Config:
 
 
 @pytest.mark.parametrize('stage', STAGES)
-def test_bases_say_their_stage(stage):
+def test_deepspeed_configs_have_their_stage(stage):
     cfg = Config.fromfile(CONFIGS / f'_base_/memory/deepspeed_zero{stage}.py')
     assert cfg.strategy.zero_optimization.stage == stage
 
 
-def test_recipe_is_translated():
+def test_translate_a_recipe():
     cfg = with_deepspeed()
     cfg.optim_wrapper.clip_grad = dict(max_norm=0.5, norm_type=2)
     recipe, sections = deepspeed.translate(cfg.optim_wrapper)
@@ -311,38 +311,38 @@ def test_recipe_is_translated():
         ({'model_wrapper_cfg': dict(type='MMDistributedDataParallel')}, 'model_wrapper_cfg=None'),
     ],
 )
-def test_what_has_no_counterpart_is_refused(option, message):
+def test_check_runner_refuses_what_deepspeed_does_not_have(option, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         launch.check_runner(with_deepspeed(**option))
 
 
-def test_averaging_parts_of_weights_is_refused():
+def test_check_runner_refuses_ema_at_stage_3():
     hooks = dict(custom_hooks=[dict(type='EMAHook')])
     launch.check_runner(with_deepspeed(2, **hooks))
     with pytest.raises(ValueError, match='use stage 1 or 2'):
         launch.check_runner(with_deepspeed(3, **hooks))
 
 
-def test_missing_package_ends_in_one_line(monkeypatch, capsys):
+def test_build_runner_without_deepspeed(monkeypatch, capsys):
     monkeypatch.setattr(deepspeed, 'deepspeed', None)
     with pytest.raises(SystemExit):
         launch.build_runner(with_deepspeed())
     assert capsys.readouterr().err == 'error: DeepSpeedStrategy needs DeepSpeed: pip install swinv2_mm[deepspeed]\n'
 
 
-def test_a_single_process_needs_a_launcher(tmp_path):
+def test_deepspeed_strategy_needs_a_launcher(tmp_path):
     strategy = deepspeed.DeepSpeedStrategy(zero_optimization=dict(stage=1), work_dir=str(tmp_path))
     with pytest.raises(ValueError, match='tools/dist_train.sh CONFIG 1'):
         strategy.prepare(torch.nn.Linear(1, 1), optim_wrapper=dict(optimizer=dict(type='AdamW')))
 
 
-def test_plain_checkpoint_is_not_resumed(tmp_path):
+def test_deepspeed_strategy_does_not_resume_a_plain_checkpoint(tmp_path):
     strategy = deepspeed.DeepSpeedStrategy(zero_optimization=dict(stage=1), work_dir=str(tmp_path))
     with pytest.raises(ValueError, match='set load_from instead of resume'):
         strategy.resume(str(tmp_path))
 
 
-def test_folders_are_not_written_to_remote_storage(tmp_path):
+def test_deepspeed_strategy_writes_no_folder_to_remote_storage(tmp_path):
     strategy = deepspeed.DeepSpeedStrategy(zero_optimization=dict(stage=1), work_dir=str(tmp_path))
     with pytest.raises(ValueError, match='only local ones'):
         strategy.save_checkpoint('s3://bucket/epoch_1.pth')

@@ -87,26 +87,26 @@ def two_processes(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize('saver', SAVERS)
-def test_two_processes_train_like_one(one_process, two_processes, data, saver):
+def test_training_on_two_processes_is_that_of_one(one_process, two_processes, data, saver):
     # the sum of two numbers is the same in any order
     tolerances = ROUNDING if saver == 'fsdp' else {}
     small.check_agreement(two_processes / saver, one_process / 'one2', data / small.START, **tolerances)
 
 
-def test_gradients_accumulate_in_parts(one_process, two_processes, data):
+def test_fsdp_accumulates_gradients(one_process, two_processes, data):
     folder = two_processes / 'fsdp_accumulated'
     small.check_agreement(folder, one_process / 'one4', data / small.START, **ROUNDING)
 
 
 @pytest.mark.slow
-def test_four_processes_train_like_one(one_process, data, tmp_path):
+def test_training_on_four_processes_is_that_of_one(one_process, data, tmp_path):
     savers = ['zero1', 'fsdp', *DEEPSPEED[2:]]
     run_processes(train_each, tmp_path, data, savers, processes=4, folder=tmp_path)
     for saver in savers:
         small.check_agreement(tmp_path / saver, one_process / 'one4', data / small.START, **ROUNDING)
 
 
-def test_a_process_holds_its_share(two_processes):
+def test_parameters_and_states_are_sharded(two_processes):
     whole = {key: small.notes(two_processes / 'ddp', key) for key in ('parameters', 'states')}
     assert whole['states'][0].item() == pytest.approx(2 * whole['parameters'][0].item(), rel=1e-2)  # two moments
     for saver, split in (('zero1', ['states']), ('fsdp', ['parameters', 'states'])):
@@ -118,7 +118,7 @@ def test_a_process_holds_its_share(two_processes):
 
 
 @pytest.mark.parametrize('saver', ['zero1', 'fsdp'])
-def test_checkpoints_are_those_of_an_ordinary_training(two_processes, saver):
+def test_checkpoints_have_the_layout_of_ddp(two_processes, saver):
     found, expected = (torch.load(small.last(two_processes / name), weights_only=True) for name in (saver, 'ddp'))
     assert found.keys() == expected.keys()
     assert all(type(a) is type(b) and a.shape == b.shape for a, b in pairs(found, expected, 'state_dict'))
@@ -143,13 +143,13 @@ def pairs(a, b, key):
 
 
 @pytest.mark.parametrize('saver', SAVERS)
-def test_the_resumed_training_is_the_same(two_processes, saver):
+def test_resumed_training_reaches_the_weights(two_processes, saver):
     resumed = two_processes / f'{saver}_resumed'
     assert small.notes(resumed, 'losses').shape == (2, small.STEPS - small.SAVED), 'it began anew'
     assert small.same_weights(small.last(resumed), small.last(two_processes / saver))
 
 
-def test_averaged_weights_go_with_split_states(two_processes, data):
+def test_zero1_with_ema(two_processes, data):
     expected, found = (
         torch.load(small.last(two_processes / f'{saver}_ema'), weights_only=True) for saver in ('ddp', 'zero1')
     )
@@ -166,7 +166,7 @@ def average_parts(folder, data):
     small.train(cfg)
 
 
-def test_averaged_weights_are_refused_for_split_parameters(data, tmp_path):
+def test_fsdp_refuses_ema(data, tmp_path):
     with pytest.raises(ProcessError) as refused:
         run_processes(average_parts, tmp_path, data, processes=1, folder=tmp_path)
     way_out = 'leave the hook out, or shard only the optimizer states (configs/_base_/memory/zero1.py)'
@@ -209,7 +209,7 @@ def predict_and_train():
         split.zero_grad()
 
 
-def test_processes_test_different_numbers_of_images_and_train_on(tmp_path):
+def test_fully_sharded_model_evaluates_different_numbers_of_images(tmp_path):
     run_processes(predict_and_train, folder=tmp_path)
 
 
@@ -241,7 +241,7 @@ def compare_scaled_steps():
         assert p.to_local().dtype == torch.float32
 
 
-def test_split_parameters_train_in_bf16_with_a_gradient_scaler(tmp_path):
+def test_fully_sharded_model_in_bf16_with_a_gradient_scaler(tmp_path):
     """What AmpOptimWrapper does, which itself needs a GPU: loss scaled, gradients unscaled, clipped, stepped."""
     run_processes(compare_scaled_steps, folder=tmp_path)
 
@@ -278,9 +278,7 @@ def train_py(config: Path, work_dir: Path) -> list:
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_others_and_the_resumed_training_is_the_same(
-    two_processes, config_files, data, tmp_path
-):
+def test_fsdp_killed_process_ends_all_and_training_resumes(two_processes, config_files, data, tmp_path):
     kill = dict(SMALL_KILL=str(small.SAVED + 1))
     killed = torchrun('--master_port', free_port(), *train_py(config_files / 'fsdp.py', tmp_path), **kill)
     assert killed.returncode != 0
@@ -302,7 +300,7 @@ def check_went_on(folder, expected):
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_training_again(two_processes, config_files, tmp_path):
+def test_torchrun_restarts_a_killed_training(two_processes, config_files, tmp_path):
     """With `--resume`, the first start takes the weights of `load_from`, the second the last checkpoint."""
     result = torchrun(
         *('--max-restarts', 1, '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'localhost:{free_port()}'),
@@ -315,7 +313,7 @@ def test_torchrun_starts_a_killed_training_again(two_processes, config_files, tm
 
 
 @pytest.mark.slow
-def test_two_machines_train_like_two_processes_of_one(two_processes, config_files, tmp_path):
+def test_dist_train_on_two_machines(two_processes, config_files, tmp_path):
     """Each of two launchers believes that it is on a machine of its own."""
     place = environment(NNODES='2', MASTER_ADDR='127.0.0.1', PORT=str(free_port()), PYTHONPATH=str(HELPERS))
     machines = [
@@ -349,6 +347,6 @@ def htc(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('saver', SAVERS + DEEPSPEED)
-def test_a_detector_on_two_processes_trains_like_on_one(htc, saver):
+def test_detector_on_two_processes_trains_like_on_one(htc, saver):
     tolerances = {} if saver in ('ddp', 'zero1') else DECISIONS
     small.check_agreement(htc / saver, htc / 'one/ddp', htc / 'data' / small.START, **tolerances)

@@ -115,7 +115,7 @@ def count_backbone(get_flops, cfg, shape):
         (4, (64, 96), dict(sequential_stages=(0, 1), with_cp=True)),  # both hide operations from a tracer
     ],
 )
-def test_the_flops_of_the_backbone_are_those_of_its_products(tool, window, size, others):
+def test_get_flops_of_the_backbone(tool, window, size, others):
     cfg = backbone_config(NANO, window, **others)
     expected = multiply_adds(NANO, (window, window), size) + output_norm(NANO, 2 * 3)
     assert count_backbone(tool('get_flops'), cfg, (3, *size)) == expected
@@ -124,7 +124,7 @@ def test_the_flops_of_the_backbone_are_those_of_its_products(tool, window, size,
 @pytest.mark.parametrize(
     ('arch', 'window', 'published'), [(TINY_ARCH, 8, 5.9), (TINY_ARCH, 16, 6.6), (BASE_ARCH, 8, 20.3)]
 )
-def test_the_formula_gives_the_flops_at_256_pixels_that_microsoft_publishes(arch, window, published):
+def test_multiply_adds_are_the_flops_of_microsoft(arch, window, published):
     """Microsoft's figures leave the position bias out and count 1 for a normed element; they are less by up to 2%."""
     windows, size = (window, window), (256, 256)
     assert round(multiply_adds(arch, windows, size, norm=1, bias=False) / 1e9, 1) == published
@@ -149,14 +149,14 @@ def video_config(arch, window, **others):
         ((4, 4, 4), (4, 64, 96), (1, 4, 4), dict(sequential_stages=(0, 1), with_cp=True)),
     ],
 )
-def test_the_flops_of_the_backbone_for_video_are_those_of_its_products(tool, window, size, patch, others):
+def test_get_flops_of_the_video_backbone(tool, window, size, patch, others):
     cfg = video_config(NANO, window, patch_size=patch, **others)
     tokens = math.ceil(size[0] / patch[0]) * 2 * 3  # only height and width are merged
     expected = multiply_adds(NANO, window, size, patch) + output_norm(NANO, tokens)
     assert count_backbone(tool('get_flops'), cfg, (1, 3, *size)) == expected
 
 
-def test_all_views_of_a_video_share_one_position_bias(tool):
+def test_get_flops_shares_the_position_bias_between_views(tool):
     window, size, patch = (2, 4, 4), (4, 32, 32), (2, 4, 4)
     one, two = (count_backbone(tool('get_flops'), video_config(ARCH, window), (views, 3, *size)) for views in (1, 2))
     assert two - one == multiply_adds(ARCH, window, size, patch, bias=False) + output_norm(ARCH, 2)
@@ -166,12 +166,12 @@ def test_all_views_of_a_video_share_one_position_bias(tool):
     ('arch', 'published'),
     [(TINY_ARCH, 88), (SMALL_ARCH, 166), (BASE_ARCH, 282), (LARGE_ARCH, 604)],
 )
-def test_the_formula_gives_the_flops_that_video_swin_publishes(arch, published):
+def test_multiply_adds_are_the_flops_of_video_swin(arch, published):
     """In mmaction's metafile too, for 32x224x224; Swin V1 has no MLP for its position bias."""
     assert round(multiply_adds(arch, (8, 7, 7), (32, 224, 224), (2, 4, 4), bias=False) / 1e9) == published
 
 
-def test_get_flops_counts_a_view_of_a_video(clips, tmp_path):
+def test_get_flops_of_a_view_of_a_video(clips, tmp_path):
     output = call(tmp_path, FLOPS, clips / 'config.py', '--shape', 8, 64, 64)
     assert 'Input shape: 1 3 8 64 64' in output
     flops = multiply_adds(ARCH, (8, 7, 7), (8, 64, 64), (2, 4, 4)) + output_norm(ARCH, 4 * 2 * 2)
@@ -217,7 +217,7 @@ def two_stage_config(proposals, masks):
     return cfg
 
 
-def test_a_roi_head_is_counted_for_the_regions_that_the_config_keeps(tool):
+def test_get_flops_of_a_roi_head(tool):
     """More proposals than it is traced with, and fewer masks."""
     proposals, masks = 300, 7
     result = tool('get_flops').complexity(two_stage_config(proposals, masks), (3, 64, 64))
@@ -229,7 +229,7 @@ def test_a_roi_head_is_counted_for_the_regions_that_the_config_keeps(tool):
     assert result.regions == dict(proposals=proposals, masks=masks)
 
 
-def test_the_extra_attention_of_a_neck_is_counted(tool):
+def test_get_flops_of_global_attention(tool):
     cfg = Config.fromfile(NANO_CONFIGS / 'det.py')
     attention = dict(type='swinv2_mm.GlobalAttention', in_channels=128, num_heads=4)
     without = {name: flops for name, flops, _ in tool('get_flops').complexity(cfg, (3, 64, 96)).parts}
@@ -242,7 +242,7 @@ def test_the_extra_attention_of_a_neck_is_counted(tool):
     assert not result.uncounted
 
 
-def test_a_segmentor_is_counted_without_its_auxiliary_head(tool):
+def test_get_flops_without_the_auxiliary_head(tool):
     cfg = Config.fromfile(NANO_CONFIGS / 'seg.py')
     alone = tool('get_flops').complexity(cfg, (3, 64, 64)).parts
     cfg.model.auxiliary_head = dict(cfg.model.decode_head)
@@ -251,7 +251,7 @@ def test_a_segmentor_is_counted_without_its_auxiliary_head(tool):
     assert head == 16 * 16 * (8 * 16 * 9 + 8 * 2 + 8 * 2)  # convolution, batch norm at 2 for each element, classes
 
 
-def test_a_head_that_cannot_be_traced_is_left_out_and_named(tool):
+def test_get_flops_names_a_head_that_cannot_be_traced(tool):
     """Mask2Former's wants annotations in its forward pass."""
     get_flops = tool('get_flops')
     configs = Path(importlib.util.find_spec('mmseg').origin).parent / '.mim/configs'
@@ -274,20 +274,20 @@ def test_a_head_that_cannot_be_traced_is_left_out_and_named(tool):
         ('NCTHW', [2, 3, 8, 64, 96], (2, 3, 8, 64, 96)),
     ],
 )
-def test_the_numbers_of_a_shape_fit_the_kind_of_video_model(tool, format_shape, numbers, shape):
+def test_input_shape_of_video_models(tool, format_shape, numbers, shape):
     cfg = Config.fromfile(NANO_CONFIGS / 'video.py')
     cfg.model.data_preprocessor.format_shape = format_shape
     assert input_shape(cfg, numbers) == shape
 
 
-def test_a_video_model_on_frames_costs_as_often_as_there_are_frames(tool):
+def test_get_flops_of_a_model_of_single_frames(tool):
     cfg = Config.fromfile(NANO_CONFIGS / 'video.py')
     one, eight = (tool('get_flops').complexity(cfg, (frames, 3, 64, 64)) for frames in (1, 8))
     assert dict((p[0], p[1]) for p in eight.parts)['backbone'] == 8 * dict((p[0], p[1]) for p in one.parts)['backbone']
 
 
 @HOWS
-def test_get_flops_prints_every_part_and_its_convention(tmp_path, how):
+def test_get_flops_prints_every_part(tmp_path, how):
     output = how(tmp_path, FLOPS, NANO_CONFIGS / 'det.py', '--shape', 64, 96)
     rows = [line.split()[0] for line in output.splitlines() if line]
     assert {'backbone', 'neck', 'bbox_head', 'total'} <= set(rows)
@@ -303,7 +303,7 @@ def test_get_flops_prints_every_part_and_its_convention(tmp_path, how):
         ('video.py', [1, 2, 3, 4, 5], 'all 4 axes'),
     ],
 )
-def test_a_shape_that_does_not_fit_is_refused(tool, config, numbers, text):
+def test_input_shape_refuses_a_wrong_number_of_axes(tool, config, numbers, text):
     with pytest.raises(ValueError, match=text):
         input_shape(Config.fromfile(NANO_CONFIGS / config), numbers)
 
@@ -311,13 +311,13 @@ def test_a_shape_that_does_not_fit_is_refused(tool, config, numbers, text):
 # ---------------------------------------------------------------- benchmark
 
 
-def test_the_median_of_an_image_is_not_moved_by_one_slow_iteration(tool):
+def test_benchmark_median_ignores_a_slow_iteration(tool):
     figures = tool('benchmark').Figures(seconds=[0.2, 0.2, 0.4, 9.0, 0.4], images=[1, 1, 2, 1, 2], memory=0)
     median, fastest, rate = figures.rates()
     assert (median, fastest, rate) == pytest.approx((200, 200, 5))
 
 
-def test_warm_up_is_not_timed_and_data_are_not_either(tool, monkeypatch):
+def test_benchmark_times_neither_warmup_nor_data(tool, monkeypatch):
     """By a clock of our own: the first two steps and every batch take 5 s, the steps that count 1 s."""
     benchmark = tool('benchmark')
     clock, seen = [0.0], []
@@ -338,7 +338,7 @@ def test_warm_up_is_not_timed_and_data_are_not_either(tool, monkeypatch):
     assert figures.seconds == [1.0] * 4
 
 
-def test_each_view_of_a_video_counts_as_a_clip(tool):
+def test_benchmark_counts_views_as_clips(tool):
     assert tool('benchmark').count([torch.zeros(12, 3, 4, 8, 8), torch.zeros(3, 3, 4, 8, 8)]) == 15
     assert tool('benchmark').count([torch.zeros(8, 3, 8, 8)]) == 1  # frames of one clip
 
@@ -348,7 +348,7 @@ def test_each_view_of_a_video_counts_as_a_clip(tool):
     [('det.py', call), ('seg.py', call), ('video.py', call), pytest.param('det.py', run, marks=pytest.mark.slow)],
     ids=['det', 'seg', 'video', 'as_users'],
 )
-def test_inference_on_random_inputs_is_timed(tmp_path, config, how):
+def test_benchmark_inference_on_random_inputs(tmp_path, config, how):
     output = how(tmp_path, BENCHMARK, NANO_CONFIGS / config, '--shape', 64, '--max-iter', 3, '--repeat-num', 2)
     rows = [line.split() for line in output.splitlines() if line[:5].strip().isdigit()]
     assert [row[:2] for row in rows] == [['1', '3'], ['2', '3']]
@@ -358,21 +358,21 @@ def test_inference_on_random_inputs_is_timed(tmp_path, config, how):
     assert 'Memory: ' in output
 
 
-def test_inference_and_training_on_the_data_of_the_config_are_timed(shapes, tmp_path):
+def test_benchmark_on_the_data_of_the_config(shapes, tmp_path):
     for task in ('inference', 'train'):
         options = ['--task', task, '--max-iter', 9, '--num-warmup', 1]  # more batches than there are
         output = call(tmp_path, BENCHMARK, NANO_CONFIGS / 'det.py', *options, '--cfg-options', f'data_root={shapes}')
         assert ' img/s' in output
 
 
-def test_inference_and_training_of_a_recognizer_are_timed_by_the_clip(clips, tmp_path):
+def test_benchmark_of_a_recognizer(clips, tmp_path):
     """On a random clip, for which no data are needed, and on the data of the config, whose test has 12 views."""
     for task, data in (('train', ['--shape', 32, 28, 28]), ('inference', [])):
         options = ['--task', task, '--max-iter', 2, '--num-warmup', 1]
         assert 'median ms/clip' in call(tmp_path, BENCHMARK, clips / 'config.py', *options, *data)
 
 
-def test_loading_data_is_timed_by_the_script_of_mmdet(shapes, tmp_path):
+def test_benchmark_data_loading(shapes, tmp_path):
     options = ['--task', 'dataloader', '--max-iter', 2, '--num-warmup', 0, '--cfg-options', f'data_root={shapes}']
     assert 'batch/s' in call(tmp_path, BENCHMARK, NANO_CONFIGS / 'det.py', *options)
 
@@ -419,7 +419,7 @@ def assert_not_blank(path):
     assert cv2.imread(str(path)).std() > 1, path
 
 
-def test_every_training_sample_of_a_detector_is_drawn_once_with_its_boxes(shapes, tmp_path):
+def test_browse_dataset_of_a_detector(shapes, tmp_path):
     """The data set of the config is a RepeatDataset, in which the script of mmdet alone goes round for ever."""
     options = ['--not-show', '--output-dir', tmp_path, '--cfg-options', f'data_root={shapes}']
     call(tmp_path, BROWSE, NANO_CONFIGS / 'det.py', *options)
@@ -432,7 +432,7 @@ def test_every_training_sample_of_a_detector_is_drawn_once_with_its_boxes(shapes
         assert all(abs(drawn - image).max() > 60 for image in (plain, plain[:, ::-1]))  # as it is, or flipped
 
 
-def test_semantic_maps_are_drawn_with_values_that_no_instance_has(shapes, tmp_path):
+def test_browse_dataset_of_semantic_maps(shapes, tmp_path):
     options = ['--not-show', '--output-dir', tmp_path, '--cfg-options', f'data_root={shapes}/']
     options += ['train_dataloader.dataset.indices=2']
     call(tmp_path, BROWSE, REPOSITORY / 'configs/det/htc_swinv2_demo.py', *options)
@@ -440,7 +440,7 @@ def test_semantic_maps_are_drawn_with_values_that_no_instance_has(shapes, tmp_pa
 
 
 @HOWS
-def test_every_training_sample_of_a_segmentor_is_drawn(segments, tmp_path, how):
+def test_browse_dataset_of_a_segmentor(segments, tmp_path, how):
     options = ['--not-show', '--output-dir', tmp_path / 'out', '--cfg-options', f'data_root={segments}']
     how(tmp_path, BROWSE, NANO_CONFIGS / 'seg.py', *options)
     pictures = sorted((tmp_path / 'out').iterdir())
@@ -449,7 +449,7 @@ def test_every_training_sample_of_a_segmentor_is_drawn(segments, tmp_path, how):
         assert_not_blank(path)
 
 
-def test_clips_are_drawn_with_the_arguments_of_mmaction(frames, tmp_path):
+def test_browse_dataset_with_the_arguments_of_mmaction(frames, tmp_path):
     options = ['--show-number', 2, '--cfg-options', f'data_root={frames}/']
     call(tmp_path, BROWSE, NANO_CONFIGS / 'video.py', 'out', *options)
     drawn = [path for path in (tmp_path / 'out').rglob('*') if path.is_file()]
@@ -459,7 +459,7 @@ def test_clips_are_drawn_with_the_arguments_of_mmaction(frames, tmp_path):
             assert_not_blank(path)
 
 
-def test_training_clips_of_a_recognizer_are_drawn(clips, tmp_path):
+def test_browse_dataset_of_a_recognizer(clips, tmp_path):
     """Through the script of mmaction, with our own arguments: as many frames as a clip has, of both videos."""
     call(tmp_path, BROWSE, clips / 'config.py', '--not-show', '--output-dir', tmp_path)
     pictures = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*.png'))
@@ -497,7 +497,7 @@ def log_file(tmp_path):
     return write
 
 
-def test_curves_have_the_values_of_the_log_at_their_iterations(tool, log_file):
+def test_analyze_logs_curves_are_those_of_the_log(tool, log_file):
     analyze_logs = tool('analyze_logs')
     log = analyze_logs.read_log(log_file(EPOCHS))
     assert analyze_logs.curve(log, 'loss') == ([2, 4, 6, 8, 10, 12], [6, 5, 4, 3, 2, 1], False)
@@ -509,7 +509,7 @@ def test_curves_have_the_values_of_the_log_at_their_iterations(tool, log_file):
     assert analyze_logs.curve(log, 'time') == ([50, 100], [0.5, 0.1], False)
 
 
-def test_the_time_of_an_iteration_leaves_out_validation_and_the_start_of_an_epoch(tool, log_file):
+def test_analyze_logs_time_of_an_iteration(tool, log_file):
     analyze_logs = tool('analyze_logs')
     log = analyze_logs.read_log(log_file(EPOCHS))
     assert analyze_logs.train_times(log) == pytest.approx({1: 0.3, 2: 0.6})
@@ -518,14 +518,14 @@ def test_the_time_of_an_iteration_leaves_out_validation_and_the_start_of_an_epoc
 
 
 @HOWS
-def test_a_figure_is_drawn_from_several_logs(log_file, tmp_path, how):
+def test_analyze_logs_plots_several_logs(log_file, tmp_path, how):
     logs = [log_file(EPOCHS), log_file(EPOCHS[:4], 'other.json')]
     keys = ['--keys', 'bbox_mAP', 'loss', '--legend', 'a', 'b', 'c', 'd', '--title', 'title']
     how(tmp_path, LOGS, 'plot_curve', *logs, *keys, '--out', tmp_path / 'curves.png')
     assert_not_blank(tmp_path / 'curves.png')
 
 
-def test_the_times_of_a_log_are_printed(log_file, tmp_path):
+def test_analyze_logs_prints_times(log_file, tmp_path):
     output = call(tmp_path, LOGS, 'cal_train_time', log_file(EPOCHS))
     assert 'slowest epoch 2, average time is 0.6000 s/iter' in output
     assert 'average iter time: 0.4500 s/iter' in output
@@ -542,7 +542,7 @@ def test_the_times_of_a_log_are_printed(log_file, tmp_path):
         ([dict(mIoU=1.0)], ['--out', 'a.png'], 'log.json holds no line of a training or validation'),
     ],
 )
-def test_a_mistake_with_a_log_gives_one_line(log_file, tmp_path, lines, args, text):
+def test_analyze_logs_errors(log_file, tmp_path, lines, args, text):
     log_file(lines)
     assert refuse(tmp_path, LOGS, 'plot_curve', 'log.json', *args).startswith(f'error: {text}')
 
@@ -580,5 +580,5 @@ def test_a_mistake_with_a_log_gives_one_line(log_file, tmp_path, lines, args, te
         ('analyze_logs.py', ['cal_train_time', 'no.json'], 'log no.json does not exist'),
     ],
 )
-def test_a_mistake_gives_one_line(tmp_path, script, args, text):
+def test_analysis_tools_errors(tmp_path, script, args, text):
     assert refuse(tmp_path, f'analysis_tools/{script}', *args).startswith(f'error: {text}')

@@ -81,7 +81,7 @@ def place_in(frames, frame):
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
-def test_every_clip_visits_the_same_eight_places_in_steps_of_its_class(data, split):
+def test_clips_move_in_steps_of_their_class(data, split):
     clips, labels = read_clips(data, split)
     assert clips.shape == (dict(train=TRAIN, val=VAL)[split], 8, SIZE, SIZE, 3)
     for places, rows, label in zip(*find_shapes(data, split), labels, strict=True):
@@ -92,7 +92,7 @@ def test_every_clip_visits_the_same_eight_places_in_steps_of_its_class(data, spl
         assert np.all(np.abs(steps - EIGHTHS[label]) < 0.3), (label, steps)
 
 
-def test_clips_start_anywhere(data):
+def test_clips_start_at_random_places(data):
     """A first frame at the same place in all clips would let the second one tell the class."""
     labels = read_clips(data, 'train')[1]
     starts = find_shapes(data, 'train')[0][:, 0]
@@ -100,7 +100,7 @@ def test_clips_start_anywhere(data):
         assert np.all(np.histogram(starts[labels == label], 4, (0, 8))[0] >= 5)
 
 
-def test_the_class_has_no_part_in_the_frames(tool, data, tmp_path, monkeypatch):
+def test_frames_do_not_depend_on_the_class(tool, data, tmp_path, monkeypatch):
     """With other classes, the same random numbers give the same frames in another order, and the same controls."""
     monkeypatch.setattr(tool, 'STEPS', (7, 5, 1, 3))
     other = make(tool, tmp_path / 'other', train=16, val=16)
@@ -123,7 +123,7 @@ def nearest_neighbour_accuracy(train, train_labels, val, val_labels):
     return (train_labels[distances.argmin(axis=1)] == val_labels).mean()
 
 
-def test_only_the_order_of_the_frames_tells_the_class(data):
+def test_class_depends_only_on_the_order_of_frames(data):
     train, train_labels = read_clips(data, 'train')
     val, val_labels = read_clips(data, 'val')
     small = [clips[:, :, 2::4, 2::4] for clips in (train, val)]
@@ -148,7 +148,7 @@ def test_only_the_order_of_the_frames_tells_the_class(data):
     assert nearest_neighbour_accuracy(known, train_labels, asked, val_labels) == 1
 
 
-def test_controls_are_the_validation_clips_shuffled_and_frozen(data):
+def test_controls_are_shuffled_and_frozen_validation_clips(data):
     """Frames equal to the last bit: no trace of the other frames is left in any by its coding."""
     clips, labels = read_clips(data, 'val')
     shuffled, frozen = (read_clips(data, f'val_{control}') for control in ('shuffled', 'frozen'))
@@ -229,7 +229,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(tool, tmp_path, ca
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_a_data_set_of_the_tool_is_not_touched(tool, tmp_path, capsys):
+def test_other_folders_are_not_overwritten(tool, tmp_path, capsys):
     (tmp_path / 'precious.txt').write_text('mine')
     for out in (tmp_path, tmp_path / 'precious.txt'):
         with pytest.raises(SystemExit):
@@ -245,7 +245,7 @@ def load_config(data):
     return launch.load_config(str(CONFIG), {'data_root': str(data)})
 
 
-def test_the_config_reads_the_clips_frame_by_frame_and_unchanged(data):
+def test_demo_config_reads_clips_unchanged(data):
     pytest.importorskip('mmaction')
     from mmengine.registry import DATASETS, DefaultScope
 
@@ -261,7 +261,7 @@ def test_the_config_reads_the_clips_frame_by_frame_and_unchanged(data):
             assert sample['data_samples'].gt_label == clips[split][1][index]
 
 
-def test_the_config_trains_and_is_tested_on_the_controls(tool, tmp_path):
+def test_demo_config_trains_and_tests_on_the_controls(tool, tmp_path):
     data = make(tool, tmp_path / 'clips', train=16, val=8)
     work_dir = tmp_path / 'work'
     options = ['--cfg-options', f'data_root={data}', 'default_hooks.logger.interval=1']
@@ -296,7 +296,7 @@ def write_metric(folder: Path, value: float) -> Path:
         (0.5, 0.4, 0.4, ['too poor', 'frames shuffled', 'one frame repeated']),
     ],
 )
-def test_the_demo_fails_below_its_bound_and_above_chance(demo, tmp_path, capsys, test, shuffled, frozen, complaints):
+def test_demo_fails_below_its_bound_and_above_chance(demo, tmp_path, capsys, test, shuffled, frozen, complaints):
     task = demo.TASKS['video']
     controls = {
         name: write_metric(tmp_path / name, value)
@@ -309,7 +309,7 @@ def test_the_demo_fails_below_its_bound_and_above_chance(demo, tmp_path, capsys,
     assert all(f'{value:.3f}' in printed for value in (test, shuffled, frozen))
 
 
-def test_the_demo_draws_each_frame_and_marks_what_is_wrong(demo, data, monkeypatch):
+def test_demo_draws_frames_and_marks_errors(demo, data, monkeypatch):
     monkeypatch.setattr(demo, 'ROOT', data.parent)
     task = dataclasses.replace(demo.TASKS['video'], data=data.name)
     classes = [torch.tensor([label]) for _, label in read_list(data, 'val')]

@@ -86,7 +86,7 @@ def check_plan(printed):
     assert printed.count(' <\n') == 3
 
 
-def test_plan_memory_prints_its_tables(tmp_path):
+def test_plan_memory_prints_tables(tmp_path):
     check_plan(call(tmp_path, TOOL, *DEMO))
 
 

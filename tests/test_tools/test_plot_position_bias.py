@@ -58,7 +58,7 @@ def timm_bias(state_dict, stage, window):
 
 
 @pytest.mark.parametrize(('stage', 'window'), [(0, 12), (1, 5), (2, 16), (3, 7), (3, 1)])
-def test_a_map_holds_the_bias_that_timm_adds_to_every_pair_of_tokens(tool, state_dict, stage, window):
+def test_bias_maps_are_the_bias_of_timm(tool, state_dict, stage, window):
     maps = tool.bias_maps(state_dict, stage, window)
     assert maps.shape == (ARCH['num_heads'][stage], 2 * window - 1, 2 * window - 1)
     tokens = torch.arange(window)
@@ -68,13 +68,13 @@ def test_a_map_holds_the_bias_that_timm_adds_to_every_pair_of_tokens(tool, state
 
 
 @pytest.mark.parametrize('stage', range(4))
-def test_the_middle_of_a_larger_windows_map_is_the_map_of_the_smaller_window(tool, state_dict, stage):
+def test_bias_maps_of_two_windows_agree(tool, state_dict, stage):
     small, large = (tool.bias_maps(state_dict, stage, window) for window in (8, 20))
     assert small.std() > 0.1
     torch.testing.assert_close(large[:, 12:27, 12:27], small, rtol=1e-6, atol=1e-6)
 
 
-def test_a_mosaic_holds_every_map_once_with_gaps_between_them(tool):
+def test_mosaic_has_every_map_once(tool):
     maps = np.arange(5 * 7 * 7, dtype=np.float32).reshape(5, 7, 7)
     canvas, corners = tool.mosaic(maps)
     assert canvas.shape == (15, 23)  # two rows of three, one pixel apart
@@ -83,7 +83,7 @@ def test_a_mosaic_holds_every_map_once_with_gaps_between_them(tool):
     assert np.isfinite(canvas).sum() == maps.size
 
 
-def test_the_picture_shows_every_stage_and_its_range_is_printed(tool, state_dict, checkpoint, tmp_path):
+def test_plot_position_bias_draws_every_stage(tool, state_dict, checkpoint, tmp_path):
     out = tmp_path / 'bias.png'
     output = run(tmp_path, TOOL, checkpoint, '--windows', 4, 8, '--out', out, '--pretrained-window-sizes', *PRETRAINED)
     assert output.splitlines()[-1] == str(out)
@@ -99,7 +99,7 @@ def test_the_picture_shows_every_stage_and_its_range_is_printed(tool, state_dict
         assert (np.ptp(row, axis=-1) > 0.2).mean() > 0.1
 
 
-def test_our_own_checkpoints_know_their_windows(state_dict, tmp_path):
+def test_plot_position_bias_of_our_checkpoint(state_dict, tmp_path):
     path = tmp_path / 'ours.pth'
     torch.save({'state_dict': {f'backbone.{k}': v for k, v in state_dict.items()}, 'meta': {}}, path)
     output = call(tmp_path, TOOL, path, '--windows', 2, '--out', tmp_path / 'a.png')
@@ -132,7 +132,7 @@ def test_pretrained_window_sizes_fill_in_unknown_windows_only(tool, state_dict):
         tool.write_windows(state_dict, [12, 12, 12, 8])
 
 
-def test_a_video_backbones_maps_are_those_within_one_frame(tool):
+def test_bias_maps_of_a_video_backbone(tool):
     mlp = LogCPB((2, 5, 5), (8, 7, 7), 3)
     state_dict = {f'layers.0.blocks.0.attn.cpb_mlp.{k}': v for k, v in mlp.state_dict().items()}
     torch.testing.assert_close(tool.bias_maps(state_dict, 0, 5), mlp().view(3, 3, 9, 9)[:, 1])

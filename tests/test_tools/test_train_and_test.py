@@ -97,14 +97,14 @@ def check_same_test(one: Path, two: Path) -> None:
     assert scores(one / 'work') == pytest.approx(scores(two / 'work'), abs=1e-3)
 
 
-def test_one_and_two_processes_predict_and_score_the_same(shapes, trained, tested, tmp_path):
+def test_test_on_one_and_two_processes(shapes, trained, tested, tmp_path):
     options = ['--work-dir', 'work', '--out', 'a.pkl', '--cfg-options', f'data_root={shapes}']
     call_together(tmp_path, 'test.py', DET, trained / 'epoch_4.pth', *options)
     check_same_test(tested, tmp_path)
 
 
 @pytest.mark.slow
-def test_dist_test_predicts_and_scores_like_one_process(shapes, trained, tested, tmp_path):
+def test_dist_test_predicts_like_one_process(shapes, trained, tested, tmp_path):
     """As users start it."""
     options = ['--work-dir', 'work', '--out', 'a.pkl', '--cfg-options', f'data_root={shapes}']
     run(tmp_path, 'dist_test.sh', DET, trained / 'epoch_4.pth', 2, *options)
@@ -113,7 +113,7 @@ def test_dist_test_predicts_and_scores_like_one_process(shapes, trained, tested,
 
 @pytest.mark.slow
 @pytest.mark.smoke
-def test_killed_training_resumes_to_the_same_weights(shapes, trained, tmp_path):
+def test_train_resumes_after_kill_to_the_same_weights(shapes, trained, tmp_path):
     """As users start it, beside something that has torchrun's usual port. The resumed run is not told the seed."""
     (tmp_path / 'config.py').write_text(f"""
 _base_ = '{DET}'
@@ -166,7 +166,7 @@ def wait_for(condition, seconds):
 
 
 @pytest.mark.slow
-def test_slurm_starts_the_processes(shapes, trained, tmp_path):
+def test_slurm_train_starts_processes(shapes, trained, tmp_path):
     """SLURM itself cannot run here; in its place a program sets the same variables and starts the same command."""
     (tmp_path / 'srun').write_text("""#!/usr/bin/env bash
         while [[ $1 == -* ]]; do [[ $1 == -p ]] && shift; shift; done
@@ -185,7 +185,7 @@ def test_slurm_starts_the_processes(shapes, trained, tmp_path):
 # ---------------------------------------------------------------- a segmentor
 
 
-def test_segmentation_trains_and_tests(tmp_path):
+def test_train_and_test_segmentation(tmp_path):
     """mmseg: iterations, labels saved as pictures, flips merged, curves."""
     write_segments(tmp_path / 'seg')
     options = ['--work-dir', 'work', '--cfg-options', 'data_root=seg', 'default_hooks.logger.type=LoggerHook']
@@ -209,7 +209,7 @@ def check_curves(log: Path, picture: Path, *options: str) -> None:
 # ---------------------------------------------------------------- recognizers
 
 
-def test_video_trains_and_tests(tmp_path):
+def test_train_and_test_video(tmp_path):
     """mmaction: with the mends that its wheel needs, and with pictures where the config names its hook, which fails."""
     write_frames(tmp_path / 'video')
     options = ['--work-dir', 'work', '--cfg-options', 'data_root=video']
@@ -252,7 +252,7 @@ def recognizer(tmp_path_factory):
     return folder
 
 
-def test_one_and_two_processes_recognize_the_same(recognizer, tmp_path):
+def test_test_of_videos_on_one_and_two_processes(recognizer, tmp_path):
     """Three videos on two processes. The list has the first prediction's class, and the second best of the others."""
     config, checkpoint = recognizer / 'config.py', recognizer / 'model.pth'
     first = predictions(recognizer / 'predictions.pkl')
@@ -288,7 +288,7 @@ def check_pictures(folder: Path, videos: list[int]) -> None:
         assert abs(frames[0, 16:] - frames[-1, 16:]).max() > 50
 
 
-def test_the_views_of_a_video_are_averaged_as_the_head_says(recognizer):
+def test_test_averages_the_views_of_a_video(recognizer):
     """4 clips x 3 crops, each of them predicted alone and averaged by hand: as probabilities, and as logits."""
     from mmaction.apis import init_recognizer
     from mmaction.registry import DATASETS
@@ -332,7 +332,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_the_apis_of_mmaction_recognize_as_the_tools_do(recognizer):
+def test_mmaction_apis_predict_like_test(recognizer):
     """A video by its path: with all views, or with the one that mmaction's inferencers take."""
     from mmaction.apis import inference_recognizer, init_recognizer
     from mmaction.apis.inferencers import ActionRecogInferencer, MMAction2Inferencer
@@ -357,5 +357,5 @@ def test_the_apis_of_mmaction_recognize_as_the_tools_do(recognizer):
         assert_close(torch.tensor(answer), expected)
 
 
-def test_curves_of_a_recognizer_are_plotted(recognizer, tmp_path):
+def test_analyze_logs_of_a_recognizer(recognizer, tmp_path):
     check_curves(next(recognizer.glob('work/2*/vis_data/2*.json')), tmp_path / 'top1.png', '--include-outliers')

@@ -1,4 +1,4 @@
-"""Memory that is counted: against counts by hand, against the memory of the process, and fake tensors against real."""
+"""Counted memory compared with counts by hand and with the memory of the process; fake tensors compared with real."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
 
 NANO = dict(embed_dims=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8))
 # attention backend, stages with activation checkpointing, and with sequential attention
-SAVERS = [
+TECHNIQUES = [
     ('reference', False, ()),
     ('reference', True, ()),
     ('reference', False, (0, 1)),
@@ -166,23 +166,23 @@ def backbone(axes, attention_backend, with_cp, sequential_stages):
 
 
 @pytest.mark.parametrize(
-    ('axes', 'savers', 'bfloat16'),
+    ('axes', 'techniques', 'bfloat16'),
     [
-        (3, SAVERS[0], False),
-        (3, SAVERS[1], True),
-        (2, SAVERS[2], False),
-        (2, SAVERS[3], True),
-        (2, SAVERS[4], False),
-        (2, SAVERS[5], False),
-        (3, SAVERS[6], True),
+        (3, TECHNIQUES[0], False),
+        (3, TECHNIQUES[1], True),
+        (2, TECHNIQUES[2], False),
+        (2, TECHNIQUES[3], True),
+        (2, TECHNIQUES[4], False),
+        (2, TECHNIQUES[5], False),
+        (3, TECHNIQUES[6], True),
     ],
 )
-def test_measure_backbone_of_fake_and_real_tensors(axes, savers, bfloat16):
-    shape = (1, 3, *{2: (40, 24), 3: (6, 24, 20)}[axes])  # which windows do not divide
-    for _ in range(2):  # the first one makes the indices of the windows, which stay for all models
-        real = measure_backbone(backbone(axes, *savers), torch.rand(shape), bfloat16)
+def test_measure_backbone_of_fake_and_real_tensors(axes, techniques, bfloat16):
+    shape = (1, 3, *{2: (40, 24), 3: (6, 24, 20)}[axes])  # not divisible by the window
+    for _ in range(2):  # the first call creates the cached window indices
+        real = measure_backbone(backbone(axes, *techniques), torch.rand(shape), bfloat16)
     with torch.device('meta'):
-        model = backbone(axes, *savers)
+        model = backbone(axes, *techniques)
     with FakeTensorMode():
         fake = measure_backbone(make_fake(model), torch.empty(shape), bfloat16)
     assert fake.kept == real.kept
@@ -193,10 +193,10 @@ def test_measure_backbone_of_fake_and_real_tensors(axes, savers, bfloat16):
 
 
 def test_measure_backbone_is_a_plain_training_step():
-    """Without the function that measures: the same step, written out."""
+    """The same step, written out without `measure_backbone`."""
     model, x = backbone(2, 'reference', False, ()), torch.rand(2, 3, 64, 64)
     memory = measure_backbone(model, x)
-    model.train()  # the position biases are computed anew
+    model.train()  # clears the cached position biases
     with MemoryTracker() as tracker:
         tracker.watch([x])
         outputs = model(x)
@@ -205,17 +205,19 @@ def test_measure_backbone_is_a_plain_training_step():
         tracker.reset_peak()
         gradients = [torch.rand_like(out) for out in outputs]
         torch.autograd.backward(outputs, gradients)
-    # outputs and gradients are kept here until the end
+    # here, outputs and gradients live until the end
     kept = sum(x.nbytes for x in (*outputs, *gradients))
     assert memory.backward_peak <= tracker.peak <= memory.backward_peak + kept
     assert kept < 0.05 * tracker.peak
 
 
 def test_measure_backbone_each_technique_saves_memory():
-    def measured(*savers):
-        return measure_backbone(backbone(2, *savers), torch.rand(2, 3, 128, 128))
+    def measured(*techniques):
+        return measure_backbone(backbone(2, *techniques), torch.rand(2, 3, 128, 128))
 
-    nothing, checkpointing, sequential, both, _, fused, fused_checkpointing = (measured(*savers) for savers in SAVERS)
+    nothing, checkpointing, sequential, both, _, fused, fused_checkpointing = (
+        measured(*techniques) for techniques in TECHNIQUES
+    )
     assert sum(checkpointing.kept) < sum(nothing.kept) / 5
     assert sum(sequential.kept) < sum(nothing.kept)
     assert both.backward_peak < checkpointing.backward_peak < nothing.backward_peak
@@ -237,7 +239,7 @@ def dtypes():
 
 
 def test_cuda_casts_of_autocast():
-    """The list of float32 is that of PyTorch's documentation of autocast for CUDA."""
+    """The float32 operations are those of PyTorch's documentation of autocast for CUDA."""
     half, full = torch.bfloat16, torch.float32
     before = dtypes()
     with cuda_casts():
@@ -254,7 +256,7 @@ def test_cuda_casts_keep_the_gradient():
     torch.testing.assert_close(x.grad, expected, rtol=1e-2, atol=1e-3)
 
 
-# ---------------------------------------------------------------- products that are left out
+# ---------------------------------------------------------------- SkippedProducts
 
 
 def test_skipped_products_take_the_same_memory():

@@ -58,7 +58,7 @@ def test_memory_tracker_views_and_in_place_operations():
         a = torch.zeros(16, 16)
         view = a.t()[3:5].reshape(-1, 1)[1:].expand(-1, 7)
         a.add_(1)
-        assert tracker.live == 16 * 16 * 4 + 2 * 16 * 4  # the reshape of a transposed part copies it
+        assert tracker.live == 16 * 16 * 4 + 2 * 16 * 4  # reshape copies a transposed slice
         del a
         assert tracker.live == 2 * 16 * 4
         kept = torch.zeros(100)[:1]
@@ -102,10 +102,10 @@ def test_memory_tracker_saved_tensors_of_autograd():
     x, weight = torch.rand(100, 8), torch.rand(8, 8, requires_grad=True)
     with MemoryTracker() as tracker:
         loss = (x @ weight).tanh().sum()
-        assert tracker.live == 3200 + 4  # the result of tanh; the product before it is gone
+        assert tracker.live == 3200 + 4  # the output of tanh; the matrix product has been freed
         tracker.reset_peak()
         loss.backward()
-        # on top, where the gradient of tanh is made: that of the loss, and the result; that of the sum is a view
+        # added in the backward of tanh: the gradient of the loss, and that of tanh; the gradient of the sum is a view
         assert tracker.peak == 3200 + 4 + 4 + 3200
         del loss
         assert tracker.live == 8 * 8 * 4  # the gradient of the weight
@@ -115,7 +115,7 @@ def test_memory_tracker_saved_tensors_of_autograd():
 
 @pytest.mark.slow
 def test_memory_tracker_peak_is_that_of_the_process():
-    """Where tensors are large, its memory grows by them; a process of its own, since peaks do not go down."""
+    """Large tensors determine the peak of a process. It runs in its own process, because peaks do not fall."""
     script = r"""
         import re, torch
         from pathlib import Path
@@ -128,9 +128,9 @@ def test_memory_tracker_peak_is_that_of_the_process():
         def step(size):
             x = torch.rand(1, 3, size, size)
             sum(out.mean() for out in model(x)).backward()
-        # not getrusage: it knows the peak of the parent too
+        # not getrusage, which includes the peak of the parent
         rss = lambda: 1024 * int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])
-        step(128)  # what libraries take for themselves
+        step(128)  # allocations of libraries
         before = rss()
         step(1024)
         grown = rss() - before
@@ -215,14 +215,12 @@ def test_measure_backbone_each_technique_saves_memory():
     def measured(*techniques):
         return measure_backbone(backbone(2, *techniques), torch.rand(2, 3, 128, 128))
 
-    nothing, checkpointing, sequential, both, _, fused, fused_checkpointing = (
-        measured(*techniques) for techniques in TECHNIQUES
-    )
-    assert sum(checkpointing.kept) < sum(nothing.kept) / 5
-    assert sum(sequential.kept) < sum(nothing.kept)
-    assert both.backward_peak < checkpointing.backward_peak < nothing.backward_peak
-    assert sum(fused.kept) < sum(sequential.kept)
-    assert fused_checkpointing.backward_peak < both.backward_peak
+    none, checkpointing, sequential, both, _, sdpa, sdpa_checkpointing = (measured(*t) for t in TECHNIQUES)
+    assert sum(checkpointing.kept) < sum(none.kept) / 5
+    assert sum(sequential.kept) < sum(none.kept)
+    assert both.backward_peak < checkpointing.backward_peak < none.backward_peak
+    assert sum(sdpa.kept) < sum(sequential.kept)
+    assert sdpa_checkpointing.backward_peak < both.backward_peak
 
 
 # ---------------------------------------------------------------- precision

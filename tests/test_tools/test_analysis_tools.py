@@ -1,6 +1,6 @@
-"""FLOPs against a formula written from the paper, logs against their own lines, and what the tools print and draw.
+"""FLOPs compared with a formula from the paper, curves with the lines of a log, and what the tools print and draw.
 
-The tools run in this process, and each of them once as users start it (slow, for what a fresh process imports).
+The tools run in this process. One slow test of each starts it as a user does.
 """
 
 import importlib.util
@@ -44,8 +44,8 @@ def tool():
 
 
 @pytest.fixture(autouse=True)
-def _plain_surroundings(monkeypatch):
-    """No display, whatever the machine has; and no style of figures that outlives a test."""
+def _no_display(monkeypatch):
+    """Hide the display of the machine, and restore the style of figures after each test."""
     for name in DISPLAYS:
         monkeypatch.delenv(name, raising=False)
     with matplotlib.rc_context():
@@ -56,10 +56,10 @@ def _plain_surroundings(monkeypatch):
 
 
 def multiply_adds(arch, window, size, patch=(4, 4), norm=5, bias=True):
-    """Swin V2 without its output norms: multiply-adds by the sizes of all products.
+    """Multiply-adds of Swin V2 without its output norms, from the sizes of all matrix products.
 
-    `window`, `size` and `patch` have a number per axis; `norm` is what an element counts that is normed, `bias` whether
-    the MLP of the position bias counts.
+    `window`, `size` and `patch` have a number per axis. `norm` is the count per element of a LayerNorm, `bias`
+    whether the MLP of the position bias counts.
     """
     count = 0
     dim = arch['embed_dims']
@@ -110,8 +110,8 @@ def count_backbone(get_flops, cfg, shape):
     ('window', 'size', 'others'),
     [
         (4, (64, 96), {}),
-        (8, (96, 64), {}),  # windows larger than the last maps
-        (3, (64, 96), {}),  # maps that need padding
+        (8, (96, 64), {}),  # windows larger than the last feature maps
+        (3, (64, 96), {}),  # feature maps that need padding
         (4, (64, 96), dict(sequential_stages=(0, 1), with_cp=True)),  # both hide operations from a tracer
     ],
 )
@@ -125,7 +125,7 @@ def test_get_flops_of_the_backbone(tool, window, size, others):
     ('arch', 'window', 'published'), [(TINY_ARCH, 8, 5.9), (TINY_ARCH, 16, 6.6), (BASE_ARCH, 8, 20.3)]
 )
 def test_multiply_adds_are_the_flops_of_microsoft(arch, window, published):
-    """Microsoft's figures leave the position bias out and count 1 for a normed element; they are less by up to 2%."""
+    """Microsoft leaves out the position bias and counts 1 per element of a LayerNorm, which is up to 2% less."""
     windows, size = (window, window), (256, 256)
     assert round(multiply_adds(arch, windows, size, norm=1, bias=False) / 1e9, 1) == published
     flops = multiply_adds(arch, windows, size) + output_norm(arch, 8 * 8)
@@ -167,7 +167,7 @@ def test_get_flops_shares_the_position_bias_between_views(tool):
     [(TINY_ARCH, 88), (SMALL_ARCH, 166), (BASE_ARCH, 282), (LARGE_ARCH, 604)],
 )
 def test_multiply_adds_are_the_flops_of_video_swin(arch, published):
-    """In mmaction's metafile too, for 32x224x224; Swin V1 has no MLP for its position bias."""
+    """At 32x224x224, as in mmaction's metafile. Swin V1 has no MLP for its position bias."""
     assert round(multiply_adds(arch, (8, 7, 7), (32, 224, 224), (2, 4, 4), bias=False) / 1e9) == published
 
 
@@ -180,7 +180,7 @@ def test_get_flops_of_a_view_of_a_video(clips, tmp_path):
 
 
 def two_stage_config(proposals, masks):
-    """Mask R-CNN with the smallest of heads."""
+    """Mask R-CNN with small heads."""
     cfg = Config.fromfile(NANO_CONFIGS / 'det.py')
     extractor = dict(
         type='SingleRoIExtractor',
@@ -218,7 +218,7 @@ def two_stage_config(proposals, masks):
 
 
 def test_get_flops_of_a_roi_head(tool):
-    """More proposals than it is traced with, and fewer masks."""
+    """With more proposals than in the trace, and fewer masks."""
     proposals, masks = 300, 7
     result = tool('get_flops').complexity(two_stage_config(proposals, masks), (3, 64, 64))
     flops = {name: flops for name, flops, _ in result.parts}
@@ -244,15 +244,15 @@ def test_get_flops_of_global_attention(tool):
 
 def test_get_flops_without_the_auxiliary_head(tool):
     cfg = Config.fromfile(NANO_CONFIGS / 'seg.py')
-    alone = tool('get_flops').complexity(cfg, (3, 64, 64)).parts
+    expected = tool('get_flops').complexity(cfg, (3, 64, 64)).parts
     cfg.model.auxiliary_head = dict(cfg.model.decode_head)
-    assert tool('get_flops').complexity(cfg, (3, 64, 64)).parts == alone
-    head = next(flops for name, flops, _ in alone if name == 'decode_head')
+    assert tool('get_flops').complexity(cfg, (3, 64, 64)).parts == expected
+    head = next(flops for name, flops, _ in expected if name == 'decode_head')
     assert head == 16 * 16 * (8 * 16 * 9 + 8 * 2 + 8 * 2)  # convolution, batch norm at 2 for each element, classes
 
 
 def test_get_flops_names_a_head_that_cannot_be_traced(tool):
-    """Mask2Former's wants annotations in its forward pass."""
+    """The head of Mask2Former needs annotations in its forward pass."""
     get_flops = tool('get_flops')
     configs = Path(importlib.util.find_spec('mmseg').origin).parent / '.mim/configs'
     cfg = Config.fromfile(configs / 'mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py')
@@ -318,7 +318,7 @@ def test_benchmark_median_ignores_a_slow_iteration(tool):
 
 
 def test_benchmark_times_neither_warmup_nor_data(tool, monkeypatch):
-    """By a clock of our own: the first two steps and every batch take 5 s, the steps that count 1 s."""
+    """With a fake clock: the first two steps and every batch take 5 s, the measured steps 1 s."""
     benchmark = tool('benchmark')
     clock, seen = [0.0], []
     monkeypatch.setattr(benchmark, 'time', SimpleNamespace(perf_counter=lambda: clock[0]))
@@ -366,7 +366,7 @@ def test_benchmark_on_the_data_of_the_config(shapes, tmp_path):
 
 
 def test_benchmark_of_a_recognizer(clips, tmp_path):
-    """On a random clip, for which no data are needed, and on the data of the config, whose test has 12 views."""
+    """On a random clip, which needs no data, and on the test data of the config, with 12 views."""
     for task, data in (('train', ['--shape', 32, 28, 28]), ('inference', [])):
         options = ['--task', task, '--max-iter', 2, '--num-warmup', 1]
         assert 'median ms/clip' in call(tmp_path, BENCHMARK, clips / 'config.py', *options, *data)
@@ -377,12 +377,12 @@ def test_benchmark_data_loading(shapes, tmp_path):
     assert 'batch/s' in call(tmp_path, BENCHMARK, NANO_CONFIGS / 'det.py', *options)
 
 
-# ---------------------------------------------------------------- pictures of data
+# ---------------------------------------------------------------- browse_dataset
 
 
 @pytest.fixture(autouse=True)
-def _mend_no_further(monkeypatch):
-    """The toolboxes' own visualizers for each test: browse_dataset.py mends them for its process."""
+def _restore_visualizers(monkeypatch):
+    """Restore the visualizers of the toolboxes after each test: browse_dataset.py patches them."""
     from mmaction.visualization import ActionVisualizer
     from mmdet.visualization import DetLocalVisualizer
     from mmseg.visualization import SegLocalVisualizer
@@ -420,7 +420,7 @@ def assert_not_blank(path):
 
 
 def test_browse_dataset_of_a_detector(shapes, tmp_path):
-    """The data set of the config is a RepeatDataset, in which the script of mmdet alone goes round for ever."""
+    """The data set of the config is a RepeatDataset, over which the script of mmdet loops forever."""
     options = ['--not-show', '--output-dir', tmp_path, '--cfg-options', f'data_root={shapes}']
     call(tmp_path, BROWSE, NANO_CONFIGS / 'det.py', *options)
     pictures = sorted(tmp_path.glob('*.jpg'))
@@ -429,7 +429,7 @@ def test_browse_dataset_of_a_detector(shapes, tmp_path):
         plain, drawn = (cv2.imread(str(p)).astype(int) for p in (shapes / 'train2017' / path.name, path))
         drawn = cv2.resize(drawn.astype(np.uint8), (64, 64)).astype(int)
         assert_not_blank(path)
-        assert all(abs(drawn - image).max() > 60 for image in (plain, plain[:, ::-1]))  # as it is, or flipped
+        assert all(abs(drawn - image).max() > 60 for image in (plain, plain[:, ::-1]))  # original or flipped
 
 
 def test_browse_dataset_of_semantic_maps(shapes, tmp_path):
@@ -455,21 +455,21 @@ def test_browse_dataset_with_the_arguments_of_mmaction(frames, tmp_path):
     drawn = [path for path in (tmp_path / 'out').rglob('*') if path.is_file()]
     assert len({path.relative_to(tmp_path / 'out').parts[0] for path in drawn}) == 2
     for path in drawn:
-        if path.suffix == '.png':  # not films, which moviepy writes where it is installed
+        if path.suffix == '.png':  # not the videos that moviepy writes where it is installed
             assert_not_blank(path)
 
 
 def test_browse_dataset_of_a_recognizer(clips, tmp_path):
-    """Through the script of mmaction, with our own arguments: as many frames as a clip has, of both videos."""
+    """With our arguments for the script of mmaction: all frames of a clip of both videos."""
     call(tmp_path, BROWSE, clips / 'config.py', '--not-show', '--output-dir', tmp_path)
     pictures = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*.png'))
-    if importlib.util.find_spec('moviepy') is None:  # else they are films
+    if importlib.util.find_spec('moviepy') is None:  # otherwise they are videos
         assert pictures == sorted(f'video_{video}/frames_0/{frame}.png' for video in range(2) for frame in range(32))
     for path in tmp_path.rglob('*.png'):
         assert_not_blank(path)
 
 
-# ---------------------------------------------------------------- logs
+# ---------------------------------------------------------------- analyze_logs
 
 EPOCHS = [  # two epochs of six iterations, logged every second one, as mmdet does
     dict(loss=6.0, time=9.0, epoch=1, iter=2, step=2),
@@ -481,7 +481,7 @@ EPOCHS = [  # two epochs of six iterations, logged every second one, as mmdet do
     dict(loss=1.0, time=0.7, epoch=2, iter=12, step=12),
     {'coco/bbox_mAP': 0.3, 'coco/segm_mAP': 0.15, 'time': 7.0, 'step': 2},
 ]
-ITERATIONS = [  # as mmseg does: no epochs, and metrics without a prefix
+ITERATIONS = [  # as in mmseg: no epochs, and metrics without a prefix
     dict(loss=2.0, time=0.5, iter=50, step=50),
     dict(loss=1.0, time=0.1, iter=100, step=100),
     {'aAcc': 60.0, 'mIoU': 30.0, 'time': 7.0, 'step': 100},
@@ -547,7 +547,7 @@ def test_analyze_logs_errors(log_file, tmp_path, lines, args, text):
     assert refuse(tmp_path, LOGS, 'plot_curve', 'log.json', *args).startswith(f'error: {text}')
 
 
-# ---------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(

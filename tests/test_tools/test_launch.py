@@ -1,4 +1,4 @@
-"""The checks before a start: each mistake gives one line and exit code 2. What the scripts for processes start."""
+"""The checks before a launch: each error is one line, with exit code 2. The commands that the launch scripts start."""
 
 import runpy
 import socket
@@ -23,7 +23,7 @@ SHAPES = ('annotations/instances_train2017.json', 'annotations/instances_val2017
 
 @pytest.fixture
 def data(tmp_path):
-    """The files of a data set, empty: the checks look at names alone."""
+    """A data set of empty files: the checks read only their names."""
     for name in SHAPES:
         path = tmp_path / 'shapes' / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,19 +32,19 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def complain(tmp_path):
-    """Call train.py or test.py on arguments; returns the one line that it prints before it leaves with code 2."""
+def error_of(tmp_path):
+    """Call train.py or test.py with invalid arguments; returns the line that it prints before it exits with code 2."""
     return lambda tool, *args: refuse(tmp_path, f'{tool}.py', *args)
 
 
-def test_load_config_names_a_missing_toolbox(complain, tmp_path):
+def test_load_config_names_a_missing_toolbox(error_of, tmp_path):
     config = tmp_path / 'config.py'
     config.write_text("_base_ = 'mmpose::_base_/default_runtime.py'")
-    assert 'mmpose is not installed' in complain('train', config)
+    assert 'mmpose is not installed' in error_of('train', config)
 
 
-def test_load_config_names_a_missing_config(complain):
-    assert 'config no_such.py does not exist (seen from ' in complain('train', 'no_such.py')
+def test_load_config_names_a_missing_config(error_of):
+    assert 'config no_such.py does not exist (seen from ' in error_of('train', 'no_such.py')
 
 
 @pytest.mark.parametrize(
@@ -56,47 +56,47 @@ def test_load_config_names_a_missing_config(complain):
         ('test', SHAPES[3], 'test_dataloader.dataset.data_prefix.img', 'test'),
     ],
 )
-def test_check_data_names_a_missing_path(complain, data, tmp_path, tool, missing, option, split):
+def test_check_data_names_a_missing_path(error_of, data, tmp_path, tool, missing, option, split):
     path = data / missing
     path.rmdir() if path.is_dir() else path.unlink()
     (tmp_path / 'a.pth').touch()
     arguments = [NANO_CONFIGS / 'det.py', *([tmp_path / 'a.pth'] if tool == 'test' else [])]
-    line = complain(tool, *arguments, '--cfg-options', f'data_root={data}')
+    line = error_of(tool, *arguments, '--cfg-options', f'data_root={data}')
     assert f'{split} data: {data}/{missing} does not exist; it is set by {option}.' in line
     assert '--cfg-options data_root=DIR' in line
 
 
-def test_check_data_of_an_evaluator(complain, data, tmp_path):
-    line = complain(
+def test_check_data_of_an_evaluator(error_of, data, tmp_path):
+    line = error_of(
         'train', NANO_CONFIGS / 'det.py', '--cfg-options', f'data_root={data}', 'val_evaluator.ann_file=gone.json'
     )
     assert 'gone.json' in line
     assert 'val_evaluator.ann_file=PATH' in line
 
 
-def test_check_data_of_stuff_maps(complain, data):
-    line = complain('train', DET / 'htc_swinv2_t.py', '--cfg-options', f'data_root={data}')
+def test_check_data_of_stuff_maps(error_of, data):
+    line = error_of('train', DET / 'htc_swinv2_t.py', '--cfg-options', f'data_root={data}')
     assert f'{data}/stuffthingmaps/train2017/ does not exist' in line
     assert 'it is set by train_dataloader.dataset.data_prefix.seg' in line
 
 
 @pytest.mark.parametrize('package', ['instaboostfast', 'skimage'])
-def test_check_transforms_of_instaboost(complain, data, monkeypatch, package):
+def test_check_transforms_of_instaboost(error_of, data, monkeypatch, package):
     (data / 'stuffthingmaps/train2017').mkdir(parents=True)
     for name in [name for name in sys.modules if name.split('.')[0] == 'instaboostfast']:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    line = complain('train', DET / 'htc_swinv2_t.py', '--cfg-options', f'data_root={data}')
+    line = error_of('train', DET / 'htc_swinv2_t.py', '--cfg-options', f'data_root={data}')
     assert 'InstaBoost needs the package instaboostfast' in line
     assert 'pip install' in line
 
 
 @pytest.mark.parametrize('evaluator', ['test_evaluator.metric=[bbox,segm]', 'test_evaluator.metric=segm'])
-def test_check_metrics_masks_of_a_box_detector(complain, tmp_path, monkeypatch, evaluator):
+def test_check_metrics_masks_of_a_box_detector(error_of, tmp_path, monkeypatch, evaluator):
     (tmp_path / 'a.pth').touch()
     monkeypatch.setattr(checks, 'check_data', lambda cfg, splits: None)
     config = DET / 'htc_swinv2_g_objects365.py'
-    line = complain('test', config, tmp_path / 'a.pth', '--cfg-options', evaluator)
+    line = error_of('test', config, tmp_path / 'a.pth', '--cfg-options', evaluator)
     assert line.startswith('error: test_evaluator.metric=')
     assert 'the model predicts boxes alone: --cfg-options test_evaluator.metric=bbox' in line
 
@@ -138,8 +138,8 @@ def test_check_data_of_videos(tmp_path):
         ('model.backbone.window_size=-3', 'window_size'),
     ],
 )
-def test_check_classes_wrong_backbone_arguments(complain, data, option, text):
-    line = complain('train', NANO_CONFIGS / 'det.py', '--cfg-options', f'data_root={data}', option)
+def test_check_classes_wrong_backbone_arguments(error_of, data, option, text):
+    line = error_of('train', NANO_CONFIGS / 'det.py', '--cfg-options', f'data_root={data}', option)
     assert any(word in line for word in text.split('|'))
 
 
@@ -179,10 +179,10 @@ def test_check_classes_wrong_backbone_arguments(complain, data, option, text):
     ],
 )
 @pytest.mark.parametrize('tool', ['train', 'test'])
-def test_check_classes_wrong_names(complain, data, tmp_path, tool, option, text):
+def test_check_classes_wrong_names(error_of, data, tmp_path, tool, option, text):
     (tmp_path / 'a.pth').touch()
     arguments = [NANO_CONFIGS / 'det.py', *([tmp_path / 'a.pth'] if tool == 'test' else [])]
-    assert text in complain(tool, *arguments, '--cfg-options', f'data_root={data}', option)
+    assert text in error_of(tool, *arguments, '--cfg-options', f'data_root={data}', option)
 
 
 @pytest.mark.parametrize(
@@ -212,9 +212,9 @@ def test_check_classes_in_analysis_tools(tmp_path, tool, arguments, option, text
         (['type=Pretrained', 'checkpoint=gone.pth'], 'init_cfg.checkpoint: checkpoint gone.pth does not exist'),
     ],
 )
-def test_check_init_cfg(complain, data, options, text):
+def test_check_init_cfg(error_of, data, options, text):
     options = [f'data_root={data}', *(f'model.backbone.init_cfg.{option}' for option in options)]
-    assert text in complain('train', NANO_CONFIGS / 'det.py', '--cfg-options', *options)
+    assert text in error_of('train', NANO_CONFIGS / 'det.py', '--cfg-options', *options)
 
 
 def test_get_flops_needs_no_package_of_the_data(monkeypatch, tmp_path):
@@ -229,10 +229,10 @@ def test_get_flops_needs_no_package_of_the_data(monkeypatch, tmp_path):
     assert 'Params' in printed
 
 
-def test_check_classes_of_the_optimizer_constructor(complain, data):
+def test_check_classes_of_the_optimizer_constructor(error_of, data):
     options = ['optim_wrapper.constructor=swinv2_mm.SwinV2OptimWrapperConstructor']
     options.append('optim_wrapper.paramwise_cfg.decay_rate=0.9')
-    line = complain('train', NANO_CONFIGS / 'det.py', '--cfg-options', f'data_root={data}', *options)
+    line = error_of('train', NANO_CONFIGS / 'det.py', '--cfg-options', f'data_root={data}', *options)
     assert 'but not decay_rate (write layer_decay_rate=0.9' in line
 
 
@@ -287,8 +287,8 @@ def test_check_classes_names_a_missing_package(monkeypatch):
         ),
     ],
 )
-def test_train_wrong_flags(complain, data, flags, text):
-    assert text in complain('train', NANO_CONFIGS / 'det.py', '--cfg-options', f'data_root={data}', *flags)
+def test_train_wrong_flags(error_of, data, flags, text):
+    assert text in error_of('train', NANO_CONFIGS / 'det.py', '--cfg-options', f'data_root={data}', *flags)
 
 
 @pytest.mark.parametrize(
@@ -308,19 +308,19 @@ def test_train_wrong_flags(complain, data, flags, text):
         ),
     ],
 )
-def test_test_wrong_flags(complain, monkeypatch, tmp_path, config, flags, text):
+def test_test_wrong_flags(error_of, monkeypatch, tmp_path, config, flags, text):
     (tmp_path / 'a.pth').touch()
     monkeypatch.setattr(checks, 'check_data', lambda cfg, splits: None)
-    assert text in complain('test', NANO_CONFIGS / f'{config}.py', tmp_path / 'a.pth', *flags)
+    assert text in error_of('test', NANO_CONFIGS / f'{config}.py', tmp_path / 'a.pth', *flags)
 
 
-def test_check_checkpoint_missing(complain):
-    assert 'CHECKPOINT: checkpoint gone.pth does not exist' in complain('test', NANO_CONFIGS / 'det.py', 'gone.pth')
+def test_check_checkpoint_missing(error_of):
+    assert 'CHECKPOINT: checkpoint gone.pth does not exist' in error_of('test', NANO_CONFIGS / 'det.py', 'gone.pth')
 
 
-def test_check_last_checkpoint_missing(complain, data, tmp_path):
+def test_check_last_checkpoint_missing(error_of, data, tmp_path):
     (tmp_path / 'last_checkpoint').write_text('/elsewhere/epoch_3.pth')
-    line = complain(
+    line = error_of(
         'train', NANO_CONFIGS / 'det.py', '--work-dir', tmp_path, '--resume', '--cfg-options', f'data_root={data}'
     )
     assert 'names /elsewhere/epoch_3.pth, which does not exist' in line
@@ -330,7 +330,7 @@ def test_check_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     checks.check_gpus(2)
-    with pytest.raises(ValueError, match='3 GPUs asked for, but this machine has 2'):
+    with pytest.raises(ValueError, match='3 GPUs resources for, but this machine has 2'):
         checks.check_gpus(3)
 
 
@@ -342,9 +342,9 @@ def test_check_port_only_on_the_first_machine(monkeypatch):
         checks.check_processes(preflight=None)  # torchrun's processes: it has opened the port by then
         monkeypatch.setenv('NODE_RANK', '1')
         checks.check_processes(preflight=1)
-    with socket.socket() as holder:  # not the port above, which a process that was started meanwhile may still hold
-        holder.bind(('', 0))
-        port = holder.getsockname()[1]
+    with socket.socket() as probe:  # not the port above: a process that was started meanwhile may still use it
+        probe.bind(('', 0))
+        port = probe.getsockname()[1]
     checks.check_port(port)
 
 
@@ -392,11 +392,11 @@ def test_adapt_to_cpu_mixed_precision():
 @pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')
 @pytest.mark.parametrize(('rank', 'times'), [('0', 1), ('1', 0)])
 def test_adapt_to_cpu_logs_only_in_the_first_process(monkeypatch, rank, times):
-    said = []
-    monkeypatch.setattr(launch, 'print_log', lambda text, **_: said.append(text))
+    logged = []
+    monkeypatch.setattr(launch, 'print_log', lambda text, **_: logged.append(text))
     monkeypatch.setenv('RANK', rank)
     launch.adapt_to_cpu(Config.fromfile(NANO_CONFIGS / 'det.py'))
-    assert said == ['No GPU: training in fp32 (OptimWrapper) instead of mixed precision (AmpOptimWrapper).'] * times
+    assert logged == ['No GPU: training in fp32 (OptimWrapper) instead of mixed precision (AmpOptimWrapper).'] * times
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')
@@ -408,7 +408,7 @@ def test_adapt_to_cpu_sync_bn():
     assert [head.norm_cfg for head in cfg.model.roi_head.bbox_head] == [dict(type='BN', requires_grad=True)] * 3
 
 
-# ---------------------------------------------------------------- the scripts for several processes
+# ---------------------------------------------------------------- the launch scripts
 
 
 @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'])
@@ -418,8 +418,8 @@ def test_launch_scripts_print_usage(script):
     assert result.stderr.startswith('usage: ')
 
 
-def imitate(program: Path, lines: str) -> Path:
-    """Write a program, in place of one that is not to start, or that this machine does not have."""
+def write_program(program: Path, lines: str) -> Path:
+    """Write a program that replaces one that must not start, or that this machine does not have."""
     program.write_text(f'#!/usr/bin/env bash\n{lines}\n')
     program.chmod(0o755)
     return program
@@ -427,8 +427,8 @@ def imitate(program: Path, lines: str) -> Path:
 
 @pytest.fixture
 def start(tmp_path):
-    """Run a script with an interpreter that only says how it was called; returns its lines."""
-    python = imitate(tmp_path / 'python', 'echo "${PORT:-none}: $*"')
+    """Run a script with an interpreter that only prints its arguments; returns the lines."""
+    python = write_program(tmp_path / 'python', 'echo "${PORT:-none}: $*"')
     return lambda *args, **env: run(tmp_path, *args, PYTHON=str(python), **env).splitlines()
 
 
@@ -464,22 +464,22 @@ def test_dist_test_starts_processes(start):
 
 
 def test_slurm_scripts_request_processes(start, tmp_path):
-    imitate(tmp_path / 'srun', 'printf "<%s>" "$@"')
+    write_program(tmp_path / 'srun', 'printf "<%s>" "$@"')
     path = dict(PATH=f'{tmp_path}:{environment()["PATH"]}')
     (line,) = start('slurm_train.sh', 'part', 'job', 'a b.py', 'work', '--resume', **path, SRUN_ARGS='--time=5 --qos=a')
     python = f'<{tmp_path}/python><-u>'
-    asked = '<--gres=gpu:8><--ntasks=8><--ntasks-per-node=8><--cpus-per-task=5><--kill-on-bad-exit=1>'
+    resources = '<--gres=gpu:8><--ntasks=8><--ntasks-per-node=8><--cpus-per-task=5><--kill-on-bad-exit=1>'
     command = f'<{TOOLS}/train.py><a b.py><--work-dir><work><--launcher><slurm><--resume>'
-    assert line == f'<-p><part><--job-name=job>{asked}<--time=5><--qos=a>{python}{command}'
+    assert line == f'<-p><part><--job-name=job>{resources}<--time=5><--qos=a>{python}{command}'
     size = dict(GPUS='16', GPUS_PER_NODE='4', CPUS_PER_TASK='3')
     (line,) = start('slurm_test.sh', 'part', 'job', 'a.py', 'b c.pth', '--tta', **path, **size)
-    asked = '<--gres=gpu:4><--ntasks=16><--ntasks-per-node=4><--cpus-per-task=3><--kill-on-bad-exit=1>'
+    resources = '<--gres=gpu:4><--ntasks=16><--ntasks-per-node=4><--cpus-per-task=3><--kill-on-bad-exit=1>'
     command = f'<{TOOLS}/test.py><a.py><b c.pth><--launcher><slurm><--tta>'
-    assert line == f'<-p><part><--job-name=job>{asked}{python}{command}'
+    assert line == f'<-p><part><--job-name=job>{resources}{python}{command}'
 
 
-def refuse_to_start(folder: Path, *args, **env: str) -> str:
-    """Run a script on a mistake; returns the one line that it prints."""
+def script_error(folder: Path, *args, **env: str) -> str:
+    """Run a script with invalid arguments; returns its line of the error."""
     command = [TOOLS / args[0], *map(str, args[1:])]
     result = subprocess.run(command, cwd=folder, env=environment(**env), capture_output=True, text=True, check=False)
     assert result.returncode == 2, result.stdout + result.stderr
@@ -490,20 +490,20 @@ def refuse_to_start(folder: Path, *args, **env: str) -> str:
 
 @pytest.mark.parametrize('gpus', ['two', '0'])
 def test_dist_train_invalid_gpus(tmp_path, gpus):
-    line = refuse_to_start(tmp_path, 'dist_train.sh', 'a.py', gpus, PYTHON='false')
+    line = script_error(tmp_path, 'dist_train.sh', 'a.py', gpus, PYTHON='false')
     assert line == f"error: GPUS must be a positive number, got '{gpus}'"
 
 
 @pytest.mark.parametrize('variable', ['NNODES', 'NODE_RANK'])
 def test_dist_train_invalid_nodes(tmp_path, variable):
-    line = refuse_to_start(tmp_path, 'dist_train.sh', 'a.py', '2', PYTHON='false', **{variable: '1:2'})
+    line = script_error(tmp_path, 'dist_train.sh', 'a.py', '2', PYTHON='false', **{variable: '1:2'})
     assert line.startswith(f'error: {variable} must be a')
     assert line.endswith(", got '1:2'")
 
 
 def test_dist_train_through_a_symlink(tmp_path):
     (tmp_path / 'train.sh').symlink_to(TOOLS / 'dist_train.sh')
-    python = imitate(tmp_path / 'python', 'echo "$1"')
+    python = write_program(tmp_path / 'python', 'echo "$1"')
     result = subprocess.run(
         [tmp_path / 'train.sh', 'a.py', '2'], env=environment(PYTHON=str(python)), capture_output=True, text=True
     )
@@ -511,15 +511,15 @@ def test_dist_train_through_a_symlink(tmp_path):
 
 
 def test_dist_train_stops_if_preflight_fails(tmp_path):
-    python = imitate(tmp_path / 'python', 'echo "error: $*" >&2\nexit 2')
-    assert refuse_to_start(tmp_path, 'dist_train.sh', 'a.py', '2', PYTHON=str(python)).endswith('--preflight 2')
+    python = write_program(tmp_path / 'python', 'echo "error: $*" >&2\nexit 2')
+    assert script_error(tmp_path, 'dist_train.sh', 'a.py', '2', PYTHON=str(python)).endswith('--preflight 2')
 
 
 def test_dist_train_port_in_use(data, tmp_path):
-    """A process as users start it; the other mistakes are those of train.py, above."""
+    """As users start it. The other errors are tested above with train.py."""
     options = ['--cfg-options', f'data_root={data}']
     with taken_port() as port:
-        line = refuse_to_start(tmp_path, 'dist_train.sh', NANO_CONFIGS / 'det.py', 2, *options, PORT=str(port))
+        line = script_error(tmp_path, 'dist_train.sh', NANO_CONFIGS / 'det.py', 2, *options, PORT=str(port))
     assert line.startswith(f'error: port {port} cannot be used')
 
 
@@ -546,7 +546,7 @@ def test_preflight_only_checks(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_tools_print_usage(script, monkeypatch, capsys):
-    """As Python runs a script, but in this process, which has imported everything already."""
+    """As Python runs a script, but in this process, which has imported everything."""
     monkeypatch.setattr(sys, 'argv', [script, '--help'])
     with folder_on_path(TOOLS / script), pytest.raises(SystemExit) as end:
         runpy.run_path(str(TOOLS / script), run_name='__main__')
@@ -571,7 +571,7 @@ def test_print_config_refuses_an_unknown_suffix(tmp_path):
     assert line == 'error: --save-path a.txt: the file must end in .py, .json or .yml'
 
 
-# ---------------------------------------------------------------- the end
+# ---------------------------------------------------------------- process_group
 
 
 @pytest.fixture
@@ -598,7 +598,7 @@ def test_process_group_of_the_caller_stays(meet):
 
 
 def test_process_group_after_an_error(meet):
-    """A barrier, or the end of the group, could wait for processes that wait for this one."""
+    """A barrier or the end of the group could deadlock with processes that wait for this one."""
 
     def fail():
         meet()

@@ -93,7 +93,7 @@ def test_clips_move_in_steps_of_their_class(data, split):
 
 
 def test_clips_start_at_random_places(data):
-    """A first frame at the same place in all clips would let the second one tell the class."""
+    """If the first frame had the same position in all clips, the second one would reveal the class."""
     labels = read_clips(data, 'train')[1]
     starts = find_shapes(data, 'train')[0][:, 0]
     for label in EIGHTHS:
@@ -115,7 +115,7 @@ def test_frames_do_not_depend_on_the_class(tool, data, tmp_path, monkeypatch):
 
 
 def nearest_neighbour_accuracy(train, train_labels, val, val_labels):
-    """Of features of (clips, ...), each scaled by its spread."""
+    """Of features of shape (clips, ...), each divided by its standard deviation."""
     train, val = (features.reshape(len(features), -1).astype(float) for features in (train, val))
     scale = train.std(axis=0) + 1e-9
     train, val = train / scale, val / scale
@@ -139,17 +139,17 @@ def test_class_depends_only_on_the_order_of_frames(data):
         'mean of the frames': [clips.mean(axis=1) for clips in small],
         'frames from left to right': [sorted_by_place(*pair) for pair in zip(places, small, strict=True)],
     }
-    for name, (known, asked) in blind.items():
-        accuracy = nearest_neighbour_accuracy(known, train_labels, asked, val_labels)
+    for name, (known, unknown) in blind.items():
+        accuracy = nearest_neighbour_accuracy(known, train_labels, unknown, val_labels)
         assert 0.25 - 0.12 < accuracy < 0.25 + 0.12, name  # three standard deviations
-    turns = [np.exp(1j * p * np.pi / 4) for p in places]
-    moves = [(t[:, 1:] * t[:, :-1].conj()).mean(axis=1) for t in turns]
-    known, asked = (np.stack([m.real, m.imag], axis=1) for m in moves)
-    assert nearest_neighbour_accuracy(known, train_labels, asked, val_labels) == 1
+    phases = [np.exp(1j * p * np.pi / 4) for p in places]
+    moves = [(t[:, 1:] * t[:, :-1].conj()).mean(axis=1) for t in phases]
+    known, unknown = (np.stack([m.real, m.imag], axis=1) for m in moves)
+    assert nearest_neighbour_accuracy(known, train_labels, unknown, val_labels) == 1
 
 
 def test_controls_are_shuffled_and_frozen_validation_clips(data):
-    """Frames equal to the last bit: no trace of the other frames is left in any by its coding."""
+    """Frames are bitwise equal: the codec leaves no trace of other frames in them."""
     clips, labels = read_clips(data, 'val')
     shuffled, frozen = (read_clips(data, f'val_{control}') for control in ('shuffled', 'frozen'))
     assert np.array_equal(shuffled[1], labels)
@@ -190,7 +190,7 @@ def test_training_and_validation_share_nothing(data):
 
 
 def test_same_arguments_give_same_bytes_and_another_seed_other_clips(tool, data, tmp_path):
-    """The first time in a process as users start it, then in this one, with as many threads as a small machine has."""
+    """First as users start it, then in this process with one thread, as on a small machine."""
     again = tmp_path / 'again'
     output = run(tmp_path, MAKER, again, '--train', 8, '--val', 8, '--size', SIZE, '--seed', 3)
     assert f'{again}: clips of 8 frames of 64 x 64 pixels' in output
@@ -203,7 +203,7 @@ def test_same_arguments_give_same_bytes_and_another_seed_other_clips(tool, data,
     finally:
         cv2.setNumThreads(threads)
     assert hashes(again, '**/*.*') == first
-    assert hashes(again).items() <= hashes(data).items()  # the number of clips has no part in them either
+    assert hashes(again).items() <= hashes(data).items()  # clips do not depend on their number either
     make(tool, again, train=4, val=4, seed=4)
     replaced = hashes(again)
     assert len(replaced) == 4 * 4

@@ -28,7 +28,7 @@ def read(name: str) -> Config:
 
 
 def size(**changes):
-    """Ten million parameters, eight million of them trained, in blocks of at most one million but for two."""
+    """Ten million parameters: eight million are trained, two of them outside of blocks of up to one million."""
     sizes = dict(parameters=40e6, trained=32e6, largest_block=4e6, rest=8e6, ema=0, optimizer=64e6)
     return memory_plan.ModelSize(**sizes | changes)
 

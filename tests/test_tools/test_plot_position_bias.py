@@ -1,4 +1,4 @@
-"""The picture of the position bias: the maps behind it against timm's attention, then the tool as users run it."""
+"""The plot of the position bias: its values compared with timm's attention, then the tool as users run it."""
 
 import matplotlib.image
 import numpy as np
@@ -28,7 +28,7 @@ def state_dict():
 
 @pytest.fixture
 def checkpoint(state_dict, tmp_path):
-    """A file in the official layout, which says nothing about windows."""
+    """A file in the official layout, without windows."""
     path = tmp_path / 'weights.pth'
     torch.save({'model': {k: v for k, v in state_dict.items() if is_official(k)}}, path)
     return path
@@ -39,7 +39,7 @@ def is_official(key):
 
 
 def timm_bias(state_dict, stage, window):
-    """What timm's attention adds to the logits: those that its softmax sees when all queries and keys are zero."""
+    """The position bias of timm's attention: the input of its softmax when all queries and keys are zero."""
     find_peers()
     from timm.models.swin_transformer_v2 import WindowAttention
 
@@ -94,7 +94,7 @@ def test_plot_position_bias_draws_every_stage(tool, state_dict, checkpoint, tmp_
         assert f'{maps.min():.2f} to {maps.max():.2f} at 8' in line
     pixels = matplotlib.image.imread(out)[..., :3]
     height = len(pixels)
-    for stage in range(4):  # each quarter of the height holds colours, not white, grey or black alone
+    for stage in range(4):  # each quarter of the height has colours, not only white, grey or black
         row = pixels[stage * height // 4 : (stage + 1) * height // 4]
         assert (np.ptp(row, axis=-1) > 0.2).mean() > 0.1
 
@@ -117,11 +117,11 @@ def test_plot_position_bias_of_our_checkpoint(state_dict, tmp_path):
         (['--out', 'a.txt'], 'the file must end in one of .'),
     ],
 )
-def test_mistakes_give_one_line(checkpoint, tmp_path, args, message):
+def test_plot_position_bias_errors(checkpoint, tmp_path, args, message):
     assert message in refuse(tmp_path, TOOL, checkpoint, '--windows', 8, *args)
 
 
-def test_pretrained_window_sizes_fill_in_unknown_windows_only(tool, state_dict):
+def test_write_windows_only_fills_in_unknown_windows(tool, state_dict):
     mixed = dict(state_dict)
     mixed['layers.3.blocks.1.attn.cpb_mlp.pretrained_window_size'] = torch.tensor([0, 6])
     with pytest.raises(ValueError, match='pre-training window of stage 3 is not in'):
@@ -138,5 +138,5 @@ def test_bias_maps_of_a_video_backbone(tool):
     torch.testing.assert_close(tool.bias_maps(state_dict, 0, 5), mlp().view(3, 3, 9, 9)[:, 1])
 
 
-def test_a_missing_checkpoint_gives_one_line(tmp_path):
+def test_plot_position_bias_of_a_missing_checkpoint(tmp_path):
     assert 'gone.pth' in refuse(tmp_path, TOOL, tmp_path / 'gone.pth', '--windows', 8)

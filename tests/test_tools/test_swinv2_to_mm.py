@@ -1,4 +1,4 @@
-"""The converter: what it writes is what the source holds, and it says what it cannot do."""
+"""The converter: it writes the weights of its source, and its errors name what is wrong."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def source() -> SwinTransformerV2:
 
 @pytest.fixture
 def timm_file(source, tmp_path) -> Path:
-    """Weights under the names of timm, which say nothing about windows."""
+    """Weights under the names of timm, without windows."""
     weights = {oracles.timm_name(name): value for name, value in source.named_parameters()}
     torch.save(weights | {'head.fc.weight': torch.ones(1)}, tmp_path / 'timm.pth')
     return tmp_path / 'timm.pth'
@@ -57,7 +57,7 @@ def test_swinv2_to_mm_unknown_windows(timm_file, tmp_path):
         ('a.pth', ['--pretrained-window-sizes', 8, 8], 'must be 4 positive numbers, got (8, 8)'),
     ],
 )
-def test_mistakes_give_one_line(timm_file, tmp_path, target, options, message):
+def test_swinv2_to_mm_errors(timm_file, tmp_path, target, options, message):
     assert message in refuse(tmp_path, TOOL, timm_file, tmp_path / target, *options)
     assert not (tmp_path / target).exists()
 

@@ -1,7 +1,7 @@
 """Trainings of a nano HTC on one or several processes, like those of a smaller model in `nano.training`.
 
-mmdet normalizes most losses by counts of the local process. So one process trains on the joint batch as there: it takes the
-images of all processes one by one and accumulates the gradients.
+mmdet normalizes most losses by counts of the local process. So one process trains on the joint batch as there: it takes
+the images of all processes one by one and accumulates the gradients.
 """
 
 import copy

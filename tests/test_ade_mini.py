@@ -46,7 +46,7 @@ def test_metric_of_stored_predictions():
 
 @pytest.mark.slow
 def test_segmentor_trains_on_real_images_on_two_processes(tmp_path):
-    """SwinV2-T's recipe at a nano size. Two processes test three images, one of them twice; then one process all five."""
+    """SwinV2-T's recipe at a nano size. Two processes test three images, one of them twice; then one tests all five."""
     cfg = shrink(launch.load_config(CONFIG, dict(data_root=str(DATA))))
     cfg.tta_pipeline[-1].transforms[0] = cfg.tta_pipeline[-1].transforms[0][:2]
     cfg.dump(tmp_path / 'config.py')

@@ -16,7 +16,7 @@ from nano import trial_arguments
 from nano.det import shrink_data, shrink_heads, shrink_model, write_objects365
 
 DATA = Path(os.environ.get('SWINV2_MM_DATA', REPOSITORY.parent / 'shared' / 'data'))
-NANO_OPTIONS = trial_arguments(REPOSITORY / 'configs/det')
+OPTIONS = trial_arguments(REPOSITORY / 'configs/det')
 needs = {
     name: pytest.mark.skipif(not (DATA / name).is_dir(), reason=f'{DATA / name} does not exist')
     for name in ('coco_mini', 'coco_metric_check')
@@ -125,17 +125,15 @@ def test_objects365_then_coco_then_tta(data, tmp_path):
         write_config(name, data, tmp_path)
         for name in ('htc_swinv2_g_objects365', 'htc_swinv2_g', 'htc_swinv2_g_w48_tta')
     )
-    call_together(tmp_path, 'train.py', first, '--work-dir', 'first', *NANO_OPTIONS)
+    call_together(tmp_path, 'train.py', first, '--work-dir', 'first', *OPTIONS)
     check_training(tmp_path / 'first')
     check_metrics(metrics_of_validation(tmp_path / 'first'), 'bbox')
-    options = [*NANO_OPTIONS, 'load_from=first/iter_1.pth']
+    options = [*OPTIONS, 'load_from=first/iter_1.pth']
     log = call_together(tmp_path, 'train.py', second, '--work-dir', 'second', *options)
     check_training(tmp_path / 'second')
     assert 'size mismatch for roi_head.bbox_head.2.fc_cls.weight' in log
     assert 'size mismatch for backbone' not in log
-    log = call_together(
-        tmp_path, 'test.py', systems, 'second/iter_1.pth', '--tta', '--work-dir', 'tested', *NANO_OPTIONS
-    )
+    log = call_together(tmp_path, 'test.py', systems, 'second/iter_1.pth', '--tta', '--work-dir', 'tested', *OPTIONS)
     assert 'Load checkpoint from second/iter_1.pth' in log
     assert 'do not match exactly' not in log
     check_metrics(metrics(tmp_path / 'tested'), 'bbox', 'segm')

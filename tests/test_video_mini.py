@@ -41,7 +41,7 @@ def write_broken(folder: Path) -> None:
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """A data set in the layout of Kinetics-400 with both classes in each split, and broken files that are not listed."""
+    """A data set in the layout of Kinetics-400 with both classes in each split, and unlisted broken files."""
     folder = tmp_path_factory.mktemp('kinetics400')
     for split in ('train', 'val'):
         videos = folder / f'videos_{split}'

@@ -1,4 +1,4 @@
-"""Weights in other windows than those of pre-training, which are read from the file or the config, or refused."""
+"""Windows that differ from those of pre-training, which are read from the file or the config; errors otherwise."""
 
 import functools
 import math
@@ -57,7 +57,7 @@ def file_without_windows(path, arch=ARCH):
 
 
 def windows_of(backbone):
-    """Pre-training windows of the stages, which must not differ between the blocks of a stage."""
+    """Pre-training windows of the stages; assert that all blocks of a stage have the same."""
     stages = []
     for stage in backbone.layers:
         of_blocks = {tuple(block.attn.cpb_mlp.pretrained_window_size.tolist()) for block in stage.blocks}
@@ -120,7 +120,7 @@ def test_window_12_becomes_16_and_24_as_in_timm(file, size, window, per_stage, t
 
 @torch.no_grad()
 def test_wrong_pretrained_window_changes_the_features(tmp_path):
-    """What the errors below protect from: the weights load as well with any other window."""
+    """The reason for the errors below: weights load with any window."""
     path = file_without_windows(tmp_path / 'model.pth')
     right, wrong = (build(8, p, path=path)(image(64)) for p in ((12, 12, 12, 6), 8))
     assert all((r - w).abs().max() > 1e-3 for r, w in zip(right, wrong, strict=True))
@@ -128,7 +128,7 @@ def test_wrong_pretrained_window_changes_the_features(tmp_path):
 
 @torch.no_grad()
 def test_window_transfer_in_steps(tmp_path):
-    """8 -> 12 -> 16 through saved files is 8 -> 16: what counts is the window of the first training."""
+    """8 -> 12 -> 16 through saved files is 8 -> 16: only the window of the first training matters."""
     first, second = official_file(tmp_path / 'w8.pth', (8,) * 4, (8,) * 4), tmp_path / 'w12.pth'
     torch.save(build(12, path=first).state_dict(), second)
     steps, direct = (build(16, path=path, attention_backend='reference') for path in (second, first))
@@ -141,7 +141,7 @@ def test_window_transfer_in_steps(tmp_path):
 
 @torch.no_grad()
 def test_window_buffers_in_a_checkpoint_of_a_detector(tmp_path):
-    """Trained at 16 from weights of 8, saved, and loaded by a config without the 8."""
+    """Trained with window 16 from weights of window 8, saved, and loaded by a config without the 8."""
     pytest.importorskip('mmdet')
     arch = dict(ARCH, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
     path = official_file(tmp_path / 'w8.pth', (8,) * 4, (8,) * 4, arch)
@@ -221,7 +221,7 @@ def test_read_windows_that_are_not_square(tmp_path):
 
 
 def linear(windows, scale):
-    """What a table would hold without the logarithm."""
+    """A table without the logarithm."""
     offsets = [torch.arange(1 - w, w, dtype=torch.float32) / (w - 1) * scale for w in windows]
     return torch.stack(torch.meshgrid(*offsets, indexing='ij'), -1)[None]
 
@@ -232,13 +232,13 @@ def linear(windows, scale):
         linear((8, 8), 8),
         linear((8, 8), 1),
         layouts.coords_table(8, 8) * 3 * 0.6931,  # natural logarithm
-        layouts.coords_table(8, 8) * 1.05,  # no whole window gives this
+        layouts.coords_table(8, 8) * 1.05,  # of no integer window
         layouts.coords_table(8, 8).flip(1),
         layouts.coords_table(8, 8).flip(-1),
         torch.full((1, 15, 15, 2), torch.nan),
         torch.zeros(1, 15, 15, 2),
     ],
-    ids=['linear by 8', 'linear', 'natural', 'no whole window', 'reversed', 'axes swapped', 'NaN', 'zeros'],
+    ids=['linear by 8', 'linear', 'natural', 'no integer window', 'reversed', 'axes swapped', 'NaN', 'zeros'],
 )
 def test_read_windows_refuses_a_table_that_is_not_log_spaced(table):
     weights = layouts.official(weights_of(NANO), (8,) * 4, (8,) * 4)
@@ -254,7 +254,7 @@ def test_read_windows_refuses_blocks_of_a_stage_that_disagree():
         build(8).load_state_dict(weights)
 
 
-# The order of the sources
+# Precedence of the sources
 
 
 def test_resolve_pretrained_windows_from_the_file(tmp_path):
@@ -295,7 +295,7 @@ def test_resolve_pretrained_windows_of_our_own_file(tmp_path):
 
 @pytest.mark.parametrize('cfg_windows', [None, 8, (16, 16, 16, 8)])
 def test_read_windows_refuses_a_name_that_contradicts_the_table(cfg_windows, tmp_path):
-    """Somebody has renamed the file, so that neither is to be believed."""
+    """The file was renamed: neither source is reliable."""
     path = official_file(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', (8,) * 4, (8,) * 4, NANO)
     with pytest.raises(CheckpointError, match=r'stage 0: 8 .*relative_coords_table, 16 .*name of the file'):
         build(16, cfg_windows, arch=NANO, path=path)
@@ -313,7 +313,7 @@ def test_resolve_pretrained_windows_refuses_a_config_that_contradicts_the_name(c
     'name', ['swinv2_tiny_window16_256.ms_in1k.safetensors', 'swinv2_tiny_patch4_window16_256.pth']
 )
 def test_read_windows_by_the_name_of_a_released_file(name, tmp_path):
-    """For other names, see `test_loaders.py`."""
+    """Other names are in `test_loaders.py`."""
     weights = layouts.timm_new(weights_of(NANO))
     save = save_file if name.endswith('.safetensors') else torch.save
     save(weights, tmp_path / name)

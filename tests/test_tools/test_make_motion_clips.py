@@ -1,4 +1,4 @@
-"""The clips of the video demo, by what a player sees of them, and what the demo makes of its figures."""
+"""The decoded clips of the video demo, and the checks and drawings of the demo."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def read_list(data, split):
 
 @functools.cache
 def read_clips(data, split):
-    """(clips, frames, height, width, 3) and the classes; read once, and written by nobody after that."""
+    """Clips (clips, frames, height, width, 3) and classes. The arrays are cached: do not change them."""
     clips = []
     for name, _ in read_list(data, split):
         video = decord.VideoReader(str(data / split / name))
@@ -59,11 +59,11 @@ def find_shapes(data, split):
 
 
 def find_shape(frames):
-    """Where the shape is in each frame: (eighths of the width, row), from what is not in all frames."""
+    """Position of the shape in each frame, (eighths of the width, row), from the pixels that change."""
     background = np.median(frames, axis=0)
     mask = np.abs(frames - background).max(axis=-1) > 40
     assert np.all(mask.sum(axis=(1, 2)) >= 10)
-    columns = mask.sum(axis=1) @ np.exp(2j * np.pi * (np.arange(SIZE) + 0.5) / SIZE)  # the row is closed to a circle
+    columns = mask.sum(axis=1) @ np.exp(2j * np.pi * (np.arange(SIZE) + 0.5) / SIZE)  # positions wrap around
     rows = mask.sum(axis=2) @ (np.arange(SIZE) + 0.5) / mask.sum(axis=(1, 2))
     return np.angle(columns) / (2 * np.pi) * 8 % 8, rows
 
@@ -288,7 +288,7 @@ def write_metric(folder: Path, value: float) -> Path:
 
 
 @pytest.mark.parametrize(
-    ('test', 'shuffled', 'frozen', 'complaints'),
+    ('test', 'shuffled', 'frozen', 'messages'),
     [
         (0.9, 0.35, 0.1, []),
         (0.89, 0.25, 0.25, ['too poor']),
@@ -296,15 +296,15 @@ def write_metric(folder: Path, value: float) -> Path:
         (0.5, 0.4, 0.4, ['too poor', 'frames shuffled', 'one frame repeated']),
     ],
 )
-def test_demo_fails_below_its_bound_and_above_chance(demo, tmp_path, capsys, test, shuffled, frozen, complaints):
+def test_demo_fails_below_its_bound_and_above_chance(demo, tmp_path, capsys, test, shuffled, frozen, messages):
     task = demo.TASKS['video']
     controls = {
         name: write_metric(tmp_path / name, value)
         for name, value in zip(task.controls, (shuffled, frozen), strict=True)
     }
     wrong = demo.judge(task, write_metric(tmp_path / 'test', test), controls)
-    assert len(wrong) == len(complaints)
-    assert all(part in line for part, line in zip(complaints, wrong, strict=True))
+    assert len(wrong) == len(messages)
+    assert all(part in line for part, line in zip(messages, wrong, strict=True))
     printed = capsys.readouterr().out
     assert all(f'{value:.3f}' in printed for value in (test, shuffled, frozen))
 
@@ -319,8 +319,8 @@ def test_demo_draws_frames_and_marks_errors(demo, data, monkeypatch):
     assert len(strips) == 8
     clips = read_clips(data, 'val')[0]
     for index, strip in enumerate(strips):
-        heading, pictures = strip[:-SIZE], strip[-SIZE:]
-        shown = pictures.reshape(SIZE, 8, -1, 3)[:, :, :SIZE, ::-1].transpose(1, 0, 2, 3)
+        heading, frames = strip[:-SIZE], strip[-SIZE:]
+        shown = frames.reshape(SIZE, 8, -1, 3)[:, :, :SIZE, ::-1].transpose(1, 0, 2, 3)
         assert np.abs(shown.astype(int) - clips[index]).mean() < 2  # OpenCV's and decord's decoders round differently
         red = (heading[..., 2] > 200) & (heading[..., 0] < 60)
         assert red.any() == (index == 0)

@@ -1,6 +1,6 @@
 """Run code in an interpreter that has not imported this package, for tests of imports.
 
-It is forked from one that has imported torch, mmengine and mmcv: a new interpreter takes seconds for them.
+It is forked from one that has imported torch, mmengine and mmcv, which takes seconds in a new interpreter.
 """
 
 import functools

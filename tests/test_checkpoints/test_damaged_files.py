@@ -388,7 +388,7 @@ def add_windows() -> None:
         'of zeros': torch.zeros(1, 11, 11, 2),
         'of no numbers': torch.full((1, 11, 11, 2), torch.nan),
         'flat': layouts.coords_table(6, 6).flatten(),
-        'whole': layouts.coords_table(6, 6).long(),
+        'integers': layouts.coords_table(6, 6).long(),
         'a text': 'table',
     }
     for kind, table in tables.items():
@@ -398,7 +398,7 @@ def add_windows() -> None:
     windows = {
         'another one': torch.tensor([7, 7]),
         'negative': torch.tensor([-6, -6]),
-        'no whole number': torch.tensor([6.0, 6.0]),
+        'no integer': torch.tensor([6.0, 6.0]),
         'of three axes': torch.tensor([6, 6, 6]),
         'a number': torch.tensor(6),
         'a list': [6, 6],
@@ -411,7 +411,7 @@ def add_windows() -> None:
     negative = {f'{block}cpb_mlp.pretrained_window_size': torch.tensor([-6, -6]) for block in blocks}
     all_negative = lambda: without(*no_tables)() | negative  # noqa: E731
     add_weights('only negative windows', all_negative, 'pretrained_window_size must be')
-    add_weights('no table tells the windows', without(*no_tables), 'pretrained_window_sizes')
+    add_weights('no table to read the windows from', without(*no_tables), 'pretrained_window_sizes')
 
 
 def make_cases() -> None:

@@ -163,11 +163,11 @@ def test_changed_backbone_loads_its_state(change, tmp_path):
     load_checkpoint(model, str(tmp_path / 'backbone.pth'), strict=True)
     assert_same_state(model, expected)
 
-    whole = Net(source).state_dict()
-    torch.save({'state_dict': whole, 'meta': {}}, tmp_path / 'whole.pth')
+    full = Net(source).state_dict()
+    torch.save({'state_dict': full, 'meta': {}}, tmp_path / 'full.pth')
     net = Net(changed(change))
-    load_checkpoint(net, str(tmp_path / 'whole.pth'), strict=True)
-    assert_same_state(net, whole)
+    load_checkpoint(net, str(tmp_path / 'full.pth'), strict=True)
+    assert_same_state(net, full)
 
 
 def test_changed_backbone_computes_the_saved_features():

@@ -423,9 +423,9 @@ def test_browse_dataset_of_a_detector(shapes, tmp_path):
     """The data set of the config is a RepeatDataset, over which the script of mmdet loops forever."""
     options = ['--not-show', '--output-dir', tmp_path, '--cfg-options', f'data_root={shapes}']
     call(tmp_path, BROWSE, NANO_CONFIGS / 'det.py', *options)
-    pictures = sorted(tmp_path.glob('*.jpg'))
-    assert [path.name for path in pictures] == sorted(path.name for path in (shapes / 'train2017').iterdir())
-    for path in pictures:
+    images = sorted(tmp_path.glob('*.jpg'))
+    assert [path.name for path in images] == sorted(path.name for path in (shapes / 'train2017').iterdir())
+    for path in images:
         plain, drawn = (cv2.imread(str(p)).astype(int) for p in (shapes / 'train2017' / path.name, path))
         drawn = cv2.resize(drawn.astype(np.uint8), (64, 64)).astype(int)
         assert_not_blank(path)
@@ -443,9 +443,9 @@ def test_browse_dataset_of_semantic_maps(shapes, tmp_path):
 def test_browse_dataset_of_a_segmentor(segments, tmp_path, how):
     options = ['--not-show', '--output-dir', tmp_path / 'out', '--cfg-options', f'data_root={segments}']
     how(tmp_path, BROWSE, NANO_CONFIGS / 'seg.py', *options)
-    pictures = sorted((tmp_path / 'out').iterdir())
-    assert [path.name for path in pictures] == [f'{i}.png' for i in range(4)]
-    for path in pictures:
+    images = sorted((tmp_path / 'out').iterdir())
+    assert [path.name for path in images] == [f'{i}.png' for i in range(4)]
+    for path in images:
         assert_not_blank(path)
 
 
@@ -462,9 +462,9 @@ def test_browse_dataset_with_the_arguments_of_mmaction(frames, tmp_path):
 def test_browse_dataset_of_a_recognizer(clips, tmp_path):
     """With our arguments for the script of mmaction: all frames of a clip of both videos."""
     call(tmp_path, BROWSE, clips / 'config.py', '--not-show', '--output-dir', tmp_path)
-    pictures = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*.png'))
+    images = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*.png'))
     if importlib.util.find_spec('moviepy') is None:  # otherwise they are videos
-        assert pictures == sorted(f'video_{video}/frames_0/{frame}.png' for video in range(2) for frame in range(32))
+        assert images == sorted(f'video_{video}/frames_0/{frame}.png' for video in range(2) for frame in range(32))
     for path in tmp_path.rglob('*.png'):
         assert_not_blank(path)
 

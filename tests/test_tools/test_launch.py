@@ -330,7 +330,7 @@ def test_check_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     checks.check_gpus(2)
-    with pytest.raises(ValueError, match='3 GPUs resources for, but this machine has 2'):
+    with pytest.raises(ValueError, match='3 GPUs asked for, but this machine has 2'):
         checks.check_gpus(3)
 
 

@@ -1,4 +1,4 @@
-"""Training and testing by the tools: in this process, in two, and as users start them. Tiny models, generated data."""
+"""Training and testing with the tools: in this process, in two, and as users start them. Nano models and data sets."""
 
 import contextlib
 import json
@@ -199,10 +199,10 @@ def test_train_and_test_segmentation(tmp_path):
     assert len(predictions(tmp_path / 'a.pkl')) == 4
 
 
-def check_curves(log: Path, picture: Path, *options: str) -> None:
+def check_curves(log: Path, figure: Path, *options: str) -> None:
     """analyze_logs reads a log; without `--keys`, the curve is that of the toolbox's metric."""
-    call(log.parent, PLOT, 'plot_curve', log, '--out', picture)
-    assert cv2.imread(str(picture)).std() > 1
+    call(log.parent, PLOT, 'plot_curve', log, '--out', figure)
+    assert cv2.imread(str(figure)).std() > 1
     assert 's/iter' in call(log.parent, PLOT, 'cal_train_time', log, *options)
 
 

@@ -1,4 +1,4 @@
-"""Compile recorded launches of Triton kernels for a GPU that need not be there, and see what an SM makes of them."""
+"""Ahead-of-time compilation of recorded Triton launches for any GPU, without one, and their occupancy of an SM."""
 
 import importlib
 import multiprocessing
@@ -50,9 +50,9 @@ class Kernel(NamedTuple):
 
 
 def specialize(value: Any) -> tuple[Any, dict, dict]:
-    """Type of an argument, and what is known of it when it is compiled: constants and attributes, by place in a tuple.
+    """Type of an argument, and its constants and attributes at compile time, by index in a tuple.
 
-    As Triton's JIT has it: 1 is a constant, and multiples of 16 are known to be so.
+    As in Triton's JIT: 1 is a constant, and multiples of 16 have the attribute `tt.divisibility`.
     """
     if isinstance(value, tuple):
         parts = [specialize(v) for v in value]
@@ -71,15 +71,15 @@ def specialize(value: Any) -> tuple[Any, dict, dict]:
 
 
 def job_of(launch: Launch, arch: str) -> Job:
-    """What has to be compiled for a launch."""
-    names, given = launch.kernel.arg_names, launch.constants
+    """The job that compiles the kernel of a launch."""
+    names, constexprs = launch.kernel.arg_names, launch.constants
     args = iter(launch.args)
-    parts = [('constexpr', {(): given[n]}, {}) if n in given else specialize(next(args)) for n in names]
+    parts = [('constexpr', {(): constexprs[n]}, {}) if n in constexprs else specialize(next(args)) for n in names]
     constants, attributes = (
         tuple(((i, *place), known) for i, part in enumerate(parts) for place, known in part[n].items()) for n in (1, 2)
     )
     signature = tuple((name, part[0]) for name, part in zip(names, parts, strict=True))
-    options = tuple((name, value) for name, value in given.items() if name not in names)
+    options = tuple((name, value) for name, value in constexprs.items() if name not in names)
     return Job(launch.kernel.__module__, launch.kernel.__name__, signature, constants, attributes, options, arch)
 
 
@@ -112,17 +112,17 @@ def compile_job(job: Job) -> Kernel:
 
 
 def compile_all(jobs: Iterable[Job], processes: int) -> dict[Job, Kernel]:
-    """Compile each of different jobs once, in so many processes."""
-    different = list(dict.fromkeys(jobs))
+    """Compile each distinct job once, in `processes` processes."""
+    distinct = list(dict.fromkeys(jobs))
     with ProcessPoolExecutor(processes, multiprocessing.get_context('fork')) as pool:
-        return dict(zip(different, pool.map(compile_job, different), strict=True))
+        return dict(zip(distinct, pool.map(compile_job, distinct), strict=True))
 
 
 # ---------------------------------------------------------------- occupancy
 
 
 class Limits(NamedTuple):
-    """What the programs of an SM share, from the tables of the CUDA programming guide."""
+    """Resources of an SM, from the tables of the CUDA programming guide."""
 
     shared: int  # bytes
     threads: int
@@ -139,13 +139,13 @@ ARCHS = {
     'sm_100': Limits(228 * KIB, 2048, 32),
     'sm_120': Limits(100 * KIB, 1536, 24),
 }
-RESERVED = KIB  # bytes of shared memory that the driver adds to each program
+RESERVED = KIB  # shared memory that the driver reserves in each program, in bytes
 
 
 def programs_per_sm(arch: str, registers: int, shared: int, warps: int) -> int:
-    """Programs that an SM runs at once: registers go to warps by 256, and warps to its four partitions evenly."""
+    """Occupancy: resident programs of an SM. Registers go to warps in units of 256, warps to 4 partitions."""
     limits = ARCHS[arch]
-    of_a_warp = -(-registers * 32 // 256) * 256
-    by_registers = limits.registers // of_a_warp // PARTITIONS * PARTITIONS // warps
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = limits.registers // per_warp // PARTITIONS * PARTITIONS // warps
     by_shared = limits.shared // (-(-shared // 128) * 128 + RESERVED)
     return min(by_registers, by_shared, limits.threads // (32 * warps), limits.programs)

@@ -1,44 +1,38 @@
-"""Speed and memory of whole Swin V2 backbones: ours beside timm, transformers and torchvision.
+"""Speed and memory of whole Swin V2 backbones: compared with timm, transformers and torchvision.
 
 python benchmarks/benchmark_backbone.py --json backbone.json --plot backbone.png
-python benchmarks/benchmark_backbone.py --shapes b_w24_384 --modes inference --contenders 'ours sdpa*' 'timm*'
-python benchmarks/benchmark_backbone.py --ladder --shapes b_w16_256
+python benchmarks/benchmark_backbone.py --shapes b_w24_384 --modes inference --implementations 'ours sdpa*' 'timm*'
+python benchmarks/benchmark_backbone.py --ablation --shapes b_w16_256
 
 What is measured is the forward pass up to the last stage's features (`inference`), that and the backward pass
 (`forward_backward`), and both with a step of AdamW (`step`), without drop path. `timm sdpa` is timm with its attention
-rewritten to use PyTorch's fused kernels. All contenders take turns in one process. Before that, the features of each,
-and in training two gradients, are compared with those of our reference in float64 with the same weights: the columns of
-errors give the largest difference relative to the largest value, and a contender beyond what rounding explains is
-WRONG and gets no times. One that cannot take part gets the reason in its row.
+rewritten to use F.scaled_dot_product_attention. All implementations are timed interleaved in one process. First the
+features of each, and in training two gradients, are compared with those of our reference in float64 with the same
+weights: the error columns give the largest difference relative to the largest value. An implementation whose errors
+rounding does not explain is WRONG and is not timed. One that cannot run has the reason in its row.
 
-The table gives the median and the interquartile range of a step's time; peak memory of a step, beside weights and
+The table gives the median and the interquartile range of a step's time; peak memory of a step, without weights and
 optimizer state; the share of the device's peak, for the FLOP of the model without padding, three times as many in
-training; and the seconds that compiling takes. The peak is that of the data sheet for known GPUs in half precision, and
+training; and the compilation time in seconds. The peak is that of the data sheet for known GPUs in half precision, and
 the measured rate of a large matrix product in float32 for others and for CPUs. `--shapes nano` is for trying it out.
 
-`--ladder` measures what each step brought: timm, then ours with the position bias computed as there, from which one
-thing after another is changed.
+`--ablation` measures the effect of each change: timm, then ours with the position bias computed as there, and from
+there one change after another.
 """
 
 import argparse
 import functools
+import math
 from collections.abc import Callable, Sequence
 from unittest import mock
 
-import peers
 import torch
 import torch.nn.functional as F
-from side_by_side import (
-    DTYPES,
-    SHAPES,
-    Case,
-    Contender,
-    add_arguments,
-    check_arguments,
-    choose,
-    default_batch,
-    run,
-)
+from cases import Case, Implementation, choose
+from harness import add_arguments, check_arguments, run
+from implementations import all_implementations, backbone_families
+from measure import DEVICE
+from shapes import DTYPES, SHAPES, default_batch
 from torch import Tensor, nn
 
 from swinv2_mm.cli.errors import one_line_errors
@@ -51,25 +45,27 @@ from swinv2_mm.ops.window_attention import BACKENDS, Backend
 SIGMOID_LATE = 'sigmoid after the gather'
 
 
-def case(name: str, batch: int | None, contenders: list[Contender]) -> Case:
+def case(name: str, batch: int | None, implementations: list[Implementation]) -> Case:
     """A backbone and its input."""
     shape = SHAPES[name]
-    batch = batch or default_batch(shape)
+    batch = batch or default_batch(shape, DEVICE)
+    last = len(shape.depths) - 1
     return Case(
         name,
         (batch, 3, *shape.size),
+        (batch, math.prod(shape.spatial_shape(last)), shape.dim(last)),
         shape.flops(),
         tuple(batch * shape.logits(i) for i, depth in enumerate(shape.depths) for _ in range(depth)),
-        peers.backbone_families(shape),
-        contenders,
+        backbone_families(shape),
+        implementations,
     )
 
 
-# ---------------------------------------------------------------- the ladder
+# ---------------------------------------------------------------- ablation
 
 
 class RawCPB(LogCPB):
-    """The MLP's results before the sigmoid, computed on each call."""
+    """The output of the MLP before the sigmoid, computed on each call."""
 
     def forward(self) -> Tensor:
         """Logits of every relative position: (heads, prod(2 * window - 1))."""
@@ -85,7 +81,7 @@ class UncachedCPB(LogCPB):
 
 
 def attend_with_sigmoid(*args, **kwargs) -> Tensor:
-    """The reference, given the logits of the position bias, to which it applies the sigmoid after the gather."""
+    """The reference with the sigmoid of the position bias after the gather; the table is the output of `RawCPB`."""
     attention = reference._attention
 
     def with_sigmoid(qkv: Tensor, logit_scale: Tensor, bias: Tensor, regions: Tensor | None) -> Tensor:
@@ -96,7 +92,7 @@ def attend_with_sigmoid(*args, **kwargs) -> Tensor:
 
 
 def use_bias(kind: type[LogCPB], backend: str) -> Callable[[nn.Module], None]:
-    """A function that lets our model compute its position bias in another way."""
+    """A function that replaces the position bias module of our model."""
 
     def prepare(model: nn.Module) -> None:
         for module in model.modules():
@@ -108,14 +104,14 @@ def use_bias(kind: type[LogCPB], backend: str) -> Callable[[nn.Module], None]:
     return prepare
 
 
-def ladder(dtype: torch.dtype) -> list[Contender]:
-    """Contenders of which each has one thing more than the one before."""
-    known = {c.name: c for c in peers.contenders(dtype, ())}
+def ablation(dtype: torch.dtype) -> list[Implementation]:
+    """Implementations that each add one change to the one before."""
+    known = {i.name: i for i in all_implementations(dtype, ())}
     fused = [name for name in reversed(BACKENDS) if name not in ('reference', SIGMOID_LATE)]
     return [
         known['timm eager'],
-        Contender('ours, sigmoid after the gather', 'ours', use_bias(RawCPB, SIGMOID_LATE)),
-        Contender('sigmoid before the gather', 'ours', use_bias(UncachedCPB, 'reference')),
+        Implementation('ours, sigmoid after the gather', 'ours', use_bias(RawCPB, SIGMOID_LATE)),
+        Implementation('sigmoid before the gather', 'ours', use_bias(UncachedCPB, 'reference')),
         known['ours reference eager'],  # with its bias cached
         *(known[f'ours {name} eager'] for name in fused),
         *(known[f'ours {name} compiled'] for name in fused),
@@ -129,16 +125,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument('--ladder', action='store_true', help='measure what each step brought')
+    parser.add_argument('--ablation', action='store_true', help='measure the effect of each change')
     args = parser.parse_args(argv)
     with one_line_errors(OSError, ValueError):
         check_arguments(args)
         dtype = DTYPES[args.dtype]
-        contenders = ladder(dtype) if args.ladder else peers.contenders(dtype, ('transformers', 'torchvision'))
-        contenders = choose(contenders, args.contenders)
+        all_peers = 'transformers', 'torchvision'
+        implementations = ablation(dtype) if args.ablation else all_implementations(dtype, all_peers)
+        implementations = choose(implementations, args.implementations)
     late = Backend(attend_with_sigmoid, lambda qkv: None)
-    with mock.patch.dict(BACKENDS, {SIGMOID_LATE: late} if args.ladder else {}):
-        run(args, [functools.partial(case, name, args.batch, contenders) for name in args.shapes])
+    with mock.patch.dict(BACKENDS, {SIGMOID_LATE: late} if args.ablation else {}):
+        run(args, [functools.partial(case, name, args.batch, implementations) for name in args.shapes])
 
 
 if __name__ == '__main__':

@@ -1,20 +1,20 @@
-"""Memory and time of loading a checkpoint, by this package and by plain torch, side by side.
+"""Memory and time of loading a checkpoint with this package, compared with plain torch.
 
 python benchmarks/benchmark_loading.py --arch huge
 
-For each kind of file it writes one with random weights (2.4 GiB for `huge`) and loads it in fresh processes, into a
-model whose memory is allocated already:
+For each file format it writes a file with random weights (2.4 GiB for `huge`) and loads it in new processes, into a
+model whose memory is already allocated:
 
-ours: mmengine's `load_checkpoint`, with the loader of this package, into the backbone of a detector;
+ours: mmengine's `load_checkpoint` with the loader of this package, into the backbone of a detector;
 stock: `torch.load`, or safetensors' `load_file`, and `load_state_dict(strict=False)`, into a model whose parameters are
     named as in the file.
 
-`needs` is the peak of anonymous memory on top of what the process held before: the system cannot take it back. `mapped`
-is the peak of mapped file pages, which it can drop and read again. `total` is the kernel's own peak of both together.
-All are given in GiB and, in brackets, as multiples of the file's size. The file has just been written: times are those
-of a file in the page cache.
+All memory is that of the load, without what is allocated before it. `needs` is the peak of anonymous memory, which the
+system cannot reclaim. `mapped` is the peak of mapped file pages, which the system can drop and read again. `total` is
+the kernel's own peak of both. All are in GiB and, in brackets, as multiples of the file size. The file has just been
+written: times are those of a file in the page cache.
 
-Linux alone: the figures come from /proc.
+Linux only: memory is read from /proc.
 """
 
 import argparse
@@ -40,18 +40,18 @@ from swinv2_mm.models import SwinTransformerV2
 from swinv2_mm.models.sizes import ARCHS
 
 FORMATS = {'pth': '.pth', 'legacy': '.legacy.pth', 'safetensors': '.safetensors'}
-ROADS = ('ours', 'stock')
+LOADERS = ('ours', 'stock')
 WINDOW = 8
 LIMIT = 1.2
 GIB = 2**30
-CLAIM_FROM = 2 * GIB  # smaller files drown in what a loader needs whatever the file
+CLAIM_FROM = 2 * GIB  # for smaller files a loader's fixed overhead dominates
 SAMPLE_EVERY = 0.002  # seconds
 
-# ---------------------------------------------------------------- the layouts of files
+# ---------------------------------------------------------------- file layouts
 
 
 def official_tensors(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters under the names of the official code, whose last norm has no number."""
+    """Parameters under the names of the official code; its last norm has no number."""
     last = f'norm{len(backbone.layers) - 1}.'
     for name, value in backbone.named_parameters():
         yield name.replace(last, 'norm.') if name.startswith(last) else name, value
@@ -74,7 +74,7 @@ HF_NAMES = (
 
 
 def hf_tensors(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters under the names of transformers, with queries, keys and values apart."""
+    """Parameters under the names of transformers, with separate queries, keys and values."""
     for official, value in official_tensors(backbone):
         name = official
         for old, new in HF_NAMES:
@@ -94,18 +94,18 @@ LAYOUTS: dict[str, Callable[[nn.Module], Iterator[tuple[str, Tensor]]]] = {
 
 
 def backbone_on_meta(arch: str) -> nn.Module:
-    """The backbone without memory. It has the output norm that files have, and no extra norms, which no file has."""
+    """The backbone on the meta device, with the output norm and without the extra norms, as in the files."""
     with torch.device('meta'):
         return SwinTransformerV2(
             dict(ARCHS[arch], extra_norm_every_n_blocks=0),
             window_size=WINDOW,
-            pretrained_window_sizes=WINDOW,  # the files do not say it
+            pretrained_window_sizes=WINDOW,  # not in the files
             out_indices=(len(ARCHS[arch]['depths']) - 1,),
         )
 
 
 def write_file(path: Path, arch: str, layout: str, file_format: str) -> None:
-    """Write random weights of a backbone."""
+    """Write a file with random weights of a backbone."""
     weights = {
         name: torch.empty(value.shape).uniform_(-0.02, 0.02) for name, value in LAYOUTS[layout](backbone_on_meta(arch))
     }
@@ -115,23 +115,23 @@ def write_file(path: Path, arch: str, layout: str, file_format: str) -> None:
         content = {'model': weights} if layout == 'official' else weights
         torch.save(content, path, _use_new_zipfile_serialization=file_format != 'legacy')
     with path.open('rb') as file:
-        os.fsync(file)  # the first loader should not compete with the disk
+        os.fsync(file)  # the first loader should not wait for the disk
 
 
-# ---------------------------------------------------------------- loading, in a process of its own
+# ---------------------------------------------------------------- loading, in a new process
 
 
 class Job(Protocol):
-    """What a process of its own does; only the memory and time of `run` count."""
+    """Work for a new process; only the memory and time of `run` are measured."""
 
     def prepare(self) -> None:
-        """Get everything ready that is not to be measured."""
+        """Set up what is not measured."""
 
     def run(self) -> None:
-        """Do what is measured."""
+        """Do the work that is measured."""
 
     def check(self) -> None:
-        """Raise unless it did what it should."""
+        """Raise an error if the result is wrong."""
 
 
 @dataclass
@@ -141,12 +141,12 @@ class Load:
     path: Path
     arch: str
     layout: str
-    road: str
+    loader: str
 
     def prepare(self) -> None:
-        """Build the model and fill it with NaN, so that all of its memory is allocated."""
+        """Build the model and fill it with NaN, so that all its memory is allocated."""
         backbone = backbone_on_meta(self.arch)
-        if self.road == 'ours':
+        if self.loader == 'ours':
             self.model = nn.ModuleDict(dict(backbone=backbone.to_empty(device='cpu')))
             for buffer in backbone.buffers():  # the pre-training windows, lost on the meta device
                 buffer.fill_(WINDOW)
@@ -157,17 +157,17 @@ class Load:
                 parameter.fill_(float('nan'))
 
     def run(self) -> None:
-        """Load by the road that was chosen."""
-        if self.road == 'ours':
+        """Load the file."""
+        if self.loader == 'ours':
             load_checkpoint(self.model, str(self.path), map_location='cpu')
         else:
-            self.model.load_state_dict(read_by_stock(self.path), strict=False)
+            self.model.load_state_dict(read_stock(self.path), strict=False)
 
     def check(self) -> None:
-        """Look whether every tensor holds numbers now.
+        """Check that every tensor was loaded.
 
         Raises:
-            RuntimeError: Some do not.
+            RuntimeError: Some are still NaN.
         """
         arrived = [not parameter.isnan().any() for parameter in self.model.parameters()]
         if not all(arrived):
@@ -175,7 +175,7 @@ class Load:
 
 
 def module_of(tensors: Iterator[tuple[str, Tensor]]) -> nn.Module:
-    """A module with parameters of these names and shapes, and with no code of this package."""
+    """A plain module with parameters of these names and shapes."""
     root = nn.Module()
     for name, value in tensors:
         *path, leaf = name.split('.')
@@ -188,8 +188,8 @@ def module_of(tensors: Iterator[tuple[str, Tensor]]) -> nn.Module:
     return root
 
 
-def read_by_stock(path: Path) -> dict[str, Tensor]:
-    """Read a file as anyone would without this package."""
+def read_stock(path: Path) -> dict[str, Tensor]:
+    """Read a file without this package."""
     if path.suffix == '.safetensors':
         return load_file(path)
     content = torch.load(path, map_location='cpu')
@@ -205,14 +205,14 @@ class Memory:
 
     anonymous: int
     mapped: int  # pages of files, also of those in a RAM disk
-    peak: int  # most of both together, since the process began or `reset_peak`
+    peak: int  # of both together, from the start of the process or the last reset
 
     @classmethod
     def of(cls, pid: int | str) -> 'Memory':
-        """What the kernel says about a process; of one that has just died, nothing."""
+        """Memory of a process from /proc; zero for one that has just died."""
         try:
             status = Path(f'/proc/{pid}/status').read_text()
-        except (FileNotFoundError, ProcessLookupError):  # its parent knows of the end already
+        except (FileNotFoundError, ProcessLookupError):  # already reaped
             status = ''
         lines = (line.split() for line in status.splitlines())
         size = {line[0]: 1024 * int(line[1]) for line in lines if line[-1] == 'kB'}
@@ -222,7 +222,7 @@ class Memory:
 
 @dataclass
 class Usage:
-    """What a job took beyond what its process held before."""
+    """Time and memory of a job, without the memory of its process before it."""
 
     seconds: float
     anonymous: int
@@ -231,7 +231,7 @@ class Usage:
 
 
 def measure(job: Job) -> Usage:
-    """Run a job in a fresh process and watch its memory from here, where its work cannot hold the sampling up.
+    """Run a job in a new process and sample its memory from this one, where the work does not delay the sampling.
 
     Raises:
         RuntimeError: The job failed, or its process died.
@@ -270,11 +270,11 @@ def _receive(pipe: Connection):
 
 
 def _work(job: Job, pipe: Connection) -> None:
-    """What the fresh process does: prepare, wait, run, report, check."""
-    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115  logs would tear the table apart
+    """Body of the new process: prepare, wait, run, report, check."""
+    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115  logs would break the table
     try:
         job.prepare()
-        # 5 resets the peak (proc(5)); the peak until now may be that of the preparation
+        # 5 resets the peak (proc(5)), which may be that of the preparation
         Path('/proc/self/clear_refs').write_text('5')
         pipe.send('prepared')
         pipe.recv()
@@ -284,11 +284,11 @@ def _work(job: Job, pipe: Connection) -> None:
         job.check()
         pipe.send('checked')
     except Exception as error:
-        # the message alone: not every exception can be pickled
+        # only the message: not every exception can be pickled
         pipe.send(RuntimeError(f'{type(error).__name__}: {error}'))
 
 
-# ---------------------------------------------------------------- the table
+# ---------------------------------------------------------------- table
 
 
 COLUMNS = (
@@ -310,30 +310,30 @@ def print_row(*cells: str) -> None:
 
 
 def usage_cells(usage: Usage, size: int) -> list[str]:
-    """Cells that say what a loader took of a file of this size."""
+    """Cells for the usage of a loader on a file of this size."""
     amounts = (usage.anonymous, usage.mapped, usage.total)
     verdicts = ['yes' if amount <= LIMIT * size else 'NO' for amount in (usage.anonymous, usage.total)]
     return [f'{usage.seconds:.2f}', *(f'{amount / GIB:.2f} ({amount / size:.2f})' for amount in amounts), *verdicts]
 
 
 def benchmark(arch: str, layout: str, file_format: str, folder: Path) -> bool:
-    """Write one file, measure each loader on it, print their rows and delete it. Returns whether all could load it."""
+    """Write a file, measure each loader on it, print the rows, delete it. Returns whether all loaders loaded it."""
     path = folder / f'{layout}{FORMATS[file_format]}'
-    good = True
+    loaded = True
     try:
         write_file(path, arch, layout, file_format)
         size = path.stat().st_size
-        for road in ROADS:
+        for loader in LOADERS:
             try:
-                cells = usage_cells(measure(Load(path, arch, layout, road)), size)
+                cells = usage_cells(measure(Load(path, arch, layout, loader)), size)
             except RuntimeError as error:
-                good = False
+                loaded = False
                 cells = ['failed', *['-'] * 5]
-                print(f'{layout} {file_format}, {road}: {error}', file=sys.stderr, flush=True)
-            print_row(f'{layout} {file_format}', road, f'{size / GIB:.2f}', *cells)
+                print(f'{layout} {file_format}, {loader}: {error}', file=sys.stderr, flush=True)
+            print_row(f'{layout} {file_format}', loader, f'{size / GIB:.2f}', *cells)
     finally:
         path.unlink(missing_ok=True)
-    return good
+    return loaded
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -341,13 +341,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--arch', choices=ARCHS, default='huge', help='size of the backbone (default: %(default)s)')
     parser.add_argument('--layouts', nargs='+', choices=LAYOUTS, default=list(LAYOUTS), help='names of the tensors')
-    parser.add_argument('--formats', nargs='+', choices=FORMATS, default=list(FORMATS), help='kinds of files')
-    parser.add_argument('--dir', help='folder for the files, on a disk (default: the one for temporary files)')
+    parser.add_argument('--formats', nargs='+', choices=FORMATS, default=list(FORMATS), help='file formats')
+    parser.add_argument('--dir', help='folder for the files, on a disk (default: the temporary folder)')
     return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace, folder: Path) -> None:
-    """Find what would fail later.
+    """Check disk space and memory before the run.
 
     Raises:
         ValueError: The machine cannot run the benchmark.
@@ -357,12 +357,12 @@ def check(args: argparse.Namespace, folder: Path) -> None:
     if free < 1.1 * size:
         raise ValueError(f'{folder} has {free / GIB:.1f} GiB free, a file takes {size / GIB:.1f}; choose another --dir')
     available = 1024 * int(Path('/proc/meminfo').read_text().split('MemAvailable:')[1].split()[0])
-    if available < 3 * size:  # the model, what is loaded, and its copy in a careless loader
+    if available < 3 * size:  # the model, the loaded tensors, and a copy of them
         raise ValueError(
             f'{available / GIB:.1f} GiB of memory are available, --arch {args.arch} takes up to {3 * size / GIB:.1f}'
         )
     if size < CLAIM_FROM:
-        print(f'Files of --arch {args.arch} are below 2 GiB: what a loader needs for any file counts in these figures.')
+        print(f'Files of --arch {args.arch} are below 2 GiB: the fixed overhead of the loaders shows in these numbers.')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -370,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with launch.one_line_errors(FileNotFoundError, ValueError):
         if sys.platform != 'linux':
-            raise ValueError('this benchmark reads /proc, which Linux alone has')
+            raise ValueError('this benchmark reads /proc, which only Linux has')
         if args.dir is not None and not Path(args.dir).is_dir():
             raise FileNotFoundError(f'--dir {args.dir} is no folder')
         check(args, Path(args.dir or tempfile.gettempdir()))

@@ -1,19 +1,19 @@
-"""Memory and time of Swin V2 training: what each way to save memory brings, and how both grow with the input.
+"""Memory and time of Swin V2 training: the effect of each memory-saving technique, and growth with the input.
 
-python benchmarks/benchmark_memory.py --task savers
+python benchmarks/benchmark_memory.py --task techniques
 python benchmarks/benchmark_memory.py --task sizes --plot sizes.png
 python benchmarks/benchmark_memory.py --task full
 
-`savers` takes blocks and the first two stages of SwinV2-G with window 32. First with the attention backend 'reference',
-which keeps the attention weights of all windows for the backward pass: as they are, with sequential attention, with
-activation checkpointing, and with both. Then with the backend 'sdpa', which recomputes the weights of a few windows at
-a time, and on a GPU with 'triton', which has none in memory: as they are, and with activation checkpointing. `sizes`
-takes a whole backbone at inputs of growing size, in inference and in training. `full` is SwinV2-G at 1536x1536, for a
-large GPU; choose its `--savers`. `nano` is for trying the tool out.
+`techniques` measures blocks and the first two stages of SwinV2-G with window 32. First with the attention backend
+'reference', which keeps the attention weights of all windows for the backward pass: without any technique, with
+sequential attention, with activation checkpointing, and with both. Then with the backend 'sdpa', which recomputes the
+weights of a few windows at a time, and on a GPU with 'triton', which never stores them: with and without activation
+checkpointing. `sizes` measures a whole backbone at inputs of growing size, in inference and in training. `full` is
+SwinV2-G at 1536x1536, for a large GPU; choose its `--techniques`. `nano` is for trying the command out.
 
-Memory is what a step takes beside parameters and their gradients: on a GPU, with autocast to bfloat16,
-torch.cuda.max_memory_allocated; on a CPU, in float32, the bytes of all tensors alive (`swinv2_mm.cli.memory`) and
-the growth of the process's peak RSS. The columns "forecast" come from tensors that have shapes but no memory.
+Memory is that of a step without parameters and their gradients: on a GPU, with autocast to bfloat16,
+torch.cuda.max_memory_allocated; on a CPU, in float32, the bytes of all live tensors (`swinv2_mm.cli.memory`) and
+the growth of the process's peak RSS. The "forecast" columns come from fake tensors, which have shapes but no memory.
 """
 
 import argparse
@@ -23,13 +23,13 @@ import json
 import math
 import multiprocessing
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from measure import DEVICE, time_interleaved
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -48,22 +48,21 @@ from swinv2_mm.models.sizes import ARCHS
 from swinv2_mm.ops.files import write_whole
 
 GIB = 2**30
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 G_SIZE, G_WINDOW = 1536, 32  # SwinV2-G on COCO (A2.2)
 
-# Parts of SwinV2-G: a block is a network of one block, whose patches are as large as the tokens of its stage. The last
-# number is the size for a CPU with 16 GiB.
+# Parts of SwinV2-G: a block is a network of one block, with patches as large as the tokens of its stage. The last
+# number is the image size for a CPU with 16 GiB.
 PARTS = {
     'block of stage 1': (dict(embed_dims=512, depths=(1,), num_heads=(16,)), 4, 256),
     'block of stage 3': (dict(embed_dims=2048, depths=(1,), num_heads=(64,)), 16, 768),
     'stages 1 and 2': (dict(embed_dims=512, depths=(2, 2), num_heads=(16, 32)), 4, 256),
 }
 TASKS = {
-    'savers': PARTS,
+    'techniques': PARTS,
     'full': {'SwinV2-G': (ARCHS['giant'], 4, G_SIZE)},
     'nano': {'nano': (dict(embed_dims=32, depths=(1, 1), num_heads=(1, 2)), 4, 64)},
 }
-SAVERS = {  # attention backend, activation checkpointing, sequential attention
+TECHNIQUES = {  # attention backend, activation checkpointing, sequential attention
     'none': ('reference', False, False),
     'sequential': ('reference', False, True),
     'checkpointing': ('reference', True, False),
@@ -78,26 +77,26 @@ SAVERS = {  # attention backend, activation checkpointing, sequential attention
 # ---------------------------------------------------------------- what is measured
 
 
-def build(arch: dict | str, window: int, saver: str = 'none', patch: int = 4) -> SwinTransformerV2:
-    """Build a backbone whose whole network uses a saver of `SAVERS`."""
-    backend, with_cp, sequential = SAVERS[saver]
+def build(arch: dict | str, window: int, technique: str = 'none', patch: int = 4) -> SwinTransformerV2:
+    """Build a backbone that uses a technique of `TECHNIQUES` in all stages."""
+    backend, with_cp, sequential = TECHNIQUES[technique]
     stages = tuple(range(len((arch if isinstance(arch, dict) else ARCHS[arch])['depths'])))
     return SwinTransformerV2(
         arch,
         window_size=window,
         patch_size=patch,
         out_indices=stages,
-        drop_path_rate=0.0,  # it would make the time depend on chance
+        drop_path_rate=0.0,  # the time would be random
         with_cp=with_cp,
         attention_backend=backend,
         sequential_stages=stages if sequential else (),
     )
 
 
-def part(name: str, saver: str) -> SwinTransformerV2:
+def part(name: str, technique: str) -> SwinTransformerV2:
     """Build a part of SwinV2-G."""
     arch, patch, _ = next(parts[name] for parts in TASKS.values() if name in parts)
-    return build(arch, G_WINDOW, saver, patch)
+    return build(arch, G_WINDOW, technique, patch)
 
 
 def step(backbone: SwinTransformerV2, x: Tensor) -> None:
@@ -109,7 +108,7 @@ def step(backbone: SwinTransformerV2, x: Tensor) -> None:
 
 
 def forecast(make: Callable[[], SwinTransformerV2], size: int, gpu: bool) -> int:
-    """Peak of a training step in bytes, from tensors without memory: as on a GPU in bfloat16, or a CPU in float32."""
+    """Peak of a training step in bytes from fake tensors: as on a GPU in bfloat16, or a CPU in float32."""
     with torch.device('meta'):
         backbone = make().train()
     with FakeTensorMode(), cuda_chunks() if gpu else contextlib.nullcontext():
@@ -118,7 +117,7 @@ def forecast(make: Callable[[], SwinTransformerV2], size: int, gpu: bool) -> int
 
 
 def measured_peak(backbone: SwinTransformerV2, x: Tensor) -> int:
-    """Peak of tensors in a step in bytes, the input among them."""
+    """Peak memory of the tensors of a step in bytes, with the input."""
     if x.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() - x.nbytes
@@ -131,102 +130,93 @@ def measured_peak(backbone: SwinTransformerV2, x: Tensor) -> int:
 
 
 def ready(backbone: SwinTransformerV2, size: int, training: bool = True) -> tuple[SwinTransformerV2, Tensor]:
-    """Put a backbone on the device, with its gradients if it is to train, and make an input of `size`."""
+    """Move a backbone to the device, allocate its gradients for training, and make an input of `size`."""
     backbone = backbone.to(DEVICE).train(training)
     if training:
         make_gradients(backbone)
     return backbone, torch.rand(1, 3, size, size, device=DEVICE)
 
 
-def part_figures(name: str, saver: str, size: int, repeats: int) -> dict[str, float]:
-    """Peaks of a training step of a part, and on a GPU its seconds.
+def measure_part(name: str, technique: str, size: int, repeats: int) -> dict[str, float]:
+    """Peak memory of a training step of a part, and on a GPU its seconds.
 
-    To be called in a process of its own, whose peak RSS starts with it, and whose memory on the GPU ends with it.
+    Call it in a new process: the peak RSS is that of the process, and its end frees the GPU.
     """
     if DEVICE == 'cuda':
         try:
             with torch.device(DEVICE):  # a CPU takes minutes to draw the weights of SwinV2-G
-                backbone, x = ready(part(name, saver), size)
-            return dict(allocated=measured_peak(backbone, x), seconds=times([lambda: step(backbone, x)], repeats)[0])
+                backbone, x = ready(part(name, technique), size)
+            return dict(allocated=measured_peak(backbone, x), seconds=fastest([lambda: step(backbone, x)], repeats)[0])
         except torch.cuda.OutOfMemoryError:
             return dict(allocated=math.nan, seconds=math.nan)
-    backbone, x = ready(part(name, saver), size)
+    backbone, x = ready(part(name, technique), size)
     before = resident('VmRSS')
     tracked = measured_peak(backbone, x)
     return dict(tracked=tracked, rss=resident('VmHWM') - before)
 
 
-def times(steps: list[Callable[[], None]], repeats: int) -> list[float]:
-    """Fastest seconds of each step; they take turns, so that a machine that slows down slows all of them."""
-    seconds = [[] for _ in steps]
-    for _ in range(repeats):
-        for taken, run in zip(seconds, steps, strict=True):
-            _wait_for_gpu()
-            start = time.perf_counter()
-            run()
-            _wait_for_gpu()
-            taken.append(time.perf_counter() - start)
-    return [min(taken) for taken in seconds]
-
-
-def _wait_for_gpu() -> None:
-    if DEVICE == 'cuda':
-        torch.cuda.synchronize()
+def fastest(steps: list[Callable[[], None]], repeats: int) -> list[float]:
+    """Fastest seconds of each step, timed interleaved."""
+    return [min(measured.times) for measured in time_interleaved(steps, repeats)]
 
 
 # ---------------------------------------------------------------- tasks
 
 
-def savers(parts: dict, names: Sequence[str], repeats: int, rows: list[dict], keep: Callable[[list], None]) -> None:
-    """Add what is missing to `rows`: bytes and seconds of each part with each saver, a dict for each.
+def measure_techniques(
+    parts: dict, names: Sequence[str], repeats: int, rows: list[dict], save: Callable[[list], None]
+) -> None:
+    """Measure each part with each technique, and append the rows that are missing: bytes and seconds, a dict for each.
 
     Args:
         parts: One of `TASKS`.
-        names: Of `SAVERS`.
+        names: Of `TECHNIQUES`.
         repeats: Timed steps.
-        rows: Of this call, and of a former one that was stopped.
-        keep: Called with `rows` after each.
+        rows: Rows of this call, and of an earlier one that was stopped.
+        save: Called with `rows` after each measurement.
     """
     for name, (_, _, cpu_size) in parts.items():
         size = G_SIZE if DEVICE == 'cuda' else cpu_size
-        known = {row['saver'] for row in rows if row['part'] == name}
+        known = {row['technique'] for row in rows if row['part'] == name}
         added = []
-        for saver in (saver for saver in names if saver not in known):
-            row = dict(part=name, saver=saver, size=size)
-            if SAVERS[saver][0] != 'triton':  # fake tensors are on a CPU
-                make = functools.partial(part, name, saver)
+        for technique in (technique for technique in names if technique not in known):
+            row = dict(part=name, technique=technique, size=size)
+            if TECHNIQUES[technique][0] != 'triton':  # fake tensors are on a CPU
+                make = functools.partial(part, name, technique)
                 row[f'forecast {G_SIZE}'] = forecast(make, G_SIZE, gpu=True)
                 if DEVICE == 'cpu':
                     row['forecast'] = forecast(make, size, gpu=False)
             context = multiprocessing.get_context('spawn')
             with ProcessPoolExecutor(1, mp_context=context) as process:
-                row |= process.submit(part_figures, name, saver, size, repeats).result()
+                row |= process.submit(measure_part, name, technique, size, repeats).result()
             added.append(row)
             rows.append(row)
-            keep(rows)
+            save(rows)
         if DEVICE == 'cpu':
-            models = [ready(part(name, row['saver']), size) for row in added]
-            for row, seconds in zip(added, times([lambda m=m: step(*m) for m in models], repeats), strict=True):
+            models = [ready(part(name, row['technique']), size) for row in added]
+            for row, seconds in zip(added, fastest([lambda m=m: step(*m) for m in models], repeats), strict=True):
                 row['seconds'] = seconds
-            keep(rows)
-        print_savers([row for row in rows if row['part'] == name])
+            save(rows)
+        print_techniques([row for row in rows if row['part'] == name])
 
 
-def print_savers(group: list[dict]) -> None:
+def print_techniques(group: list[dict]) -> None:
     """Print the rows of a part."""
     first = group[0]
-    kinds = list(dict.fromkeys(key for row in group for key in row if key not in ('part', 'saver', 'size', 'seconds')))
+    kinds = list(
+        dict.fromkeys(key for row in group for key in row if key not in ('part', 'technique', 'size', 'seconds'))
+    )
     name = f'{first["part"]} of SwinV2-G' if first['part'] in PARTS else first['part']
     print(f'\n{name}, window {G_WINDOW}, measured at {first["size"]}x{first["size"]} on the {DEVICE}')
     print(f'{"GiB":<22}' + ''.join(f'{kind:>15}' for kind in kinds) + f'{"seconds":>10}{"x first":>8}')
     for row in group:
         cells = ''.join(f'{row.get(kind, math.nan) / GIB:>15.3f}' for kind in kinds)
         seconds, base = row.get('seconds', math.nan), first.get('seconds', math.nan)
-        print(f'{row["saver"]:<22}{cells}{seconds:>10.2f}{seconds / base:>8.2f}', flush=True)
+        print(f'{row["technique"]:<22}{cells}{seconds:>10.2f}{seconds / base:>8.2f}', flush=True)
 
 
-def sizes(arch: str, window: int, sides: list[int], repeats: int) -> list[dict]:
-    """Memory and time of a backbone at square inputs: a dict for each size and each of inference and training."""
+def measure_sizes(arch: str, window: int, sides: list[int], repeats: int) -> list[dict]:
+    """Memory and time of a backbone at square inputs: a dict for each size, in inference and in training."""
     rows = []
     print(f'{arch}, window {window}, 1 image, on the {DEVICE}; training with activation checkpointing')
     print(f'{"":<10}{"side":>6}{"seconds":>10}{"GiB":>9}{"us/pixel":>10}{"bytes/pixel":>12}')
@@ -235,7 +225,7 @@ def sizes(arch: str, window: int, sides: list[int], repeats: int) -> list[dict]:
         for side in sides:
             model = ready(build(arch, window, 'sdpa + checkpointing'), side, training)
             memory = measured_peak(*model)  # and warms up
-            (seconds,) = times([lambda m=model: step(*m)], repeats)
+            (seconds,) = fastest([lambda m=model: step(*m)], repeats)
             rows.append(dict(task=task, side=side, seconds=seconds, bytes=memory))
             print(
                 f'{task:<10}{side:>6}{seconds:>10.2f}{memory / GIB:>9.3f}'
@@ -249,14 +239,14 @@ def sizes(arch: str, window: int, sides: list[int], repeats: int) -> list[dict]:
 
 
 def slope(rows: list[dict], task: str, key: str) -> float:
-    """Slope of a line through the logarithms of a figure over those of the pixels; 1 is growth in proportion."""
+    """Slope of a log-log fit of `key` against the number of pixels; 1 is linear growth."""
     chosen = [row for row in rows if row['task'] == task]
     pixels = [math.log(row['side'] ** 2) for row in chosen]
     return float(np.polyfit(pixels, [math.log(row[key]) for row in chosen], 1)[0])
 
 
 def plot(rows: list[dict], title: str, path: str) -> None:
-    """Draw time and memory over pixels, with a line of growth in proportion through the first point of each curve."""
+    """Plot time and memory against pixels, with a line of linear growth through the first point of each curve."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -277,7 +267,7 @@ def plot(rows: list[dict], title: str, path: str) -> None:
         axis.set_ylabel(label)
         axis.legend()
         axis.grid(alpha=0.3, which='both')
-    figure.suptitle(title + ' (dashed: in proportion to the pixels)')
+    figure.suptitle(title + ' (dashed: linear in the pixels)')
     figure.savefig(path, dpi=110)
 
 
@@ -287,26 +277,28 @@ def plot(rows: list[dict], title: str, path: str) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--task', choices=['sizes', *TASKS], default='savers')
-    parser.add_argument('--savers', nargs='+', choices=SAVERS, help='of these only (default: all that can run here)')
-    parser.add_argument('--repeats', type=int, default=3, help='timed steps, of which the fastest counts (default: 3)')
+    parser.add_argument('--task', choices=['sizes', *TASKS], default='techniques')
+    parser.add_argument(
+        '--techniques', nargs='+', choices=TECHNIQUES, help='only these (default: all that can run here)'
+    )
+    parser.add_argument('--repeats', type=int, default=3, help='timed steps; the fastest is reported (default: 3)')
     parser.add_argument('--arch', choices=list(ARCHS), default='tiny', help='backbone of `sizes` (default: tiny)')
     parser.add_argument('--window', type=int, default=16, help='window of `sizes` (default: 16)')
     parser.add_argument(
         '--sizes', type=int, nargs='+', default=[512, 768, 1024, 1536, 2048], help='sides of the inputs of `sizes`'
     )
-    parser.add_argument('--json', metavar='OUT', help='write all figures to this file, in bytes and seconds')
-    parser.add_argument('--resume', action='store_true', help='measure only what the file of --json does not have yet')
-    parser.add_argument('--plot', metavar='OUT', help='draw the figures of `sizes` into this file')
+    parser.add_argument('--json', metavar='OUT', help='write all results to this file, in bytes and seconds')
+    parser.add_argument('--resume', action='store_true', help='measure only what is missing in the file of --json')
+    parser.add_argument('--plot', metavar='OUT', help='plot the results of `sizes` to this file')
     return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Find what would fail later.
+    """Check the arguments before anything is measured.
 
     Raises:
         OSError: A file for results cannot be written.
-        ValueError: An argument cannot be.
+        ValueError: An argument is wrong.
     """
     if args.repeats < 1:
         raise ValueError(f'--repeats must be at least 1, got {args.repeats}')
@@ -315,13 +307,13 @@ def check(args: argparse.Namespace) -> None:
     if len(set(args.sizes)) < 2 or min(args.sizes) < 1:
         raise ValueError(f'--sizes must be at least two different positive numbers, got {args.sizes}')
     if args.plot and args.task != 'sizes':
-        raise ValueError(f'--plot draws the figures of --task sizes, not of --task {args.task}')
-    if DEVICE == 'cpu' and any(SAVERS[saver][0] == 'triton' for saver in args.savers or ()):
-        raise ValueError('--savers triton needs a GPU')
+        raise ValueError(f'--plot draws the results of --task sizes, not of --task {args.task}')
+    if DEVICE == 'cpu' and any(TECHNIQUES[technique][0] == 'triton' for technique in args.techniques or ()):
+        raise ValueError('--techniques triton needs a GPU')
     if args.task == 'full' and DEVICE == 'cpu':
         raise ValueError('--task full needs a GPU; plan_memory.py forecasts its memory without one')
     if args.resume and not args.json:
-        raise ValueError('--resume needs --json, the file to go on with')
+        raise ValueError('--resume needs --json, the file to continue')
     if args.task in TASKS and DEVICE == 'cpu' and sys.platform != 'linux':
         raise ValueError(
             f'--task {args.task} without a GPU reads the memory of a process from /proc, which needs Linux'
@@ -336,17 +328,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         check(args)
     torch.manual_seed(0)
 
-    def keep(rows: list[dict]) -> None:
+    def save(rows: list[dict]) -> None:
         if args.json:
             write_whole(args.json, json.dumps(rows, indent=1) + '\n')
 
     if args.task == 'sizes':
-        rows = sizes(args.arch, args.window, args.sizes, args.repeats)
-        keep(rows)
+        rows = measure_sizes(args.arch, args.window, args.sizes, args.repeats)
+        save(rows)
     else:
-        can_run = [name for name, (backend, *_) in SAVERS.items() if backend != 'triton' or DEVICE == 'cuda']
+        can_run = [name for name, (backend, *_) in TECHNIQUES.items() if backend != 'triton' or DEVICE == 'cuda']
         rows = json.loads(Path(args.json).read_text()) if args.resume and Path(args.json).exists() else []
-        savers(TASKS[args.task], args.savers or can_run, args.repeats, rows, keep)
+        measure_techniques(TASKS[args.task], args.techniques or can_run, args.repeats, rows, save)
     if args.plot:
         plot(rows, f'SwinV2 {args.arch}, window {args.window}', args.plot)
 

@@ -1,11 +1,11 @@
-"""Time of the attention operator by itself, without projections, on every backend.
+"""Time of the attention operator without projections, with every backend.
 
 python benchmarks/benchmark_operator.py --json operator.json
 
 The shapes are those for which flash-window-attention-v2 (github.com/emiledgl/flash-window-attention-v2), Triton kernels
-for windows that are partitioned already, publishes figures of an H100: 16 maps of 4 windows, 6 heads of 32 channels, in
-float16. Ours also shifts, pads and puts the windows back. The figures are the median milliseconds of the forward pass
-(without gradients), and of the forward and backward pass.
+for windows that are partitioned already, publishes times of an H100: 16 feature maps of 4 windows, 6 heads of 32
+channels, in float16. Ours also shifts, pads and reverses the window partition. The times are the median milliseconds of
+the forward pass (without gradients), and of the forward and backward pass.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from side_by_side import DEVICE, MIB, machine, peak_memory
+from measure import DEVICE, MIB, milliseconds, peak_memory
+from results import machine
 from torch import Tensor
-from tune_kernels import milliseconds
 
 from swinv2_mm.cli.errors import check_outputs, one_line_errors
 from swinv2_mm.ops.window_attention import BACKENDS, window_attention
@@ -27,7 +27,7 @@ WINDOWS = 8, 16, 24
 
 
 def inputs(window: int, dtype: torch.dtype) -> list[Tensor]:
-    """A map of 2 x 2 windows, a scale and a table."""
+    """`qkv` of 2 x 2 windows, `logit_scale` and `bias_table`."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(BATCH, 2 * window, 2 * window, 3, HEADS, HEAD_DIM, generator=generator).to(dtype)
     table = 16 * torch.rand(HEADS, (2 * window - 1) ** 2, generator=generator)
@@ -36,7 +36,7 @@ def inputs(window: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def passes(backend: str, window: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """The forward pass, and both passes, of a backend."""
+    """Calls of the forward pass, and of the forward and backward pass, of a backend."""
     qkv, scale, table = inputs(window, dtype)
     sizes = (window, window), (window // 2, window // 2)
     grad_out = torch.ones(*qkv.shape[:-3], HEADS * HEAD_DIM, device=DEVICE, dtype=dtype)
@@ -55,7 +55,7 @@ def measure(backend: str, window: int, dtype: torch.dtype) -> dict:
     row = dict(backend=backend, tokens=window**2, dtype=str(dtype).removeprefix('torch.'))
     reason = BACKENDS[backend].can_run(torch.empty(1, 1, 1, 3, 1, HEAD_DIM, device=DEVICE, dtype=dtype))
     if reason:
-        return row | dict(note=f'not possible: {reason}')
+        return row | dict(note=f'not supported: {reason}')
     for name, step in passes(backend, window, dtype).items():
         row[name] = milliseconds(step)
         row[f'{name}_mib'] = peak_memory(step) / MIB

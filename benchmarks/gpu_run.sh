@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# All measurements for which a GPU is borrowed, in stages of at most nine minutes:
+# All GPU measurements, in stages of at most nine minutes:
 #
 #   benchmarks/gpu_run.sh OUT [STAGE]
 #
-# STAGE: 1 self-check and tests, 2 tuning, 3 benchmarks, 4 memory, 5 profile; without it, all that are not complete run.
-# Each leaves JSON and text in OUT/check, OUT/tune, ..., and the tables of all in OUT/tables.md. A stage whose time is
-# over keeps what it has: call it again, and it goes on. The exit code is 1 if a stage that ran is not complete, and the
-# last line names it. Needs torch, Triton, timm, transformers and numpy, and nothing of OpenMMLab. PYTHON names another
-# interpreter; TINY=1 rehearses it all without a GPU, in Triton's interpreter.
+# STAGE: 1 self-check and tests, 2 tuning, 3 benchmarks, 4 memory, 5 profile; without it, all incomplete stages run.
+# Each writes JSON and text to OUT/check, OUT/tune, ...; the tables of all go to OUT/tables.md. A stage that runs out of
+# time keeps its results: call it again to continue. The exit code is 1 if a stage is not complete, and the last line
+# names the stage. Needs torch, Triton, timm, transformers and numpy, nothing of OpenMMLab. PYTHON names another
+# interpreter; TINY=1 rehearses all stages without a GPU, in Triton's interpreter.
 set -uo pipefail
 [[ ${1:-} && ${2:-1} =~ ^[1-5]$ ]] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
@@ -17,25 +17,27 @@ TILES=$ROOT/swinv2_mm/ops/triton/tiles.json PYTHON=${PYTHON:-python} TINY=${TINY
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 export TORCHINDUCTOR_CACHE_DIR=$OUT/cache/inductor TRITON_CACHE_DIR=$OUT/cache/triton
 
-contenders=('ours triton eager' 'ours triton compiled' 'ours sdpa compiled' 'timm compiled' 'timm sdpa compiled')
+implementations=('ours triton eager' 'ours triton compiled' 'ours sdpa compiled' 'timm compiled' 'timm sdpa compiled')
 backbones=(b_w24_384 b_w16_256 b_w8_256 l_w24_384 b_w32_1024 b_w32_800x1333 video_t_320x320x8)
 attention=(g_block_1536_w32) profiled=(b_w24_384 b_w8_256) windows=(8 16 24) tune=(--minutes 60)
-parts=(savers --savers none both sdpa 'sdpa + checkpointing' triton 'triton + checkpointing')
-whole=(full --savers 'triton + checkpointing' 'sdpa + checkpointing' triton sdpa)
+parts=(techniques --techniques none both sdpa 'sdpa + checkpointing' triton 'triton + checkpointing')
+whole=(full --techniques 'triton + checkpointing' 'sdpa + checkpointing' triton sdpa)
 if [[ $TINY ]]; then
     export TRITON_INTERPRET=1
-    contenders=('ours triton eager' 'ours sdpa eager' 'timm sdpa eager')
+    implementations=('ours triton eager' 'ours sdpa eager' 'timm sdpa eager')
     backbones=(nano) attention=(nano) profiled=(nano) windows=(8)
     tune=(--windows 4 --dtypes float32 --head-dim 16 --candidates 0)
-    parts=(nano --savers sdpa) whole=(nano --savers sdpa)
+    parts=(nano --techniques sdpa) whole=(nano --techniques sdpa)
 fi
 
-run() { # NAME COMMAND...: keeps what it prints, and its exit code
+run() { # NAME COMMAND...: saves its output and its exit code
     "${@:2}" 2>&1 | tee -a "$DIR/$1.txt"
     echo "${PIPESTATUS[0]}" > "$DIR/$1.code"
 }
 tool() { run "$1" "$PYTHON" "$ROOT/benchmarks/$2.py" "${@:3}"; } # NAME TOOL ARGUMENTS...
-compare() { tool "$1" "$2" --modes inference step --contenders "${contenders[@]}" --resume "$DIR" --shapes "${@:3}"; }
+compare() { # NAME TOOL SHAPES AND OPTIONS...
+    tool "$1" "$2" --modes inference step --implementations "${implementations[@]}" --resume "$DIR" --shapes "${@:3}"
+}
 
 check() {
     run selfcheck "$PYTHON" -m swinv2_mm.ops.selfcheck --quick
@@ -76,7 +78,7 @@ for number in ${2:-1 2 3 4 5}; do
     IN_STAGE=$stage timeout --kill-after=10 540 "$BASH" "$0" "$OUT"
     case $? in
         0) touch "$DIR/complete" ;;
-        124 | 137) incomplete+=("$stage (its time is over: call it again, and it goes on)") ;;
+        124 | 137) incomplete+=("$stage (out of time: call it again to continue)") ;;
         *) incomplete+=("$stage (failed: see $DIR/*.code and *.txt)") ;;
     esac
 done

@@ -1,10 +1,10 @@
-"""Write the tables of what gpu_run.sh has measured, in Markdown.
+"""Write the results of gpu_run.sh as tables in Markdown.
 
 python benchmarks/gpu_tables.py OUT > tables.md
 python benchmarks/gpu_tables.py --versions
 
-What is not there (yet) has no table. The operator's table also has the figures that are published for
-flash-window-attention-v2 (github.com/emiledgl/flash-window-attention-v2), as its author states them.
+Stages without results have no table. The table of the operator also has the times that the author of
+flash-window-attention-v2 (github.com/emiledgl/flash-window-attention-v2) publishes.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def versions() -> str:
 
 
 def results(folder: Path, pattern: str = '*.json') -> Iterator[dict | list]:
-    """What the files of a stage hold, in the order in which they were measured."""
+    """Contents of the result files of a stage, in the order in which they were measured."""
     for path in sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime):
         yield json.loads(path.read_text())
 
@@ -56,20 +56,20 @@ def print_checks(folder: Path) -> None:
 
 
 def print_tiles(folder: Path) -> None:
-    """Print milliseconds of each kernel with the tiles by rule and with the best ones."""
-    print('\n| GPU | kernel, tokens of a window, head size, type | by rule, ms | best, ms | tiles |')
+    """Print milliseconds of each kernel with the default tiles and with the best ones."""
+    print('\n| GPU | kernel, tokens of a window, head size, type | default, ms | best, ms | tiles |')
     print('|---|---|---|---|---|')
     for devices in results(folder, 'times.json'):
         for device, kernels in devices.items():
             for key, found in kernels.items():
                 best = min(found['ms'], key=found['ms'].get)
-                rule = found['ms'].get(found['rule'])
-                by_rule = 'left out' if rule is None else f'{rule:.3f}'
-                print(f'| {device} | {key} | {by_rule} | {found["ms"][best]:.3f} | {best} |')
+                default = found['ms'].get(found['default'])
+                default_ms = 'rejected' if default is None else f'{default:.3f}'
+                print(f'| {device} | {key} | {default_ms} | {found["ms"][best]:.3f} | {best} |')
 
 
 def print_operator(folder: Path) -> None:
-    """Print milliseconds of the operator, and the published ones."""
+    """Print the measured and the published milliseconds of the operator."""
     rows = [row for content in results(folder, 'operator.json') for row in content['rows']]
     print('\n| tokens of a window | type | | forward, ms | forward and backward, ms |\n|---|---|---|---|---|')
     for tokens in dict.fromkeys(row['tokens'] for row in rows):
@@ -93,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors(FileNotFoundError):
         if args.out is None or not args.out.is_dir():
             raise FileNotFoundError(f'there is no folder {args.out} of results of gpu_run.sh')
-    from benchmark_memory import print_savers  # not at the top: they import torch
-    from side_by_side import Row, print_profile, print_table
+    from benchmark_memory import print_techniques  # not at the top: --versions works without torch
+    from results import Row, print_profile, print_table
 
     out = args.out
     print('# Measured on a GPU\n')
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_checks(out / 'check')
     print('\n## Tiles')
     print_tiles(out / 'tune')
-    print('\n## The attention operator\n\n16 maps of 4 windows, 6 heads of 32 channels.')
+    print('\n## The attention operator\n\n16 feature maps of 4 windows, 6 heads of 32 channels.')
     print_operator(out / 'benchmark')
     print('\n## Backbones, and attention with its projections')
     for content in results(out / 'benchmark', '*-*.json'):
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print('\n## Memory\n\n```')
     for rows in results(out / 'memory'):
         for part in dict.fromkeys(row['part'] for row in rows):
-            print_savers([row for row in rows if row['part'] == part])
+            print_techniques([row for row in rows if row['part'] == part])
     print('```\n\n## Profile')
     for content in results(out / 'profile', '*-*.json'):
         print_profile([Row(**row) for row in content['rows']])

@@ -1,27 +1,27 @@
-"""Compile the Triton kernels that models run, without a GPU, and count their machine code.
+"""Compile the Triton kernels of whole models without a GPU, and count their machine instructions.
 
 python benchmarks/kernel_report.py                                # bf16 on sm_90, all shapes
 python benchmarks/kernel_report.py --shapes b_w24_384 --dtypes float32 --archs sm_80 sm_100 --json out.json
 
-The host code runs on tensors of the device `meta`, stage by stage, with shifted windows in every second block and with
-the batch of the benchmarks. Each launch is compiled as Triton's JIT would compile it. A row of the first table is one
-compiled kernel with all its launches in a model:
+The host code runs on meta tensors, stage by stage, with shifted windows in every second block and with the batch size
+of the benchmarks. Each launch is compiled as Triton's JIT would compile it. A row of the first table is one compiled
+kernel with all its launches in a model:
 
-- registers, bytes of the stack (spilled registers), shared memory, and the programs that an SM runs at once;
-- instructions of a thread per logit of attention, by kind, each as often as it runs: those of the main loop (see
-  `sass.split`) once per tile of logits, all others once per program. Branches inside the main loop count as taken.
-  Where warps compute the same tile twice, or the compiler has unrolled the loop, `exp` is near 2. `loop` is the main
-  loop by itself, per logit of its tile: what tiles have beyond a window, and what runs once per program, is in `total`;
-- microseconds per image that each pipe of an H100 (SXM) is busy, whatever GPU the code is for, and the busiest.
-  Memory is assumed never to wait, and loads of a warp to have no address in common, which makes `lsu` too large in
-  float32. The matrix products of sm_100 do not tell their size: `tensor` is 0 there. Kernels without matrix
-  products move bytes: these count, and nothing else.
+- registers, stack in bytes (spilled registers), shared memory, and resident programs per SM (occupancy);
+- executed instructions per thread and logit of attention, by kind: those of the main loop (see `sass.split`) once per
+  tile of logits, all others once per program. Branches inside the main loop count as taken. If warps compute the same
+  tile twice, or the compiler unrolled the loop, `exp` is near 2. `loop` is the main loop only, per logit of its tile:
+  the part of tiles outside of a window, and the code that runs once per program, count only in `total`;
+- microseconds per image that each pipe of an H100 (SXM) is busy, whatever GPU the code is for, and the busiest pipe.
+  It assumes that memory never stalls and that no two threads of a warp load the same address, which makes `lsu` too
+  large in float32. The matrix products of sm_100 have no size in their names: `tensor` is 0 there. For kernels without
+  matrix products only the bytes that they move count.
 
-The second table sums the busiest pipes over a model, and gives floors per image, none of which any kernel can beat:
+The second table sums the busiest pipes over a model, and gives lower bounds (floors) per image for any kernel:
 
-- exp: logits / 16 per clock and SM, once in the forward and once in the backward pass;
-- tensor: 2 products of 2 * head_dim FLOP per logit forward and 5 backward, at 4096 FLOP per clock and SM; in float32,
-  which PyTorch by default does not round for tensor cores, at the 256 of the pipe for products of floats;
+- exp: logits / 16 per cycle and SM, once in the forward and once in the backward pass;
+- tensor: 2 products of 2 * head_dim FLOP per logit forward and 5 backward, at 4096 FLOP per cycle and SM; in float32,
+  without TF32 as is PyTorch's default, at the 256 of the FMA pipe;
 - bytes: qkv read and out written forward; qkv, out and grad_out read and grad_qkv written backward; at 3.35 TB/s.
 """
 
@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import sass
 import torch
 from aot_compile import ARCHS, PARTITIONS, Job, Kernel, compile_all, job_of, programs_per_sm
-from side_by_side import DTYPES, SHAPES, Shape, default_batch
+from shapes import DTYPES, SHAPES, Shape, default_batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,7 +47,7 @@ from swinv2_mm.cli.errors import check_outputs, one_line_errors
 from swinv2_mm.ops.triton import attention
 from swinv2_mm.ops.triton.launch import Launch, recorded
 
-BY_DEFAULT = (
+DEFAULT_SHAPES = (
     'b_w8_256',
     'b_w16_256',
     'b_w24_384',
@@ -58,10 +58,10 @@ BY_DEFAULT = (
     'g_block_1536_w32',
 )
 SMS, CLOCK, BANDWIDTH = 132, 1.75e9, 3.35e12  # of an H100 SXM, per second
-EXP_PER_CLOCK, FLOP_PER_CLOCK, FP32_PER_CLOCK = 16, 4096, 256  # of an SM
+EXP_PER_CYCLE, FLOP_PER_CYCLE, FP32_PER_CYCLE = 16, 4096, 256  # of an SM
 
 
-# ---------------------------------------------------------------- what runs
+# ---------------------------------------------------------------- launches of a model
 
 
 class Use(NamedTuple):
@@ -73,12 +73,12 @@ class Use(NamedTuple):
     shifted: bool
     is_backward: bool
     launch: Launch
-    per_image: float  # how often it runs
+    per_image: float  # launches per image
     tokens: int  # of a window
 
 
 class _HostCode(TorchDispatchMode):
-    """Run this package's operators on meta tensors, where torch would ask only for the shapes of their results."""
+    """Run the host code of this package's operators on meta tensors, instead of their fake implementations."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == 'swinv2_mm':
@@ -89,7 +89,7 @@ class _HostCode(TorchDispatchMode):
 def launches_of(
     qkv: Tensor, table_size: int, window: Sequence[int], shift: Sequence[int]
 ) -> tuple[list[Launch], list[Launch]]:
-    """Launches of the forward and of the backward pass of attention on a map of the device `meta`."""
+    """Launches of the forward and of the backward pass of attention on meta tensors."""
     heads = qkv.shape[-2]
     scale, table = (torch.empty(shape, device='meta') for shape in ((heads, 1, 1), (heads, table_size)))
     inputs = [t.requires_grad_() for t in (qkv, scale, table)]
@@ -101,15 +101,15 @@ def launches_of(
 
 
 def uses(name: str, shape: Shape, dtype: torch.dtype) -> list[Use]:
-    """All launches of a model: those of each stage, without and with shifted windows."""
+    """All launches of a model: each stage, without and with shifted windows."""
     batch, found = default_batch(shape, 'cuda'), []
     table_size = math.prod(2 * w - 1 for w in shape.window)
     for stage, depth in enumerate(shape.depths):
-        heads, tokens = shape.arch['num_heads'][stage], math.prod(shape.window_of(stage))
+        heads, tokens = shape.arch['num_heads'][stage], math.prod(shape.effective_window(stage))
         qkv = torch.empty(
-            batch, *shape.map_size(stage), 3, heads, shape.dim(stage) // heads, dtype=dtype, device='meta'
+            batch, *shape.spatial_shape(stage), 3, heads, shape.dim(stage) // heads, dtype=dtype, device='meta'
         )
-        shifted_blocks = depth // 2 if shape.map_size(stage) != shape.window_of(stage) else 0
+        shifted_blocks = depth // 2 if shape.spatial_shape(stage) != shape.effective_window(stage) else 0
         for shifted, blocks in ((False, depth - shifted_blocks), (True, shifted_blocks)):
             shift = [w // 2 if shifted else 0 for w in shape.window]
             passes = launches_of(qkv.detach(), table_size, shape.window, shift) if blocks else ([], [])
@@ -121,45 +121,45 @@ def uses(name: str, shape: Shape, dtype: torch.dtype) -> list[Use]:
     return found
 
 
-# ---------------------------------------------------------------- how often code runs
+# ---------------------------------------------------------------- execution counts
 
 
-def numbers_of(launch: Launch) -> dict[str, Any]:
+def arguments_of(launch: Launch) -> dict[str, Any]:
     """Arguments of a launch by name, without constants."""
     names = [name for name in launch.kernel.arg_names if name not in launch.constants]
     return dict(zip(names, launch.args, strict=True))
 
 
 def tile_of(launch: Launch) -> tuple[int, int]:
-    """Queries and keys of a trip of the main loop."""
+    """Queries and keys of an iteration of the main loop."""
     block_m = launch.constants['BLOCK_M']
     return block_m, launch.constants.get('BLOCK_N', block_m)
 
 
-def logits_per_trip(launch: Launch) -> int:
-    """Logits that a trip of the main loop covers."""
+def logits_per_iteration(launch: Launch) -> int:
+    """Logits of an iteration of the main loop."""
     return math.prod(tile_of(launch))
 
 
 def windows_of(launch: Launch) -> int:
-    """Pairs of a window and a head that a launch is for."""
-    numbers = numbers_of(launch)
-    if 'windows' in numbers:  # its programs go over them
-        return numbers['windows'] * numbers['heads']
+    """Pairs of a window and a head in a launch."""
+    arguments = arguments_of(launch)
+    if 'windows' in arguments:  # its programs loop over them
+        return arguments['windows'] * arguments['heads']
     return launch.programs // -(-launch.constants['KEYS'] // launch.constants['BLOCK_M'])
 
 
 def tiles_of(launch: Launch) -> int:
     """Tiles of logits that a launch computes."""
     if 'pairs' in launch.kernel.arg_names:  # of boxes of a window
-        return windows_of(launch) * len(numbers_of(launch)['pairs'])
+        return windows_of(launch) * len(arguments_of(launch)['pairs'])
     if 'KEYS' not in launch.constants:
         return windows_of(launch)
     return launch.programs * (launch.constants['KEYS'] // launch.constants['BLOCK_N'])
 
 
 def executed(use: Use, kernel: Kernel) -> Counter:
-    """Instructions by kind and clocks by pipe of all warps, per image, as `sass.count` has them for one."""
+    """Instructions by kind and cycles by pipe as in `sass.count`, of all warps, per image."""
     programs = use.launch.programs
     runs = (kernel.once, programs), (kernel.around, programs), (kernel.loop, tiles_of(use.launch))
     total = Counter()
@@ -169,28 +169,28 @@ def executed(use: Use, kernel: Kernel) -> Counter:
     return total
 
 
-# ---------------------------------------------------------------- figures
+# ---------------------------------------------------------------- times
 
 
-def microseconds(clocks: float) -> float:
-    """Time of clocks of partitions that are spread over the GPU."""
-    return 1e6 * clocks / (PARTITIONS * SMS * CLOCK)
+def microseconds(cycles: float) -> float:
+    """Time of cycles that are spread over all partitions of the GPU."""
+    return 1e6 * cycles / (PARTITIONS * SMS * CLOCK)
 
 
 def bytes_of(launch: Launch, kernel: Kernel) -> int:
-    """Bytes that a launch without loops moves: those of its loads and stores, or of its tensors if that is less."""
+    """Memory traffic of a launch without loops: of its loads and stores, or the size of its tensors if that is less."""
     by_code = kernel.once['bytes'] * kernel.warps * launch.programs
     return min(by_code, sum(arg.nbytes for arg in launch.args if isinstance(arg, Tensor)))
 
 
 def pipes_of(executions: Counter) -> dict[str, float]:
     """Microseconds of each pipe."""
-    clocks = {**executions, 'fma': sass.fma_clocks(executions)}
-    return {pipe: microseconds(clocks.get(pipe, 0)) for pipe in sass.PIPES}
+    cycles = {**executions, 'fma': sass.fma_cycles(executions)}
+    return {pipe: microseconds(cycles.get(pipe, 0)) for pipe in sass.PIPES}
 
 
 def row(kernel: Kernel, arch: str, members: Sequence[Use]) -> dict[str, Any]:
-    """Figures of a compiled kernel and its launches in a model."""
+    """The row of a compiled kernel with its launches in a model."""
     first = members[0]
     found = dict(
         shape=first.shape,
@@ -215,20 +215,20 @@ def row(kernel: Kernel, arch: str, members: Sequence[Use]) -> dict[str, Any]:
     return dict(
         found,
         instructions=dict(kinds, total=sum(kinds.values())),
-        loop=32 * kernel.warps * kernel.loop['issue'] / logits_per_trip(first.launch) or None,
+        loop=32 * kernel.warps * kernel.loop['issue'] / logits_per_iteration(first.launch) or None,
         microseconds=pipes,
         binds=max(pipes, key=pipes.get),
     )
 
 
 def floors(shape: Shape, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
-    """Microseconds per image that no kernel can beat, forward and backward; the formulas are at the top."""
+    """Lower bounds in microseconds per image, forward and backward; see the formulas at the top."""
     stages = list(enumerate(shape.depths))
     logits = sum(depth * shape.logits(i) for i, depth in stages)
     head_dim = shape.dim(0) // shape.arch['num_heads'][0]
-    values = sum(depth * math.prod(shape.map_size(i)) * shape.dim(i) for i, depth in stages)
-    flop = FP32_PER_CLOCK if dtype == torch.float32 else FLOP_PER_CLOCK
-    exponentials = logits / EXP_PER_CLOCK
+    values = sum(depth * math.prod(shape.spatial_shape(i)) * shape.dim(i) for i, depth in stages)
+    flop = FP32_PER_CYCLE if dtype == torch.float32 else FLOP_PER_CYCLE
+    exponentials = logits / EXP_PER_CYCLE
     products = 2 * head_dim * logits / flop
     clock = 1e6 / (SMS * CLOCK)
     return {
@@ -239,7 +239,7 @@ def floors(shape: Shape, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
 
 
 def report(names: Sequence[str], dtypes: Sequence[str], archs: Sequence[str], jobs: int) -> tuple[list, list]:
-    """Rows of kernels, and of models."""
+    """The rows of the kernels, and of the models."""
     models = [(name, DTYPES[dtype]) for name in names for dtype in dtypes]
     found = {model: uses(model[0], SHAPES[model[0]], model[1]) for model in models}
     keys = {(model, arch): [job_of(use.launch, arch) for use in found[model]] for model in models for arch in archs}
@@ -256,7 +256,7 @@ def report(names: Sequence[str], dtypes: Sequence[str], archs: Sequence[str], jo
 
 
 def summary(model: tuple[str, torch.dtype], arch: str, rows: Sequence[dict]) -> dict[str, Any]:
-    """Sums of a model, beside its floors, and instructions per logit of each pass."""
+    """Time, lower bounds, and instructions per logit of each pass of a model."""
     name, dtype = model
     shape = SHAPES[name]
     logits = sum(depth * shape.logits(i) for i, depth in enumerate(shape.depths))
@@ -325,14 +325,14 @@ def print_models(rows: Sequence[dict]) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """The same with numbers of four digits."""
+    """The same with floats rounded to four digits."""
     if isinstance(value, dict):
         return {key: rounded(v) for key, v in value.items()}
     return float(f'{value:.4g}') if isinstance(value, float) else value
 
 
 def write_json(path: str, parts: dict[str, Sequence[dict]]) -> None:
-    """Write rows, one a line."""
+    """Write lists of rows, one row per line."""
     lists = [
         f'"{name}": [\n' + ',\n'.join(json.dumps(rounded(r)) for r in rows) + '\n]' for name, rows in parts.items()
     ]
@@ -340,11 +340,11 @@ def write_json(path: str, parts: dict[str, Sequence[dict]]) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Find what would fail later.
+    """Check the arguments before anything is compiled.
 
     Raises:
         OSError: The file for results cannot be written.
-        ValueError: An argument cannot be, or Triton cannot compile here.
+        ValueError: An argument is wrong, or Triton cannot compile here.
     """
     if args.jobs < 1:
         raise ValueError(f'--jobs must be at least 1, got {args.jobs}')
@@ -352,17 +352,17 @@ def check(args: argparse.Namespace) -> None:
     if not attention.HAS_TRITON:
         raise ValueError('the package triton is not installed: pip install triton')
     if os.environ.get('TRITON_INTERPRET') == '1':
-        raise ValueError('TRITON_INTERPRET=1 lets kernels be interpreted, and here they are compiled: unset it')
+        raise ValueError('TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--shapes', nargs='+', default=BY_DEFAULT, choices=SHAPES, metavar='SHAPE')
+    parser.add_argument('--shapes', nargs='+', default=DEFAULT_SHAPES, choices=SHAPES, metavar='SHAPE')
     parser.add_argument('--dtypes', nargs='+', default=['bfloat16'], choices=DTYPES)
     parser.add_argument('--archs', nargs='+', default=['sm_90'], choices=ARCHS)
     parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='processes (default: %(default)s)')
-    parser.add_argument('--json', metavar='OUT', help='write all figures to this file')
+    parser.add_argument('--json', metavar='OUT', help='write all rows to this file')
     args = parser.parse_args(argv)
     with one_line_errors(OSError, ValueError):
         check(args)

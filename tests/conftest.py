@@ -102,7 +102,7 @@ LONGEST = (
     'test_train_and_test.py',
     'test_triton.py',
     'test_compile.py',
-    'test_benchmarks.py',
+    'test_harness.py',
 )
 
 

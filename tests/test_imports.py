@@ -104,11 +104,11 @@ def test_toolboxes_are_imported_only_by_the_files_that_extend_them():
 def test_benchmarks_need_nothing_of_openmmlab():
     code = f"""{WITHOUT_OPENMMLAB}
 import {', '.join(BENCHMARKS)}
-import peers, side_by_side, torch
-shape = side_by_side.SHAPES['nano']
-model = peers.our_backbone(shape, 'reference').eval()
+import ours, shapes, torch
+shape = shapes.SHAPES['nano']
+model = ours.build_backbone(shape, 'reference').eval()
 x = torch.rand(1, 3, *shape.size)
-same = peers.reference_backbone(shape, model).eval()
+same = ours.build_reference_backbone(shape, model).eval()
 assert (same(x.double())[0] - model(x)[0]).abs().max() < 1e-4
 assert not PACKAGES & {{name.split('.')[0] for name in sys.modules}}
 for kwargs in (dict(drop_path_rate=0.1), dict(init_cfg=dict(type='Pretrained', checkpoint='x.pth'))):

@@ -1,10 +1,10 @@
-"""Study: which position bias carries over to a larger window without fine-tuning, as Table 1 of the paper asks.
+"""Study: which position bias transfers to a larger window without fine-tuning (Table 1 of the paper).
 
     python projects/window_transfer/study_window_transfer.py --processes 2
 
-Trains a nano UperNet on the scenes of `make_shapes_coco.py` with each of three position biases, and tests it at larger
-images with windows that grow as they do. Writes every result as JSON, prints a table and draws a plot. Everything else
-is the same for the three biases: the other weights at the start, the order of the images, the recipe, the test images.
+It trains a nano UperNet on the scenes of `make_shapes_coco.py` with each of three position biases, and tests it on
+larger images with proportionally larger windows. It writes all results as JSON, prints a table and draws a plot. All
+else is equal for the three biases: the other initial weights, the order of the images, the recipe, the test images.
 """
 
 import argparse
@@ -35,20 +35,20 @@ from swinv2_mm.models.log_cpb import LogCPB
 ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16))
 PATCH_SIZE = 4
 CHANNELS = 24  # of the decoder
-CLASSES = (0, 1, 2, 123, 153, 154, 156)  # label values of the scenes: three shapes, four kinds of stuff
+CLASSES = (0, 1, 2, 123, 153, 154, 156)  # labels of the scenes: three shapes, four stuff classes
 WEIGHT_DECAY = 0.05
-WARM_UP = 0.1  # of the steps
-SEED_OF_SCENES = 0
+WARM_UP = 0.1  # fraction of the steps
+SCENE_SEED = 0
 
 
-# ---------------------------------------------------------------- the rivals of Log-CPB
+# ---------------------------------------------------------------- the position biases
 
 
 class LinearCPB(nn.Sequential):
     """Linear-spaced continuous position bias: the MLP of Log-CPB on coordinates without the logarithm (Table 1).
 
     Args:
-        log_cpb: The Log-CPB that it takes the place of, whose layers it takes over.
+        log_cpb: The Log-CPB to replace; its layers are reused.
     """
 
     def __init__(self, log_cpb: LogCPB) -> None:
@@ -66,12 +66,12 @@ class LinearCPB(nn.Sequential):
 
 
 class TableBias(nn.Module):
-    """Parameterized position bias, interpolated for larger windows as Swin V1's is (Table 1, "parameterized").
+    """Parameterized position bias, interpolated for larger windows as in Swin V1 (Table 1, "parameterized").
 
-    The parameters go through Log-CPB's 16 * sigmoid too, and start at zero: near where the MLPs start, at 8.
+    As in Log-CPB the bias is 16 * sigmoid of the parameters. They start at zero, a bias of 8, as the MLPs nearly do.
 
     Args:
-        log_cpb: The Log-CPB that it takes the place of.
+        log_cpb: The Log-CPB to replace.
     """
 
     def __init__(self, log_cpb: LogCPB) -> None:
@@ -91,10 +91,10 @@ class TableBias(nn.Module):
 
 
 class NoBias(nn.Module):
-    """No position bias, to see how much a trained model depends on its own.
+    """No position bias, to measure how much a trained model depends on its own.
 
     Args:
-        bias: The module that it takes the place of.
+        bias: The module to replace.
     """
 
     def __init__(self, bias: nn.Module) -> None:
@@ -112,12 +112,12 @@ LABELS = {'table': 'Parameterized', 'linear': 'Linear CPB', 'log': 'Log CPB'}
 
 
 def attentions(model: nn.Module) -> Iterator[WindowAttention]:
-    """All attention modules of a model, from the first block to the last."""
+    """All attention modules of a model, in the order of the blocks."""
     return (module for module in model.modules() if isinstance(module, WindowAttention))
 
 
 def replace_bias(model: nn.Module, kind: Callable[[nn.Module], nn.Module]) -> None:
-    """Put another position bias into every block."""
+    """Replace the position bias of every block."""
     for attention in attentions(model):
         attention.cpb_mlp = kind(attention.cpb_mlp)
 
@@ -126,19 +126,19 @@ def replace_bias(model: nn.Module, kind: Callable[[nn.Module], nn.Module]) -> No
 
 
 def stage_windows(size: int, window: int) -> tuple[int, ...]:
-    """Window of each stage: the same everywhere, but no larger than the map."""
-    maps = (size // (PATCH_SIZE * 2**stage) for stage in range(len(ARCH['depths'])))
-    return tuple(min(window, tokens) for tokens in maps)
+    """Window of each stage: `window`, but no larger than the feature map."""
+    sides = (size // (PATCH_SIZE * 2**stage) for stage in range(len(ARCH['depths'])))
+    return tuple(min(window, tokens) for tokens in sides)
 
 
 def build_model(bias: str, seed: int, windows: Sequence[int], trained_windows: Sequence[int]) -> nn.Module:
-    """Build a nano UperNet. The same seed gives the same weights outside the bias, whichever bias it is.
+    """Build a nano UperNet. For one seed, all weights except those of the bias are the same with each bias.
 
     Args:
         bias: A key of `BIASES`.
         seed: Seed of the weights.
         windows: Window of each stage.
-        trained_windows: Window of each stage that the bias is trained with.
+        trained_windows: Window of each stage in training.
     """
     import mmseg.models  # noqa: F401  fills the registry
     from mmseg.registry import MODELS
@@ -168,7 +168,7 @@ def build_model(bias: str, seed: int, windows: Sequence[int], trained_windows: S
         model = MODELS.build(dict(type='EncoderDecoder', backbone=backbone, decode_head=head, test_cfg=dict()))
         model.init_weights()
     for block in model.modules():
-        if isinstance(block, SwinBlock):  # they start at zero; opened at once, as the training is short
+        if isinstance(block, SwinBlock):  # zero by default; the training is short
             nn.init.ones_(block.norm1.weight)
             nn.init.ones_(block.norm2.weight)
     if BIASES[bias] is not None:
@@ -177,12 +177,12 @@ def build_model(bias: str, seed: int, windows: Sequence[int], trained_windows: S
 
 
 def enlarge(model: nn.Module, bias: str, windows: Sequence[int], trained_windows: Sequence[int]) -> nn.Module:
-    """Copy a trained model into one with larger windows, every weight as it is."""
+    """Copy the weights of a trained model unchanged into one with larger windows."""
     larger = build_model(bias, 0, windows, trained_windows)
-    # not load_state_dict: the backbone refuses weights without Log-CPB, and the table has none
+    # not load_state_dict: the backbone rejects weights without Log-CPB, such as those of the table
     source, target = model.state_dict(), larger.state_dict()
     if source.keys() != target.keys():
-        raise ValueError(f'only one of the models has {sorted(source.keys() ^ target.keys())}')
+        raise ValueError(f'only one of the two models has {sorted(source.keys() ^ target.keys())}')
     for name, value in target.items():
         value.copy_(source[name])
     return larger.eval()
@@ -191,8 +191,8 @@ def enlarge(model: nn.Module, bias: str, windows: Sequence[int], trained_windows
 # ---------------------------------------------------------------- the scenes
 
 
-def load_scene_maker() -> Callable:
-    """Find `make_scene` of `tools/misc/make_shapes_coco.py`."""
+def import_make_scene() -> Callable:
+    """Import `make_scene` from `tools/misc/make_shapes_coco.py`."""
     path = Path(__file__).parents[2] / 'tools/misc/make_shapes_coco.py'
     spec = importlib.util.spec_from_file_location('make_shapes_coco', path)
     module = importlib.util.module_from_spec(spec)
@@ -202,46 +202,46 @@ def load_scene_maker() -> Callable:
 
 
 def render(split: int, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw scenes: BGR images (count, size, size, 3) and labels (count, size, size) from 0 to 6, both uint8."""
-    make_scene = load_scene_maker()
-    scenes = [make_scene(np.random.default_rng((SEED_OF_SCENES, split, index)), size) for index in range(count)]
+    """Render scenes: BGR images (count, size, size, 3) and labels (count, size, size) from 0 to 6, both uint8."""
+    make_scene = import_make_scene()
+    scenes = [make_scene(np.random.default_rng((SCENE_SEED, split, index)), size) for index in range(count)]
     lookup = np.full(256, 255, np.uint8)
     lookup[list(CLASSES)] = range(len(CLASSES))
     return np.stack([s.image for s in scenes]), lookup[np.stack([s.semantic for s in scenes])]
 
 
 def resize(images: np.ndarray, size: int) -> np.ndarray:
-    """Shrink images (N, H, W, 3) to a side by averaging areas."""
+    """Resize images (N, H, W, 3) to size x size by area averaging."""
     return np.stack([cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA) for image in images])
 
 
 def resize_labels(labels: np.ndarray, size: int) -> np.ndarray:
-    """Shrink labels (N, H, W) to a side by taking the nearest pixel centre."""
+    """Resize labels (N, H, W) to size x size by nearest neighbour."""
     return np.stack([cv2.resize(label, (size, size), interpolation=cv2.INTER_NEAREST_EXACT) for label in labels])
 
 
 def to_input(images: np.ndarray) -> Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) about between -2 and 2."""
+    """Normalize: (N, H, W, 3) uint8 -> (N, 3, H, W), about -2 to 2."""
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() - 127.5) / 64
 
 
-def sizes_of(args: argparse.Namespace) -> list[int]:
-    """Side of the test images at each factor."""
+def image_sizes(args: argparse.Namespace) -> list[int]:
+    """Side of the test images for each factor."""
     return [round(factor * args.size) for factor in args.factors]
 
 
 def make_data(args: argparse.Namespace) -> dict:
-    """Render the scenes once at the largest size, and shrink them to the size of training and to those of the tests.
+    """Render the scenes once at the largest size, and resize them to the training size and the test sizes.
 
     Returns:
-        'train': images and labels at the size of training; 'test': images by size; 'truth': labels at the largest size.
+        'train': images and labels at the training size; 'test': images by size; 'truth': labels at the largest size.
     """
-    largest = max(sizes_of(args))
+    largest = max(image_sizes(args))
     images, labels = render(0, args.train_images, largest)
     test_images, truth = render(1, args.test_images, largest)
     return {
         'train': (resize(images, args.size), resize_labels(labels, args.size)),
-        'test': {size: resize(test_images, size) for size in sizes_of(args)},
+        'test': {size: resize(test_images, size) for size in image_sizes(args)},
         'truth': truth,
     }
 
@@ -250,7 +250,7 @@ def make_data(args: argparse.Namespace) -> dict:
 
 
 def batches(images: np.ndarray, labels: np.ndarray, size: int, steps: int, seed: int) -> Iterator[tuple]:
-    """Training batches, flipped at random; the seed alone decides on their order and flips."""
+    """Training batches with random flips; order and flips depend only on the seed."""
     rng = np.random.default_rng(seed)
     order = np.zeros(0, int)
     for _ in range(steps):
@@ -264,7 +264,7 @@ def batches(images: np.ndarray, labels: np.ndarray, size: int, steps: int, seed:
 
 
 def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """AdamW, with the exemptions from weight decay that the configs have."""
+    """AdamW, without weight decay for the parameters that the configs exempt."""
     adamw = dict(type='AdamW', lr=lr, weight_decay=WEIGHT_DECAY)
     return SwinV2OptimWrapperConstructor(dict(optimizer=adamw))(model).optimizer
 
@@ -291,7 +291,7 @@ def train(model: nn.Module, data: dict, args: argparse.Namespace, seed: int) -> 
 
 @torch.no_grad()
 def mean_iou(model: nn.Module, images: np.ndarray, truth: np.ndarray, batch_size: int = 4) -> float:
-    """MIoU in per cent. Predictions are enlarged to the labels, so that all sizes of images have the same truth."""
+    """MIoU in per cent. Logits are upsampled to the labels, so that all test sizes share the same ground truth."""
     from mmseg.evaluation import IoUMetric
 
     model.eval()
@@ -299,42 +299,42 @@ def mean_iou(model: nn.Module, images: np.ndarray, truth: np.ndarray, batch_size
     for start in range(0, len(images), batch_size):
         labels = torch.from_numpy(truth[start : start + batch_size])
         logits = F.interpolate(model(to_input(images[start : start + batch_size])), labels.shape[1:], mode='bilinear')
-        found = IoUMetric.intersect_and_union(logits.argmax(1), labels, len(CLASSES), ignore_index=255)
-        areas = [total + area for total, area in zip(areas, found, strict=True)]
-    # a mean over classes: a class that neither labels nor predictions contain has no IoU
+        batch_areas = IoUMetric.intersect_and_union(logits.argmax(1), labels, len(CLASSES), ignore_index=255)
+        areas = [total + area for total, area in zip(areas, batch_areas, strict=True)]
+    # mean over classes; a class that is in neither labels nor predictions has no IoU
     return 100 * float(np.nanmean(IoUMetric.total_area_to_metrics(*areas, ['mIoU'])['IoU']))
 
 
 @torch.no_grad()
 def bias_spread(model: nn.Module) -> float:
-    """Standard deviation of the bias over the relative positions of a window, mean over heads and blocks."""
+    """Standard deviation of the bias over the relative positions of a window, averaged over heads and blocks."""
     return float(torch.cat([attention.cpb_mlp().std(1) for attention in attentions(model)]).mean())
 
 
 def run_job(bias: str, seed: int, data: dict, args: argparse.Namespace) -> dict:
-    """Train one model and test it at every size, with windows to match.
+    """Train one model and test it at every size, with proportional windows.
 
     Returns:
-        'miou' and 'miou_without_bias', by factor in the order of the arguments; 'loss', 'spread', 'seconds'.
+        'miou' and 'miou_without_bias' for each factor; 'loss', 'spread', 'seconds'.
     """
     start = time.perf_counter()
     trained = stage_windows(args.size, args.window)
     model = build_model(bias, seed, trained, trained)
     loss = train(model, data, args, seed)
     trained_after = time.perf_counter() - start
-    scores, controls = [], []
-    for factor, size in zip(args.factors, sizes_of(args), strict=True):
+    scores, scores_without_bias = [], []
+    for factor, size in zip(args.factors, image_sizes(args), strict=True):
         windows = [round(factor * window) for window in trained]
         larger = enlarge(model, bias, windows, trained)
         scores.append(mean_iou(larger, data['test'][size], data['truth']))
         replace_bias(larger, NoBias)
-        controls.append(mean_iou(larger, data['test'][size], data['truth']))
+        scores_without_bias.append(mean_iou(larger, data['test'][size], data['truth']))
     seconds = [round(trained_after, 1), round(time.perf_counter() - start - trained_after, 1)]
     return dict(
         bias=bias,
         seed=seed,
         miou=scores,
-        miou_without_bias=controls,
+        miou_without_bias=scores_without_bias,
         loss=loss,
         spread=bias_spread(model),
         seconds=dict(zip(('training', 'testing'), seconds, strict=True)),
@@ -346,7 +346,7 @@ _shared: dict = {}
 
 def _start_worker(data: dict, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    MMLogger.get_current_instance().setLevel('WARNING')  # or every weight's initialisation is listed
+    MMLogger.get_current_instance().setLevel('WARNING')  # without a line for each initialised weight
     _shared.update(data=data, args=args)
 
 
@@ -355,11 +355,11 @@ def _run_shared(job: tuple[str, int]) -> dict:
 
 
 def run_all(args: argparse.Namespace) -> list[dict]:
-    """Run every bias with every seed, each job on one thread; `--processes` of them at a time."""
+    """Run every bias with every seed, each job on one thread, `--processes` jobs at a time."""
     jobs = [(bias, seed) for seed in args.seeds for bias in args.biases]
     data = make_data(args)
     results = []
-    # a single job at a time also runs in a process of its own: the number of threads is set there
+    # also for one job at a time: the number of threads is set in the new process
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(args.processes, context, _start_worker, (data, args)) as pool:
         for result in pool.map(_run_shared, jobs):
@@ -368,16 +368,16 @@ def run_all(args: argparse.Namespace) -> list[dict]:
     return results
 
 
-# ---------------------------------------------------------------- what came out
+# ---------------------------------------------------------------- results
 
 
 def describe(result: dict) -> str:
     """One line for one job."""
     scores = ' '.join(f'{score:.1f}' for score in result['miou'])
-    controls = ' '.join(f'{score:.1f}' for score in result['miou_without_bias'])
+    removed = ' '.join(f'{score:.1f}' for score in result['miou_without_bias'])
     seconds = result['seconds']
     return (
-        f'{result["bias"]} seed {result["seed"]}: mIoU {scores}; bias removed {controls}; loss {result["loss"]:.3f}; '
+        f'{result["bias"]} seed {result["seed"]}: mIoU {scores}; bias removed {removed}; loss {result["loss"]:.3f}; '
         f'spread of the bias {result["spread"]:.2f}; {seconds["training"]:.0f} s training, '
         f'{seconds["testing"]:.0f} s testing'
     )
@@ -394,13 +394,13 @@ def spread_over_seeds(scores: np.ndarray) -> np.ndarray:
 
 
 def columns(args: argparse.Namespace) -> list[str]:
-    """Headings in the way of Table 1: window of the first stage, image size."""
+    """Headings as in Table 1: window of the first stage, image size."""
     windows = [round(factor * args.window) for factor in args.factors]
-    return [f'W{window}, I{size}' for window, size in zip(windows, sizes_of(args), strict=True)]
+    return [f'W{window}, I{size}' for window, size in zip(windows, image_sizes(args), strict=True)]
 
 
 def row(label: str, scores: np.ndarray, reference: np.ndarray | None) -> str:
-    """Mean and deviation of each column, and how far the mean lies from the reference's."""
+    """Mean and standard deviation of each column, and the difference to the mean of the reference."""
     cells = [f'{m:.1f} ± {s:.1f}' for m, s in zip(scores.mean(0), spread_over_seeds(scores), strict=True)]
     if reference is not None:
         gains = scores.mean(0) - reference.mean(0)
@@ -409,7 +409,7 @@ def row(label: str, scores: np.ndarray, reference: np.ndarray | None) -> str:
 
 
 def markdown(results: list[dict], args: argparse.Namespace) -> str:
-    """Two tables: the scores as in Table 1, then those of the same models without their bias."""
+    """Two tables: the scores as in Table 1, then the scores of the same models without their bias."""
     head = ['| mIoU, % | ' + ' | '.join(columns(args)) + ' |', '|---' * (len(args.factors) + 1) + '|']
     lines = list(head)
     for bias in args.biases:
@@ -422,12 +422,12 @@ def markdown(results: list[dict], args: argparse.Namespace) -> str:
 
 
 def draw(results: list[dict], args: argparse.Namespace) -> Figure:
-    """Draw Table 1: a line for each bias over the sizes, with every seed as a dot."""
-    figure = Figure(figsize=(6.4, 4.2), layout='constrained')  # without pyplot: needs no display
+    """Plot Table 1: a line for each bias over the sizes, and a dot for each seed."""
+    figure = Figure(figsize=(6.4, 4.2), layout='constrained')  # not pyplot, which needs a display
     axes = figure.subplots()
     for i, bias in enumerate(args.biases):
         scores = scores_of(results, bias)
-        x = np.arange(len(args.factors)) + 0.06 * (i - (len(args.biases) - 1) / 2)  # side by side
+        x = np.arange(len(args.factors)) + 0.06 * (i - (len(args.biases) - 1) / 2)  # offset, to avoid overlap
         line = axes.errorbar(
             x, scores.mean(0), spread_over_seeds(scores), marker='o', markersize=5, capsize=3, label=LABELS[bias]
         )
@@ -442,7 +442,7 @@ def draw(results: list[dict], args: argparse.Namespace) -> Figure:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line, and refuse sizes that would not scale exactly."""
+    """Read the command line, and reject sizes that do not scale to whole numbers."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -451,23 +451,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     def add(name: str, default: object, text: str, **kwargs: object) -> None:
         parser.add_argument(name, default=default, help=f'{text} (default: %(default)s)', **kwargs)
 
-    add('--out', Path('window_transfer.json'), 'JSON file for all results', type=Path)
-    add('--plot', Path('window_transfer.png'), 'picture to draw', type=Path)
+    add('--out', Path('window_transfer.json'), 'JSON file for the results', type=Path)
+    add('--plot', Path('window_transfer.png'), 'file for the plot', type=Path)
     add('--biases', list(BIASES), 'position biases', nargs='+', choices=list(BIASES))
     add('--seeds', [0, 1, 2], 'seeds of weights and batches', nargs='+', type=int)
-    add('--factors', [1.0, 1.5, 2.0, 3.0], 'test sizes, in sizes of training', nargs='+', type=float)
-    add('--size', 64, 'side of the images of training, in pixels', type=int)
-    add('--window', 4, 'window of training, in tokens', type=int)
+    add('--factors', [1.0, 1.5, 2.0, 3.0], 'test sizes relative to the training size', nargs='+', type=float)
+    add('--size', 64, 'side of the training images, in pixels', type=int)
+    add('--window', 4, 'training window, in tokens', type=int)
     add('--steps', 2000, 'training steps', type=int)
-    add('--batch-size', 8, 'images in a training step', type=int)
+    add('--batch-size', 8, 'images per training step', type=int)
     add('--lr', 4e-3, 'learning rate after warm-up', type=float)
     add('--train-images', 1000, 'scenes to train on', type=int)
     add('--test-images', 100, 'scenes to test on', type=int)
-    add('--processes', 1, 'jobs at a time, each on one thread', type=int)
+    add('--processes', 1, 'parallel jobs, each on one thread', type=int)
     args = parser.parse_args(argv)
     sides = [args.size, *stage_windows(args.size, args.window)]
     if args.size % (PATCH_SIZE * 2 ** (len(ARCH['depths']) - 1)) or any(f * s % 1 for f in args.factors for s in sides):
-        parser.error(f'image and windows must be whole at every stage and factor; at factor 1 they are {sides}')
+        parser.error(f'image and windows must be whole numbers at every stage and factor; at factor 1 they are {sides}')
     if min(args.factors) < 1:
         parser.error(f'--factors must be at least 1, got {min(args.factors)}')
     return args

@@ -1,4 +1,4 @@
-"""The script for a borrowed GPU, and its tables: rehearsed without a GPU, and without anything of OpenMMLab."""
+"""gpu_run.sh and its tables, without a GPU and without OpenMMLab."""
 
 import json
 import subprocess
@@ -12,15 +12,15 @@ SCRIPT, TABLES = BENCHMARKS / 'gpu_run.sh', BENCHMARKS / 'gpu_tables.py'
 
 
 @pytest.mark.parametrize('arguments', [[], ['out', '6'], ['out', 'all']])
-def test_without_a_folder_or_with_a_stage_that_is_none_it_prints_how_it_is_called(arguments, tmp_path):
+def test_gpu_run_prints_its_usage_on_wrong_arguments(arguments, tmp_path):
     result = subprocess.run([SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert 'benchmarks/gpu_run.sh OUT [STAGE]' in result.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stage_that_fails_is_named_in_the_last_line(tmp_path):
-    """Without a stage, the others run all the same."""
+def test_gpu_run_names_a_failed_stage_in_the_last_line(tmp_path):
+    """The other stages run."""
     python = tmp_path / 'python'
     python.write_text('#!/bin/sh\ncase "$*" in *benchmark_memory*) exit 3;; esac\n')
     python.chmod(0o755)
@@ -45,38 +45,38 @@ def write(path, content):
     path.write_text(content if isinstance(content, str) else json.dumps(content))
 
 
-def test_tables_hold_what_was_measured_and_what_is_published(tmp_path):
+def test_gpu_tables_has_measured_and_published_results(tmp_path):
     write(tmp_path / 'check' / 'selfcheck.code', '1')
     write(tmp_path / 'check' / 'selfcheck.txt', 'wrong: nan')
     key = 'forward 576 32 torch.bfloat16'
-    rule, best = '64, 32, 4, 2', '64, 64, 4, 1'
-    write(tmp_path / 'tune' / 'times.json', {'a GPU': {key: dict(rule=rule, ms={rule: 2.0, best: 1.5})}})
+    default, best = '64, 32, 4, 2', '64, 64, 4, 1'
+    write(tmp_path / 'tune' / 'times.json', {'a GPU': {key: dict(default=default, ms={default: 2.0, best: 1.5})}})
     rows = [dict(backend='triton', tokens=576, dtype='float16', forward=0.5, forward_backward=4.25)]
     write(tmp_path / 'benchmark' / 'operator.json', dict(rows=rows))
-    row = dict(case='b_w24_384', mode='step', contender='timm compiled', batch=16, dtype='bfloat16', note='WRONG')
+    row = dict(case='b_w24_384', mode='step', implementation='timm compiled', batch=16, dtype='bfloat16', note='WRONG')
     write(tmp_path / 'benchmark' / 'b_w24_384-step.json', dict(rows=[row]))
-    part = {'part': 'SwinV2-G', 'saver': 'triton', 'size': 1536, 'allocated': 2**35, 'seconds': 3.0}
+    part = {'part': 'SwinV2-G', 'technique': 'triton', 'size': 1536, 'allocated': 2**35, 'seconds': 3.0}
     write(tmp_path / 'memory' / 'memory.json', [part])
     printed = call(tmp_path, TABLES, '.')
     assert 'selfcheck: exit code 1\n\n```\nwrong: nan\n```' in printed
     assert f'| a GPU | {key} | 2.000 | 1.500 | {best} |' in printed
     assert '| 576 | float16 | ours triton | 0.500 | 4.250 |' in printed
     assert '| 576 | float16 | flash-window-attention-v2 (published) | 1.007 | 9.34 |' in printed
-    assert '| timm compiled |     WRONG |' in printed
+    assert '| timm compiled  |     WRONG |' in printed
     assert 'SwinV2-G, window 32, measured at 1536x1536' in printed
     assert '32.000' in printed
 
 
-def test_versions_are_those_of_the_packages(tmp_path):
+def test_gpu_tables_prints_versions(tmp_path):
     assert 'torch 2.' in call(tmp_path, TABLES, '--versions')
 
 
-def test_a_folder_that_does_not_exist_is_named(tmp_path):
+def test_gpu_tables_names_a_missing_folder(tmp_path):
     assert 'there is no folder nowhere of results of gpu_run.sh' in refuse(tmp_path, TABLES, 'nowhere')
 
 
 @pytest.mark.slow
-def test_all_stages_run_without_a_gpu_and_without_openmmlab(tmp_path):
+def test_gpu_run_runs_all_stages_without_a_gpu_and_without_openmmlab(tmp_path):
     write(tmp_path / 'site' / 'sitecustomize.py', WITHOUT_OPENMMLAB)
     env = dict(TINY='1', PYTHONPATH=str(tmp_path / 'site'), XDG_CACHE_HOME=str(tmp_path / 'cache'))
     printed = run(tmp_path, SCRIPT, 'out', **env)
@@ -92,4 +92,4 @@ def test_all_stages_run_without_a_gpu_and_without_openmmlab(tmp_path):
     for title in ('nano, inference', 'nano, step', 'nano stage 1, inference', 'nano, window 32', 'nano, step: ms in'):
         assert title in tables
     assert '| timm sdpa eager   |' in tables
-    assert run(tmp_path, SCRIPT, 'out', **env) == f'tables: {out}/tables.md\n'  # all is complete
+    assert run(tmp_path, SCRIPT, 'out', **env) == f'tables: {out}/tables.md\n'  # all stages are complete

@@ -1,4 +1,4 @@
-"""The report on compiled kernels: the reader of machine code on a few lines of it, and what is derived from counts."""
+"""The report on compiled kernels: the SASS parser on a short listing, occupancy, and the derived numbers."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ TOOL = BENCHMARKS / 'kernel_report.py'
 kernel_report = load_tool(TOOL)
 sass, aot_compile = sys.modules['sass'], sys.modules['aot_compile']
 
-# A pair of loops, the inner one waiting for a barrier before it multiplies, and a subroutine after the end.
+# Two nested loops, the inner one with a barrier before its product, and a subroutine after the end.
 LISTING = """
 \t.headerflags\t@"EF_CUDA_TEXMODE_UNIFIED EF_CUDA_64BIT_ADDRESS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
         /*0000*/                   LDC R1, c[0x0][0x28] ;                /* 0x00000a00ff017b82 */
@@ -38,7 +38,7 @@ LISTING = """
 """
 
 
-def test_parse_ends_with_the_kernel_and_leaves_predicates_out():
+def test_parse_ends_with_the_kernel_and_drops_predicates():
     code = sass.parse(LISTING)
     assert [instruction.address for instruction in code] == [16 * i for i in range(11)]
     assert code[1].text == 'EXIT'
@@ -46,11 +46,11 @@ def test_parse_ends_with_the_kernel_and_leaves_predicates_out():
     assert code[5].opcode == 'HGMMA.64x32x16.F32.BF16'
 
 
-def test_loops_are_branches_back():
+def test_loops_are_backward_branches():
     assert sass.loops(sass.parse(LISTING)) == [range(3, 5), range(3, 8), range(2, 10)]
 
 
-def test_split_takes_the_innermost_loop_of_products_for_the_main_one():
+def test_split_main_is_the_innermost_loop_with_products():
     once, around, main = ([code.opcode for code in part] for part in sass.split(sass.parse(LISTING)))
     assert once == ['LDC', 'EXIT', 'EXIT']
     assert around == ['MOV', 'IADD3', 'BRA']
@@ -58,13 +58,13 @@ def test_split_takes_the_innermost_loop_of_products_for_the_main_one():
     assert main[1:] == ['BRA', 'HGMMA.64x32x16.F32.BF16', 'MUFU.EX2', 'BRA.U']
 
 
-def test_split_leaves_products_around_the_main_loop_to_the_outer_one():
+def test_split_leaves_other_products_to_the_outer_loop():
     more = LISTING.replace('MOV R2, RZ', 'HMMA.16816.F32.BF16 R4, R8, R12, R4').replace('IADD3', 'HMMA.16816.F32.BF16')
     _, around, main = sass.split(sass.parse(more))
     assert (len(around), len(main)) == (3, 5)
 
 
-def test_split_goes_by_exponentials_where_products_are_sums():
+def test_split_counts_exponentials_without_matrix_products():
     listing = LISTING.replace('HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8], !UPT', 'FFMA R5, R6, R7, R5')
     assert len(sass.split(sass.parse(listing))[2]) == 5
 
@@ -75,7 +75,7 @@ def test_split_without_a_loop():
 
 
 @pytest.mark.parametrize(
-    ('text', 'kind', 'pipe', 'clocks'),
+    ('text', 'kind', 'pipe', 'cycles'),
     [
         ('IADD3 R2, P1, R4, 0x10, RZ', 'integer', 'alu', 2),
         ('LOP3.LUT R2, R3, 0xf, RZ, 0xc0, !PT', 'integer', 'alu', 2),
@@ -96,7 +96,7 @@ def test_split_without_a_loop():
         ('LDSM.16.MT88.4 R4, [R2]', 'load/store', 'lsu', 16),
         ('STL [R1], R4', 'load/store', 'lsu', 4),
         ('SHFL.BFLY PT, R2, R3, 0x1, 0x1f', 'other', 'lsu', 4),
-        # 1024 FLOP per clock: of a warp, and of a quarter of the four warps of an HGMMA
+        # 1024 FLOP per cycle: of a warp, and of a quarter of the four warps of an HGMMA
         ('HMMA.16816.F32.BF16 R4, R8, R12, R4', 'mma', 'tensor', 2 * 16 * 8 * 16 / 1024),
         ('HMMA.1688.F32.TF32 R4, R8, R12, R4', 'mma', 'tensor', 2 * 2 * 16 * 8 * 8 / 1024),
         ('HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8]', 'mma', 'tensor', 2 * 64 * 128 * 16 / 4 / 1024),
@@ -106,9 +106,9 @@ def test_split_without_a_loop():
         ('BRA 0x30', 'other', None, 0),
     ],
 )
-def test_count_knows_kinds_and_pipes(text, kind, pipe, clocks):
+def test_count_knows_kinds_and_pipes(text, kind, pipe, cycles):
     found = sass.count([sass.Instruction(0, text)])
-    expected = Counter({kind: 1, 'issue': 1, 'ex2': int('EX2' in text)}) + Counter({pipe: clocks} if pipe else {})
+    expected = Counter({kind: 1, 'issue': 1, 'ex2': int('EX2' in text)}) + Counter({pipe: cycles} if pipe else {})
     assert {key: value for key, value in found.items() if value and key != 'bytes'} == expected
 
 
@@ -123,11 +123,11 @@ def test_count_adds_up_bytes_of_global_memory():
     assert sass.count(sass.Instruction(0, text) for text in texts)['bytes'] == 32 * (2 + 4 + 8 + 16)
 
 
-def test_products_of_integers_take_one_half_of_the_pipe():
-    assert sass.fma_clocks(Counter(fma=10)) == 10
-    assert sass.fma_clocks(Counter(imad=10)) == 10
-    assert sass.fma_clocks(Counter(imad=10, fma=5)) == 10
-    assert sass.fma_clocks(Counter(imad=10, fma=20)) == 25
+def test_fma_cycles_has_imad_on_one_half_of_the_pipe():
+    assert sass.fma_cycles(Counter(fma=10)) == 10
+    assert sass.fma_cycles(Counter(imad=10)) == 10
+    assert sass.fma_cycles(Counter(imad=10, fma=5)) == 10
+    assert sass.fma_cycles(Counter(imad=10, fma=20)) == 25
 
 
 # ---------------------------------------------------------------- occupancy
@@ -179,7 +179,7 @@ def test_specialize_as_triton_does():
         assert attributes == {place: (('tt.divisibility', 16),) for place, key in keys.items() if key == 'D'}
 
 
-def test_uses_are_the_launches_of_all_blocks():
+def test_uses_has_the_launches_of_all_blocks():
     shape = kernel_report.SHAPES['nano']  # 16x16 and 8x8 tokens, windows of 8x8, two blocks and one
     found = kernel_report.uses('nano', shape, torch.float16)
     assert {(use.stage, use.shifted) for use in found} == {(0, False), (0, True), (1, False)}
@@ -209,12 +209,12 @@ def use_of(launch, tokens=50, per_image=0.5):
 )
 def test_tiles_follow_from_the_launch(programs, numbers, constants, logits, windows, tiles):
     launch = launch_of(programs, tuple(numbers), tuple(numbers.values()), **constants)
-    assert kernel_report.logits_per_trip(launch) == logits
+    assert kernel_report.logits_per_iteration(launch) == logits
     assert kernel_report.windows_of(launch) == windows
     assert kernel_report.tiles_of(launch) == tiles
 
 
-def test_executed_weighs_code_by_how_often_it_runs():
+def test_executed_counts_programs_and_tiles():
     """12 programs of two warps, and 48 tiles."""
     use = use_of(launch_of(12, KEYS=64, BLOCK_M=32, BLOCK_N=16))
     once, loop = Counter(integer=3, issue=7), Counter(integer=5, issue=20)
@@ -236,11 +236,11 @@ def test_floors_of_one_block():
     assert exact['tensor'] == pytest.approx([16 * n for n in found['tensor']])
 
 
-# ---------------------------------------------------------------- the tool
+# ---------------------------------------------------------------- the command
 
 
 def compiled_by_name(jobs, processes):
-    """Kernels of four warps that the compiler might have made, with products if they have tiles of logits."""
+    """Made-up compiled kernels of four warps, with products if they have tiles of logits."""
     once, loop = Counter(issue=100, other=100), Counter(integer=40, exp=18, ex2=16, issue=58, mufu=144)
     elementwise = ('normalize', 'expand_bias', 'fold_bias')
     return {
@@ -248,7 +248,7 @@ def compiled_by_name(jobs, processes):
     }
 
 
-def test_report_prints_and_writes_what_was_counted(monkeypatch, tmp_path):
+def test_main_prints_and_writes_the_rows(monkeypatch, tmp_path):
     monkeypatch.setattr(kernel_report, 'compile_all', compiled_by_name)
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     file = tmp_path / 'report.json'
@@ -272,8 +272,8 @@ def test_report_prints_and_writes_what_was_counted(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(('loaded', 'moved'), [(10000, 6700), (335, 5 * 4 * 335)])
-def test_kernels_without_products_move_bytes(loaded, moved):
-    """As many as the five programs of four warps load, but no more than there are; at 3.35 TB/s."""
+def test_row_of_a_kernel_without_products_is_its_bytes(loaded, moved):
+    """Those that five programs of four warps load, at most the size of the tensors; at 3.35 TB/s."""
     launch = Launch(lambda: None, 5, (torch.empty(3350, dtype=torch.float16, device='meta'), 7), {})
     kernel = aot_compile.Kernel(32, 0, 0, 4, False, Counter(bytes=loaded), Counter(), Counter())
     found = kernel_report.row(kernel, 'sm_90', [use_of(launch)] * 2)
@@ -286,16 +286,16 @@ def test_kernels_without_products_move_bytes(loaded, moved):
     [
         (('--jobs', '0'), '--jobs must be at least 1, got 0'),
         (('--json', 'none/out.json'), 'there is no folder none for out.json: make it, or name another file'),
-        ((), 'TRITON_INTERPRET=1 lets kernels be interpreted, and here they are compiled: unset it'),
+        ((), 'TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it'),
     ],
 )
-def test_mistakes_are_told_before_anything_is_compiled(monkeypatch, tmp_path, args, message):
+def test_check_names_the_mistake(monkeypatch, tmp_path, args, message):
     monkeypatch.setenv('TRITON_INTERPRET', '1')
     assert refuse(tmp_path, TOOL, *args) == f'error: {message}'
 
 
 @pytest.mark.slow
-def test_the_tool_compiles_a_model(tmp_path):
+def test_command_compiles_a_model(tmp_path):
     printed = run(tmp_path, TOOL, '--shapes', 'nano', '--json', 'report.json', TRITON_INTERPRET='0')
     assert re.search(r'^\| nano \| sm_90 \| bfloat16 \| \d', printed, re.M)
     found = json.loads((tmp_path / 'report.json').read_text())

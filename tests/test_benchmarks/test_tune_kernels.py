@@ -1,4 +1,4 @@
-"""The tool that finds the fastest blocks of the Triton kernels, in Triton's interpreter."""
+"""The tuning of the tiles of the Triton kernels, in Triton's interpreter."""
 
 import json
 
@@ -15,7 +15,7 @@ from swinv2_mm.ops.triton.tiles import TileConfig
 TOOL = BENCHMARKS / 'tune_kernels.py'
 tune_kernels = load_tool(TOOL)
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='on a GPU the tool is run as it is')
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='on a GPU the command itself is run')
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def interpreter(monkeypatch):
 
 @pytest.fixture
 def made_up_times(monkeypatch):
-    """The more threads the better, and the fewer stages."""
+    """Times that fall with the number of warps and rise with the number of stages."""
 
     def time_kernel(problem, kernel):
         tile = triton_backend.choose_tiles(kernel)
@@ -39,36 +39,36 @@ OPTIONS = ['--windows', '4x4', '--dtypes', 'float32', '--head-dim', '16', '--can
 
 
 def tile_of(kernel):
-    """The tiles that a kernel would run with now."""
+    """The tiles that a kernel would run with."""
     return triton_backend.choose_tiles(kernel, 16, 16, torch.float32, torch.device('cpu'))
 
 
-def spoil(monkeypatch, is_spoilt):
-    """Let the kernels give NaN in the place of a result where `is_spoilt()`."""
+def corrupt(monkeypatch, is_corrupt):
+    """Make the kernels return NaN in one result if `is_corrupt()`."""
     run = tune_kernels.Problem.run
 
-    def spoilt(problem):
+    def corrupted(problem):
         results = run(problem)
-        if is_spoilt():
+        if is_corrupt():
             results['grad of v'][..., 0] = torch.nan
         return results
 
-    monkeypatch.setattr(tune_kernels.Problem, 'run', spoilt)
+    monkeypatch.setattr(tune_kernels.Problem, 'run', corrupted)
 
 
 @pytest.mark.usefixtures('made_up_times')
-def test_the_fastest_right_tiles_are_kept(monkeypatch, tmp_path):
-    """And a call goes on where another has stopped."""
+def test_main_stores_the_fastest_correct_tiles(monkeypatch, tmp_path):
+    """Another call continues."""
     problem = tune_kernels.Problem((4, 4), 16, torch.float32)
     kernel = problem.kernels()[0]
     options = [*OPTIONS, '--kernels', kernel, '--times', 'times.json']
     times = {tile: 10.0 / tile.warps + tile.stages for tile in tune_kernels.candidates(kernel, problem, 3)}
     fastest = min(times, key=times.get)
-    spoil(monkeypatch, lambda: tile_of(kernel) == fastest)
+    corrupt(monkeypatch, lambda: tile_of(kernel) == fastest)
     stored = {'another GPU': {'forward 64 32 torch.float16': [64, 64, 4, 2]}}
     (tmp_path / 'tiles.json').write_text(json.dumps(stored))
     printed = call(tmp_path, TOOL, *options)
-    assert f'{kernel}: {fastest} is left out: gives another grad of v' in printed
+    assert f'{kernel}: {fastest} is rejected: wrong grad of v' in printed
     assert f'| 4x4 | float32 | {kernel} | 3 |' in printed
     del times[fastest]
     kept = json.loads((tmp_path / 'tiles.json').read_text())
@@ -84,15 +84,15 @@ def test_the_fastest_right_tiles_are_kept(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures('made_up_times')
-def test_nothing_is_kept_where_no_result_is_right(monkeypatch, tmp_path):
-    spoil(monkeypatch, lambda: True)
+def test_main_stores_nothing_if_all_results_are_wrong(monkeypatch, tmp_path):
+    corrupt(monkeypatch, lambda: True)
     monkeypatch.chdir(tmp_path)
     assert tune_kernels.main(OPTIONS) == 1
     assert not (tmp_path / 'tiles.json').exists()
 
 
 class Kernel:
-    """Stands in for one of Triton: it compiles to what it is given, or raises it."""
+    """A fake Triton kernel: its compilation returns `compiled`, or raises it."""
 
     __name__ = 'forward'
 
@@ -106,7 +106,7 @@ class Kernel:
 
 
 class Compiled:
-    """Stands in for machine code that spills so many words, and fits or not."""
+    """Fake machine code that spills `n_spills` words; loading it may raise an error."""
 
     def __init__(self, n_spills, error=None):
         self.n_spills, self.error = n_spills, error
@@ -126,20 +126,20 @@ class Compiled:
         (ValueError('no layout\nfor this'), 'ValueError: no layout'),
     ],
 )
-def test_tiles_that_cannot_run_say_why(compiled, reason):
+def test_reject_gives_the_reason(compiled, reason):
     arguments = (torch.empty(1),), {'num_warps': 4}
     results = compile_launches([Launch(Kernel(kernel), 1, *arguments) for kernel in (Compiled(0), compiled)])
     assert [tune_kernels.reject(result) for result in results] == [None, reason]
 
 
 @pytest.mark.usefixtures('made_up_times')
-def test_tiles_that_do_not_compile_are_not_run(monkeypatch, tmp_path):
+def test_tune_does_not_run_tiles_that_do_not_compile(monkeypatch, tmp_path):
     def launches(problem, kernel, run=False):
-        found = former(problem, kernel, run)
+        found = original(problem, kernel, run)
         fails = tile_of(kernel).warps == 8
         return [Launch(Kernel(RuntimeError('PTXAS error')), *launch[1:]) if fails else launch for launch in found]
 
-    former = tune_kernels.Problem.launches
+    original = tune_kernels.Problem.launches
     monkeypatch.setattr(tune_kernels.Problem, 'launches', launches)
     problem = tune_kernels.Problem((4, 4), 16, torch.float32)
     monkeypatch.setattr(problem, 'wrong', lambda: [])
@@ -148,7 +148,7 @@ def test_tiles_that_do_not_compile_are_not_run(monkeypatch, tmp_path):
     assert list(tune_kernels.tune(problem, kernel, tiles_tried)) == tiles_tried[:1]
 
 
-def test_only_the_launches_of_the_kernel_are_timed(monkeypatch):
+def test_time_kernel_times_only_the_launches_of_the_kernel(monkeypatch):
     problem = tune_kernels.Problem((9, 8), 16, torch.float32)
     kernel, *others = problem.kernels()
     assert len(others) == 3
@@ -158,7 +158,7 @@ def test_only_the_launches_of_the_kernel_are_timed(monkeypatch):
     assert set(timed) == {kernel}
 
 
-def test_launches_that_are_recorded_run_if_that_is_asked():
+def test_recorded_launches_run_with_run():
     problem = tune_kernels.Problem((4, 4), 16, torch.float32)
     with recorded(run=True) as launches:
         found = problem.run()
@@ -166,7 +166,7 @@ def test_launches_that_are_recorded_run_if_that_is_asked():
     assert torch.equal(found['out'], problem.run()['out'])
 
 
-def test_what_was_measured_is_chosen_for_its_gpu_alone(monkeypatch, tmp_path):
+def test_choose_tiles_uses_stored_tiles_only_for_their_gpu(monkeypatch, tmp_path):
     file = tmp_path / 'tiles.json'
     entries = {'forward 144 32 torch.bfloat16': [64, 32, 8, 3], 'forward 576 32 torch.bfloat16': [128, 64, 8, 2]}
     file.write_text(json.dumps({'a GPU': entries}))
@@ -189,34 +189,34 @@ def test_what_was_measured_is_chosen_for_its_gpu_alone(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ('window', 'dtype'), [((2, 3), torch.float32), ((2, 3), torch.bfloat16), ((9, 8), torch.bfloat16)]
 )
-def test_results_are_right_whose_errors_rounding_explains(monkeypatch, window, dtype):
-    """And none of which a single number is missing, or off by a quarter of the largest."""
+def test_wrong_allows_rounding_errors(monkeypatch, window, dtype):
+    """But not one element that is NaN, or off by a quarter of the largest value."""
     problem = tune_kernels.Problem(window, 16, dtype)
     results = problem.run()
     assert problem.wrong() == []
     assert len(problem.expected) == 6
     for name, value in results.items():
         for wrong in (torch.nan, value.flatten()[0] + 0.25 * value.abs().max()):
-            spoilt = value.clone()
-            spoilt.view(-1)[0] = wrong
-            monkeypatch.setattr(problem, 'run', lambda name=name, spoilt=spoilt: results | {name: spoilt})
+            corrupted = value.clone()
+            corrupted.view(-1)[0] = wrong
+            monkeypatch.setattr(problem, 'run', lambda name=name, value=corrupted: results | {name: value})
             assert problem.wrong() == [name]
 
 
-def test_it_stops_when_its_time_is_over(tmp_path):
+def test_main_stops_after_the_minutes(tmp_path):
     printed = call(tmp_path, TOOL, *OPTIONS, '--minutes', 0)
-    assert ' of 4x4 and what follows: no time left of 0 minutes' in printed
+    assert ' of 4x4 and all after it: not tuned: --minutes 0 is over' in printed
     assert not (tmp_path / 'tiles.json').exists()
 
 
 @pytest.mark.parametrize('window', ['0x4', '4x4x4x4', 'axb'])
-def test_windows_that_are_none_are_named(window, capsys):
+def test_check_names_a_wrong_window(window, capsys):
     with pytest.raises(SystemExit):
         tune_kernels.main(['--windows', window])
-    assert f'{window!r} is no window of up to 3 axes; write it as in 24x24' in capsys.readouterr().err
+    assert f'{window!r} is not a window of up to 3 axes; write it as in 24x24' in capsys.readouterr().err
 
 
-def test_without_a_gpu_it_says_how_it_can_be_tried(monkeypatch, capsys):
+def test_check_names_the_interpreter_without_a_gpu(monkeypatch, capsys):
     monkeypatch.delenv('TRITON_INTERPRET')
     with pytest.raises(SystemExit):
         tune_kernels.main([])
@@ -224,7 +224,7 @@ def test_without_a_gpu_it_says_how_it_can_be_tried(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_tool_can_be_tried_without_a_gpu(tmp_path):
+def test_command_runs_without_a_gpu(tmp_path):
     printed = run(tmp_path, TOOL, *OPTIONS, TRITON_INTERPRET='1')
     kernels = tune_kernels.Problem((4, 4), 16, torch.float32).kernels()
     assert all(f'| 4x4 | float32 | {kernel} | 4 |' in printed for kernel in kernels)
@@ -233,7 +233,7 @@ def test_the_tool_can_be_tried_without_a_gpu(tmp_path):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('tokens', [49, 64, 144, 576, 4096])
 @pytest.mark.parametrize('kernel', tiles.KERNELS)
-def test_candidates_are_tiles_that_differ(kernel, tokens, dtype):
+def test_candidates_differ(kernel, tokens, dtype):
     found = list(tiles.candidates(kernel, tokens, 32, dtype))
     assert 1 < len(found) == len(set(found))
     assert all(side & (side - 1) == 0 <= tiles.SMALLEST <= side for c in found for side in (c.block_m, c.block_n))

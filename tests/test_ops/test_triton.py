@@ -233,9 +233,9 @@ def test_clamped_logit_scale_and_tokens_of_zeros():
 
 
 @triton.jit
-def store_addresses(numbers, place, window_ids, num_windows, tokens, row, stride, LARGE: tl.constexpr):
+def store_addresses(numbers, place, window_ids, num_windows, tokens, heads, row, stride, LARGE: tl.constexpr):
     """Store the offset of the sample of a window, and that of a row in the sample."""
-    _, sample = kernels._window_of(place, window_ids, num_windows, tokens)
+    _, sample = kernels._window_of(place, window_ids, num_windows, tokens, heads)
     tl.store(numbers, sample)
     tl.store(numbers + 1, kernels._offsets(tl.load(row), stride, LARGE))
 
@@ -249,7 +249,7 @@ def test_offsets_beyond_32_bits():
         geometry = triton_backend.Geometry(torch.empty(10, *size, 3, heads, 32, device='meta'), (32, 32), (0, 0))
         row = torch.tensor(tokens - 1, dtype=torch.int32, device=DEVICE)
         is_large = geometry.constants('forward')['LARGE']
-        store_addresses[(1,)](numbers, 3 * 9, ids, 3, 2**30, row, stride, LARGE=is_large)
+        store_addresses[(1,)](numbers, 3 * 9, ids, 3, 2**28, 4, row, stride, LARGE=is_large)
         assert numbers.tolist() == [9 * 2**30, (tokens - 1) * stride]
         assert is_large == (tokens * stride >= 2**31) == (heads == 16)
 

@@ -1,4 +1,4 @@
-"""The study of larger windows: its rivals of Log-CPB against independent formulas, then the command as users run it."""
+"""The study of larger windows: its position biases against independent formulas, then the whole command."""
 
 import itertools
 import json
@@ -27,8 +27,8 @@ def models(tool):
     return {bias: tool.build_model(bias, 3, (4, 4, 2, 1), (4, 4, 2, 1)) for bias in BIASES}
 
 
-def grow(bias, window):
-    """The same weights in another window."""
+def set_window(bias, window):
+    """Set the window of a bias, and keep its weights."""
     bias.window_size = window
     return bias
 
@@ -52,10 +52,10 @@ def cubic_matrix(source, target):
 
 
 @pytest.mark.parametrize('window', [(4, 4), (6, 6), (12, 12), (5, 8)])
-def test_the_linear_rival_is_the_mlp_on_offsets_over_the_largest_of_training(tool, window):
+def test_linear_cpb_is_the_mlp_on_offsets_relative_to_the_largest_of_training(tool, window):
     log_cpb = LogCPB((4, 4), (4, 4), 3)
     first, last = log_cpb[0], log_cpb[2]
-    bias = grow(tool.LinearCPB(log_cpb), window)().detach()
+    bias = set_window(tool.LinearCPB(log_cpb), window)().detach()
     for row, offset in enumerate(itertools.product(*(range(1 - w, w) for w in window))):
         coords = torch.tensor(offset, dtype=torch.float64) / 3
         hidden = (first.weight.double() @ coords + first.bias.double()).clamp(min=0)
@@ -64,7 +64,7 @@ def test_the_linear_rival_is_the_mlp_on_offsets_over_the_largest_of_training(too
     assert bias.shape == (3, row + 1)
 
 
-def test_the_table_rival_is_its_parameters_at_the_window_of_training(tool):
+def test_table_bias_is_its_parameters_at_the_training_window(tool):
     bias = tool.TableBias(LogCPB((4, 4), (4, 4), 3))
     assert bias.table.shape == (3, 49)
     assert bias().eq(8).all()
@@ -74,16 +74,16 @@ def test_the_table_rival_is_its_parameters_at_the_window_of_training(tool):
 
 
 @pytest.mark.parametrize('window', [(6, 6), (8, 8), (12, 12), (5, 9)])
-def test_the_table_rival_is_resized_by_cubic_convolution_for_larger_windows(tool, window):
+def test_table_bias_is_resized_by_cubic_convolution_for_larger_windows(tool, window):
     bias = tool.TableBias(LogCPB((4, 4), (4, 4), 3))
     torch.nn.init.normal_(bias.table)
     grid = 16 * bias.table.detach().double().sigmoid().view(3, 7, 7).numpy()
     rows, columns = (cubic_matrix(7, 2 * w - 1) for w in window)
     expected = np.einsum('yi,xj,hij->hyx', rows, columns, grid).reshape(3, -1)
-    np.testing.assert_allclose(grow(bias, window)().detach().numpy(), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(set_window(bias, window)().detach().numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_biases_start_about_eight_and_let_gradients_through(models):
+def test_biases_start_near_eight_and_have_gradients(models):
     for model in models.values():
         for attention in [m for m in model.modules() if hasattr(m, 'cpb_mlp')]:
             bias = attention.cpb_mlp()
@@ -92,20 +92,20 @@ def test_biases_start_about_eight_and_let_gradients_through(models):
             assert all(p.grad is not None for p in attention.cpb_mlp.parameters())
 
 
-@pytest.mark.parametrize('rival', ['table', 'linear'])
-def test_all_but_the_bias_is_the_same_for_the_same_seed(models, rival):
-    def rest(model):
+@pytest.mark.parametrize('bias', ['table', 'linear'])
+def test_build_model_has_the_same_other_weights_for_the_same_seed(models, bias):
+    def other_weights(model):
         return {name: value for name, value in model.state_dict().items() if 'cpb_mlp' not in name}
 
-    ours, theirs = rest(models['log']), rest(models[rival])
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    types = {type(m.cpb_mlp).__name__ for m in models[rival].modules() if hasattr(m, 'cpb_mlp')}
-    assert types == {{'table': 'TableBias', 'linear': 'LinearCPB'}[rival]}
+    expected, found = other_weights(models['log']), other_weights(models[bias])
+    assert list(expected) == list(found)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    types = {type(m.cpb_mlp).__name__ for m in models[bias].modules() if hasattr(m, 'cpb_mlp')}
+    assert types == {{'table': 'TableBias', 'linear': 'LinearCPB'}[bias]}
 
 
 @pytest.mark.parametrize('bias', BIASES)
-def test_a_larger_window_gets_every_weight(tool, models, bias):
+def test_enlarge_copies_every_weight(tool, models, bias):
     larger = tool.enlarge(models[bias], bias, (8, 8, 4, 2), (4, 4, 2, 1))
     source, target = models[bias].state_dict(), larger.state_dict()
     assert source.keys() == target.keys()
@@ -113,7 +113,7 @@ def test_a_larger_window_gets_every_weight(tool, models, bias):
     assert [a.cpb_mlp().shape[1] for a in tool.attentions(larger)][::2] == [225, 225, 49, 9]
 
 
-def test_log_cpb_is_enlarged_as_the_backbone_itself_does_on_loading(tool, models):
+def test_enlarge_agrees_with_load_state_dict_for_log_cpb(tool, models):
     enlarged = tool.enlarge(models['log'], 'log', (8, 8, 4, 2), (4, 4, 2, 1))
     loaded = tool.build_model('log', 9, (8, 8, 4, 2), (4, 4, 2, 1)).eval()
     loaded.load_state_dict(models['log'].state_dict())
@@ -122,12 +122,12 @@ def test_log_cpb_is_enlarged_as_the_backbone_itself_does_on_loading(tool, models
         assert torch.equal(enlarged(x), loaded(x))
 
 
-def test_without_its_bias_a_model_attends_by_content_alone(tool):
+def test_no_bias_is_zero(tool):
     bias = tool.NoBias(LogCPB((6, 6), (4, 4), 3))
     assert torch.equal(bias(), torch.zeros(3, 121))
 
 
-def test_miou_is_that_of_a_confusion_matrix(tool):
+def test_mean_iou_agrees_with_a_confusion_matrix(tool):
     pytest.importorskip('mmseg')
     truth = np.random.default_rng(0).integers(0, 7, (3, 8, 8)).astype(np.uint8)
     images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
@@ -143,7 +143,7 @@ def test_miou_is_that_of_a_confusion_matrix(tool):
     assert tool.mean_iou(Model(), images, truth, batch_size=2) == pytest.approx(100 * iou.mean())
 
 
-def test_batches_depend_on_the_seed_alone_and_flip_images_with_their_labels(tool):
+def test_batches_depend_only_on_the_seed_and_flip_images_with_their_labels(tool):
     labels = np.random.default_rng(0).integers(0, 7, (5, 4, 4)).astype(np.uint8)
     images = np.repeat(labels[..., None], 3, -1)
     first, again, other = (list(tool.batches(images, labels, 2, 7, seed)) for seed in (1, 1, 2))
@@ -153,7 +153,7 @@ def test_batches_depend_on_the_seed_alone_and_flip_images_with_their_labels(tool
         assert torch.equal(x[:, 0], (y - 127.5) / 64)
 
 
-def test_the_table_and_the_plot_hold_means_deviations_and_gains(tool):
+def test_markdown_and_plot_have_means_deviations_and_gains(tool):
     args = tool.parse_args(['--factors', '1', '2', '--biases', 'table', 'log', '--seeds', '0', '1'])
     scores = {
         ('table', 0): [50.0, 40.0],
@@ -175,12 +175,12 @@ def test_the_table_and_the_plot_hold_means_deviations_and_gains(tool):
     ('options', 'message'),
     [
         ('--size 96 --window 6', 'at factor 1 they are [96, 6, 6, 6, 3]'),
-        ('--factors 1 1.3', 'must be whole at every stage and factor'),
-        ('--size 72', 'must be whole at every stage and factor'),
+        ('--factors 1 1.3', 'must be whole numbers at every stage and factor'),
+        ('--size 72', 'must be whole numbers at every stage and factor'),
         ('--factors 0.5 1', '--factors must be at least 1, got 0.5'),
     ],
 )
-def test_sizes_that_do_not_scale_exactly_are_refused(tool, capsys, options, message):
+def test_parse_args_rejects_sizes_that_do_not_scale(tool, capsys, options, message):
     with pytest.raises(SystemExit):
         tool.parse_args(options.split())
     assert message in capsys.readouterr().err
@@ -199,7 +199,7 @@ def check_results(folder, printed, biases):
 
 
 class Pool:
-    """In place of one of processes: calls what it is given at once."""
+    """A fake process pool that runs jobs in this process."""
 
     def __init__(self, processes, context, start, arguments):
         assert (processes, context.get_start_method()) == (1, 'spawn')
@@ -214,14 +214,14 @@ class Pool:
     map = staticmethod(map)
 
 
-def test_results_and_plot_are_written_and_the_table_is_printed(tool, tmp_path, monkeypatch):
+def test_main_writes_results_and_plot_and_prints_the_table(tool, tmp_path, monkeypatch):
     pytest.importorskip('mmseg')
     monkeypatch.setattr(tool, 'ProcessPoolExecutor', Pool)
     check_results(tmp_path, call(tmp_path, TOOL, *OPTIONS.split()), BIASES)
 
 
 @pytest.mark.slow
-def test_the_command_runs_jobs_in_processes_of_their_own(tmp_path):
+def test_command_runs_jobs_in_new_processes(tmp_path):
     pytest.importorskip('mmseg')
     printed = run(tmp_path, TOOL, *OPTIONS.split(), '--biases', 'table', 'log', '--processes', '2')
     check_results(tmp_path, printed, ('table', 'log'))

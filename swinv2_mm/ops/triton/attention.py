@@ -177,23 +177,25 @@ class Geometry:
         )  # fmt: skip
         return bias
 
-    def normalize(self, qkv: Tensor, logit_scale: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    def normalize(self, qkv: Tensor, logit_scale: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
         """Unit vectors of scaled queries and keys, or of keys (parts = 1): (tokens, parts, heads, head_dim).
 
         The second result repeats them in bfloat16 if that is the type of the map, for the products of the backward
-        pass: the other factor might not fit into float16.
+        pass: the other factor might not fit into float16. The third is 1 / norm of queries and keys, (tokens, 2, heads)
+        in float32, and empty without queries.
         """
         from . import kernels
 
         is_rounded = parts == 2 and self.dtype == torch.bfloat16
         units = qkv.new_empty(self.batch * self.tokens, parts, self.heads, self.head_dim, dtype=self.unit_dtype)
         rounded_units = torch.empty_like(units, dtype=self.dtype) if is_rounded else units
+        inverse_norms = units.new_empty(units.shape[:-1] if parts == 2 else 0, dtype=torch.float32)
         vectors = self.batch * self.tokens * parts * self.heads
         launch(
-            kernels.normalize, -(-vectors // BLOCK_OF_VECTORS), qkv, logit_scale, units, rounded_units, vectors,
-            self.heads, PARTS=parts, ROUNDED=is_rounded, **self._dims(), BLOCK_M=BLOCK_OF_VECTORS, num_warps=4,
+            kernels.normalize, -(-vectors // BLOCK_OF_VECTORS), qkv, logit_scale, units, rounded_units, inverse_norms,
+            vectors, self.heads, PARTS=parts, ROUNDED=is_rounded, **self._dims(), BLOCK_M=BLOCK_OF_VECTORS, num_warps=4,
         )  # fmt: skip
-        return units, rounded_units
+        return units, rounded_units, inverse_norms
 
     def _dims(self) -> dict[str, int]:
         return {'DIM': self.head_dim, 'BLOCK_DIM': max(SMALLEST, next_power_of_2(self.head_dim))}
@@ -272,7 +274,7 @@ def _forward_tiles(
 ) -> None:
     from . import kernels
 
-    units, _ = geometry.normalize(qkv, logit_scale, parts=1)
+    units, *_ = geometry.normalize(qkv, logit_scale, parts=1)
     constants, blocks = _blocks(geometry, 'forward')
     rows, regions, *_ = geometry.tables()
     _, *places = geometry.bias_tables()
@@ -353,7 +355,7 @@ def _backward_tiles(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import kernels
 
-    units, rounded_units = geometry.normalize(qkv, logit_scale, parts=2)
+    units, rounded_units, inverse_norms = geometry.normalize(qkv, logit_scale, parts=2)
     delta, grad_qkv, scales = torch.empty_like(lse), torch.empty_like(qkv), []
     rows, regions, *_ = geometry.tables()
     _, *places = geometry.bias_tables()
@@ -362,13 +364,13 @@ def _backward_tiles(
         sizes, tables = (len(ids), len(rows), geometry.tokens, heads), (bias, rows, regions, *places, ids)
         constants, blocks = _blocks(geometry, 'bwd_dq')
         scales.append(lse.new_empty(geometry.batch * len(ids) * blocks, heads))
-        inputs = grad_out, qkv, units, rounded_units, logit_scale, *tables, out, lse
+        inputs = grad_out, qkv, units, rounded_units, inverse_norms, logit_scale, *tables, out, lse
         constants |= {'EDGE': needs_mask, 'ROUNDED': rounded_units is not units}
         outputs = delta, grad_qkv, scales[-1]
         launch(kernels.bwd_dq, scales[-1].numel(), *inputs, *outputs, *sizes, **constants)
         constants, blocks = _blocks(geometry, 'bwd_dk_dv')
         programs = geometry.batch * len(ids) * blocks * heads
-        inputs = grad_out, qkv, units, rounded_units, *tables, lse, delta
+        inputs = grad_out, qkv, units, rounded_units, inverse_norms, *tables, lse, delta
         constants |= {'EDGE': needs_mask, 'ROUNDED': rounded_units is not units}
         launch(kernels.bwd_dk_dv, programs, *inputs, grad_qkv, *sizes, **constants)
     grad_table = _grad_table(geometry, (grad_out, qkv, units, bias), lse, delta)

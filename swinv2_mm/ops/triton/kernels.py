@@ -45,10 +45,10 @@ def _inverse_norm(tile):
 
 
 @triton.jit
-def _normalize_backward(grad, tile, inverse_norm):
-    """Gradient of vectors, given that of their unit vectors: it has no part along them."""
+def _project_out(grad, tile, inverse_norm):
+    """Gradients of unit vectors less their parts along them: times 1 / norm, they are those of the vectors."""
     along = tl.sum(grad * tile, 1) * inverse_norm * inverse_norm
-    return (grad - tile * along[:, None]) * inverse_norm[:, None]
+    return grad - tile * along[:, None]
 
 
 @triton.jit
@@ -74,9 +74,21 @@ def _load_rows(
 
 
 @triton.jit
-def _store_rows(ptr, tile, rows, stride, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, LARGE: tl.constexpr):
+def _load_norms(ptr, rows, stride, LARGE: tl.constexpr, MASKED: tl.constexpr):
+    """Inverse norms of the tokens of a map; zero where there is none."""
+    ptrs = ptr + _offsets(rows, stride, LARGE)
+    return tl.load(ptrs, mask=rows >= 0, other=0.0) if MASKED else tl.load(ptrs)
+
+
+@triton.jit
+def _store_rows(
+    ptr, tile, rows, stride, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, LARGE: tl.constexpr,
+    MASKED: tl.constexpr = True,
+):  # fmt: skip
     dims = tl.arange(0, BLOCK_DIM)
-    mask = (rows >= 0)[:, None] & (dims < DIM)[None, :]
+    mask = (dims < DIM)[None, :]
+    if MASKED:
+        mask &= (rows >= 0)[:, None]
     tl.store(ptr + _offsets(rows, stride, LARGE)[:, None] + dims[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -118,26 +130,36 @@ def _window_logits(q, k, q_factor, k_factor, bias, regions, EDGE: tl.constexpr, 
 
 
 @triton.jit
+def _divide(a, b):
+    """Quotient and remainder of numbers that are not negative, for which that takes fewer instructions."""
+    a, b = tl.cast(a, tl.uint32), tl.cast(b, tl.uint32)
+    return (a // b).to(tl.int32), (a % b).to(tl.int32)
+
+
+@triton.jit
 def _block_of_program(heads, KEYS: tl.constexpr, BLOCK_M: tl.constexpr):
     """Head, block of BLOCK_M tokens and place of the window of a program of (windows, blocks, heads)."""
     BLOCKS: tl.constexpr = (KEYS + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
-    return program % heads, program // heads % BLOCKS, program // heads // BLOCKS
+    blocks, head = _divide(program, heads)
+    return head, blocks % BLOCKS, blocks // BLOCKS
 
 
 @triton.jit
-def _window_of(place, window_ids, num_windows, tokens):
-    """Window of a program or of a turn of its loop, and where its sample begins, in tokens.
+def _window_of(place, window_ids, num_windows, tokens, heads):
+    """Window of a program or of a turn of its loop, and where its sample begins, in tokens times heads.
 
     Counted over samples, and for each of them over the windows in `window_ids`.
     """
-    return tl.load(window_ids + place % num_windows), (place // num_windows).to(tl.int64) * tokens
+    index, number = _divide(place, num_windows)
+    return tl.load(window_ids + number), index.to(tl.int64) * (tokens * heads)
 
 
 @triton.jit
 def _first_slot(place, window, head, num_windows, all_windows, heads, SLOTS: tl.constexpr):
     """Where the slots of a window and head begin in `lse` and `delta`."""
-    return (((place // num_windows).to(tl.int64) * all_windows + window) * heads + head) * SLOTS
+    index, _ = _divide(place, num_windows)
+    return ((index * all_windows + window) * heads + head).to(tl.int64) * SLOTS
 
 
 @triton.jit
@@ -167,6 +189,7 @@ def normalize(
     logit_scale,
     units,
     rounded_units,
+    inverse_norms,
     vectors,
     heads,
     PARTS: tl.constexpr,
@@ -177,8 +200,8 @@ def normalize(
 ):
     """Write `units` (tokens, PARTS, heads, DIM): unit vectors of scaled queries and of keys, or of keys only.
 
-    ROUNDED: they are also written to `rounded_units`, in the type of the map. Programs: blocks of `vectors` =
-    tokens * PARTS * heads.
+    ROUNDED: they are also written to `rounded_units`, in the type of the map. With queries, `inverse_norms` (tokens,
+    PARTS, heads) are written for the gradients. Programs: blocks of `vectors` = tokens * PARTS * heads.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     place = (first % (PARTS * heads)).to(tl.int32) + tl.arange(0, BLOCK_M)  # of the first one's token and on
@@ -189,6 +212,8 @@ def normalize(
     tile = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     factor = _inverse_norm(tile)
     if PARTS == 2:
+        offs = first + tl.arange(0, BLOCK_M)
+        tl.store(inverse_norms + offs, factor, mask=offs < vectors)
         scale = _clamped_exp(tl.load(logit_scale + place, mask=place < heads, other=0.0))
         factor *= tl.where(place < heads, scale * LOG2_E, 1.0)
     tile *= factor[:, None]
@@ -231,13 +256,13 @@ def forward(
     """Attention of BLOCK_M queries. Programs: (windows, blocks of queries, heads)."""
     MASKED: tl.constexpr = EDGE or not WHOLE
     head, block, place = _block_of_program(heads, KEYS, BLOCK_M)
-    window, sample = _window_of(place, window_ids, num_windows, tokens)
+    window, sample = _window_of(place, window_ids, num_windows, tokens, heads)
     first_slot = _first_slot(place, window, head, num_windows, all_windows, heads, SLOTS)
     stride = 3 * heads * DIM
     rows += window * SLOTS
     regions += window * SLOTS
-    q_ptr, v_ptr = qkv + sample * stride + head * DIM, qkv + sample * stride + (2 * heads + head) * DIM
-    k_ptr = units + (sample * heads + head) * DIM
+    q_ptr, v_ptr = qkv + (3 * sample + head) * DIM, qkv + (3 * sample + 2 * heads + head) * DIM
+    k_ptr = units + (sample + head) * DIM
     bias += head.to(tl.int64) * PLACES
 
     q_slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -263,9 +288,7 @@ def forward(
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         m_i = m_new
-    _store_rows(
-        out + (sample * heads + head) * DIM, acc * (1.0 / l_i)[:, None], q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE
-    )
+    _store_rows(out + (sample + head) * DIM, acc * (1.0 / l_i)[:, None], q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE)
     # what is no query has no weights in the backward pass
     tl.store(lse + first_slot + q_slots, tl.where(q_rows >= 0, m_i + tl.log2(l_i), float('inf')))
 
@@ -276,6 +299,7 @@ def bwd_dq(
     qkv,
     units,
     rounded_units,
+    inverse_norms,
     logit_scale,
     bias,
     rows,
@@ -313,24 +337,25 @@ def bwd_dq(
     Programs and loop as in `forward`.
     """
     MASKED: tl.constexpr = EDGE or not WHOLE
+    PARTIAL: tl.constexpr = MASKED or KEYS % BLOCK_M > 0  # a block with what is no token
     head, block, place = _block_of_program(heads, KEYS, BLOCK_M)
-    window, sample = _window_of(place, window_ids, num_windows, tokens)
+    window, sample = _window_of(place, window_ids, num_windows, tokens, heads)
     first_slot = _first_slot(place, window, head, num_windows, all_windows, heads, SLOTS)
     stride = 3 * heads * DIM
     rows += window * SLOTS
     regions += window * SLOTS
-    q_ptr, v_ptr = qkv + sample * stride + head * DIM, qkv + sample * stride + (2 * heads + head) * DIM
-    k_ptr = units + (sample * (2 * heads) + heads + head) * DIM
-    rounded_ptr = rounded_units + (sample * (2 * heads) + heads + head) * DIM
+    v_ptr = qkv + (3 * sample + 2 * heads + head) * DIM
+    k_ptr = units + (2 * sample + heads + head) * DIM
+    rounded_ptr = rounded_units + (2 * sample + heads + head) * DIM
     bias += head.to(tl.int64) * PLACES
     scale = _scale(logit_scale, head)
 
     q_slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
     q_rows = tl.load(rows + q_slots)
-    q_unit_ptr = units + (sample * (2 * heads) + head) * DIM
-    q = _load_rows(q_unit_ptr, q_rows, 2 * heads * DIM, DIM, BLOCK_DIM, LARGE, True)
-    do = _load_rows(grad_out + (sample * heads + head) * DIM, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, True)
-    o = _load_rows(out + (sample * heads + head) * DIM, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, True)
+    q_ptr = units + (2 * sample + head) * DIM
+    q = _load_rows(q_ptr, q_rows, 2 * heads * DIM, DIM, BLOCK_DIM, LARGE, PARTIAL)
+    do = _load_rows(grad_out + (sample + head) * DIM, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, PARTIAL)
+    o = _load_rows(out + (sample + head) * DIM, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, PARTIAL)
     lse_i = tl.load(lse + first_slot + q_slots)
     delta_i = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     q_place = tl.load(q_places + q_slots)
@@ -355,12 +380,13 @@ def bwd_dq(
             k = _load_rows(rounded_ptr, k_rows, 2 * heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
         grad_q = tl.dot(ds.to(k.dtype), k, grad_q, input_precision=PRECISION)
     tl.store(delta + first_slot + q_slots, delta_i + row_sum)
-    grad_q = (grad_q - row_sum[:, None] * mean_k) * scale
-    raw = _load_rows(q_ptr, q_rows, stride, DIM, BLOCK_DIM, LARGE, True).to(tl.float32)
-    inverse_norm = _inverse_norm(raw)
-    tl.store(grad_scale + tl.program_id(0), tl.sum(tl.sum(grad_q * raw, 1) * inverse_norm, 0))
-    grad_q = _normalize_backward(grad_q, raw, inverse_norm)
-    _store_rows(grad_qkv + sample * stride + head * DIM, grad_q, q_rows, stride, DIM, BLOCK_DIM, LARGE)
+    grad_q -= row_sum[:, None] * mean_k
+    q = q.to(tl.float32)  # times scale * log2(e), which is its norm
+    tl.store(grad_scale + tl.program_id(0), tl.sum(tl.sum(grad_q * q, 1), 0) * (1 / LOG2_E))
+    norm_ptr = inverse_norms + 2 * sample + head
+    inverse_norm = _load_norms(norm_ptr, q_rows, 2 * heads, LARGE, PARTIAL)
+    grad_q = _project_out(grad_q, q, 1.0 / (scale * LOG2_E)) * (inverse_norm * scale)[:, None]
+    _store_rows(grad_qkv + (3 * sample + head) * DIM, grad_q, q_rows, stride, DIM, BLOCK_DIM, LARGE, PARTIAL)
 
 
 @triton.jit
@@ -369,6 +395,7 @@ def bwd_dk_dv(
     qkv,
     units,
     rounded_units,
+    inverse_norms,
     bias,
     rows,
     regions,
@@ -401,22 +428,23 @@ def bwd_dk_dv(
     Its tiles of logits are (keys, queries): both products take them as they are.
     """
     MASKED: tl.constexpr = EDGE or not WHOLE
+    PARTIAL: tl.constexpr = MASKED or KEYS % BLOCK_M > 0  # a block with what is no token
     head, block, place = _block_of_program(heads, KEYS, BLOCK_M)
-    window, sample = _window_of(place, window_ids, num_windows, tokens)
+    window, sample = _window_of(place, window_ids, num_windows, tokens, heads)
     first_slot = _first_slot(place, window, head, num_windows, all_windows, heads, SLOTS)
     stride, unit_stride = 3 * heads * DIM, 2 * heads * DIM
     rows += window * SLOTS
     regions += window * SLOTS
-    q_ptr = units + (sample * (2 * heads) + head) * DIM
-    k_ptr, v_ptr = q_ptr + heads * DIM, qkv + sample * stride + (2 * heads + head) * DIM
-    rounded_ptr = rounded_units + (sample * (2 * heads) + head) * DIM
-    do_ptr = grad_out + (sample * heads + head) * DIM
+    q_ptr = units + (2 * sample + head) * DIM
+    k_ptr, v_ptr = q_ptr + heads * DIM, qkv + (3 * sample + 2 * heads + head) * DIM
+    rounded_ptr = rounded_units + (2 * sample + head) * DIM
+    do_ptr = grad_out + (sample + head) * DIM
     bias += head.to(tl.int64) * PLACES
 
     k_slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
     k_rows = tl.load(rows + k_slots)
-    k = _load_rows(k_ptr, k_rows, unit_stride, DIM, BLOCK_DIM, LARGE, True)
-    v = _load_rows(v_ptr, k_rows, stride, DIM, BLOCK_DIM, LARGE, True)
+    k = _load_rows(k_ptr, k_rows, unit_stride, DIM, BLOCK_DIM, LARGE, PARTIAL)
+    v = _load_rows(v_ptr, k_rows, stride, DIM, BLOCK_DIM, LARGE, PARTIAL)
     k_place = tl.load(k_places + k_slots)
     k_region = tl.load(regions + k_slots) if EDGE else k_rows
     grad_k = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
@@ -436,12 +464,14 @@ def bwd_dk_dv(
         if ROUNDED:  # float16 might not hold the gradients of logits, which bfloat16 holds
             q = _load_rows(rounded_ptr, q_rows, unit_stride, DIM, BLOCK_DIM, LARGE, MASKED)
         grad_k = tl.dot(ds.to(q.dtype), q, grad_k, input_precision=PRECISION)
-    raw = _load_rows(qkv + sample * stride + (heads + head) * DIM, k_rows, stride, DIM, BLOCK_DIM, LARGE, True)
-    raw = raw.to(tl.float32)
-    grad_k = _normalize_backward(grad_k * (1 / LOG2_E), raw, _inverse_norm(raw))
-    grad_ptr = grad_qkv + sample * stride + (heads + head) * DIM
-    _store_rows(grad_ptr, grad_k, k_rows, stride, DIM, BLOCK_DIM, LARGE)
-    _store_rows(grad_ptr + heads * DIM, grad_v, k_rows, stride, DIM, BLOCK_DIM, LARGE)
+    grad_ptr = grad_qkv + (3 * sample + heads + head) * DIM
+    _store_rows(grad_ptr + heads * DIM, grad_v, k_rows, stride, DIM, BLOCK_DIM, LARGE, PARTIAL)
+    k_rows = tl.load(rows + k_slots)  # again, and the unit vectors: kept, they would take registers from the loop
+    k = _load_rows(k_ptr, k_rows, unit_stride, DIM, BLOCK_DIM, LARGE, PARTIAL).to(tl.float32)
+    norm_ptr = inverse_norms + 2 * sample + heads + head
+    inverse_norm = _load_norms(norm_ptr, k_rows, 2 * heads, LARGE, PARTIAL)
+    grad_k = _project_out(grad_k, k, 1.0) * (inverse_norm * (1 / LOG2_E))[:, None]
+    _store_rows(grad_ptr, grad_k, k_rows, stride, DIM, BLOCK_DIM, LARGE, PARTIAL)
 
 
 @triton.jit
@@ -499,18 +529,18 @@ def bwd_dbias(
     tile_bias = _load_bias(bias, q_place, k_place, RUN)
     place, pair = part, first
     for _ in range(((windows - part + splits - 1) // splits) * (last - first + 1)):
-        window, sample = _window_of(place, window_ids, num_windows, tokens)
+        window, sample = _window_of(place, window_ids, num_windows, tokens, heads)
         first_slot = _first_slot(place, window, head, num_windows, all_windows, heads, SLOTS)
         q_slots, k_slots = tl.load(pairs + 2 * pair) + offs, tl.load(pairs + 2 * pair + 1) + offs
         place = tl.where(pair == last, place + splits, place)
         pair = tl.where(pair == last, first, pair + 1)
-        q_rows, k_rows = tl.load(rows + window * SLOTS + q_slots), tl.load(rows + window * SLOTS + k_slots)
-        q_ptr = units + (sample * (2 * heads) + head) * DIM
+        q_rows, k_rows = tl.load(rows + (window * SLOTS + q_slots)), tl.load(rows + (window * SLOTS + k_slots))
+        q_ptr = units + (2 * sample + head) * DIM
         q = _load_rows(q_ptr, q_rows, unit_stride, DIM, BLOCK_DIM, LARGE, MASKED)
         k = _load_rows(q_ptr + heads * DIM, k_rows, unit_stride, DIM, BLOCK_DIM, LARGE, MASKED)
-        v_ptr = qkv + sample * stride + (2 * heads + head) * DIM
+        v_ptr = qkv + (3 * sample + 2 * heads + head) * DIM
         v = _load_rows(v_ptr, k_rows, stride, DIM, BLOCK_DIM, LARGE, MASKED)
-        do_ptr = grad_out + (sample * heads + head) * DIM
+        do_ptr = grad_out + (sample + head) * DIM
         do = _load_rows(do_ptr, q_rows, heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
         lse_i, delta_i = tl.load(lse + first_slot + q_slots), tl.load(delta + first_slot + q_slots)
         if not WHOLE:  # boxes at the end of a window hold places that are no tokens
@@ -586,10 +616,10 @@ def window_forward(
     tile_bias = tl.load(bias + (head * BLOCK_M + offs)[:, None] * BLOCK_M + offs[None, :])
     scale = _scale(logit_scale, head) * LOG2_E
     for turn in range(part, windows, splits):
-        window, sample = _window_of(turn, window_ids, num_windows, tokens)
+        window, sample = _window_of(turn, window_ids, num_windows, tokens, heads)
         slots = window * BLOCK_M + offs
         row = tl.load(rows + slots)
-        q_ptr = qkv + sample * stride + head * DIM
+        q_ptr = qkv + (3 * sample + head) * DIM
         q = _load_rows(q_ptr, row, stride, DIM, BLOCK_DIM, LARGE, MASKED)
         k = _load_rows(q_ptr + heads * DIM, row, stride, DIM, BLOCK_DIM, LARGE, MASKED)
         v = _load_rows(q_ptr + 2 * heads * DIM, row, stride, DIM, BLOCK_DIM, LARGE, MASKED)
@@ -599,7 +629,7 @@ def window_forward(
         p = tl.exp2(logits - tl.max(logits, 1)[:, None])
         l_i = tl.sum(p, 1)
         result = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / l_i)[:, None]
-        _store_rows(out + (sample * heads + head) * DIM, result, row, heads * DIM, DIM, BLOCK_DIM, LARGE)
+        _store_rows(out + (sample + head) * DIM, result, row, heads * DIM, DIM, BLOCK_DIM, LARGE)
 
 
 @triton.jit
@@ -640,14 +670,14 @@ def window_backward(
     total = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
     total_scale = tl.zeros([BLOCK_M], tl.float32)
     for turn in range(part, windows, splits):
-        window, sample = _window_of(turn, window_ids, num_windows, tokens)
+        window, sample = _window_of(turn, window_ids, num_windows, tokens, heads)
         slots = window * BLOCK_M + offs
         row = tl.load(rows + slots)
-        q_ptr = qkv + sample * stride + head * DIM
+        q_ptr = qkv + (3 * sample + head) * DIM
         q = _load_rows(q_ptr, row, stride, DIM, BLOCK_DIM, LARGE, MASKED)
         k = _load_rows(q_ptr + heads * DIM, row, stride, DIM, BLOCK_DIM, LARGE, MASKED)
         v = _load_rows(q_ptr + 2 * heads * DIM, row, stride, DIM, BLOCK_DIM, LARGE, MASKED)
-        do = _load_rows(grad_out + (sample * heads + head) * DIM, row, heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
+        do = _load_rows(grad_out + (sample + head) * DIM, row, heads * DIM, DIM, BLOCK_DIM, LARGE, MASKED)
         q_norm, k_norm = _inverse_norm(q.to(tl.float32)), _inverse_norm(k.to(tl.float32))
         region = tl.load(regions + slots) if EDGE else row
         q_factor = q_norm * (scale * LOG2_E)
@@ -655,7 +685,7 @@ def window_backward(
         p = tl.exp2(logits - tl.max(logits, 1)[:, None])
         p *= (1.0 / tl.sum(p, 1))[:, None]
         grad_v = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
-        grad_ptr = grad_qkv + sample * stride + head * DIM
+        grad_ptr = grad_qkv + (3 * sample + head) * DIM
         _store_rows(grad_ptr + 2 * heads * DIM, grad_v, row, stride, DIM, BLOCK_DIM, LARGE)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - tl.sum(p * dp, 1)[:, None])
@@ -666,11 +696,11 @@ def window_backward(
         rounded = ds.to(k.dtype)
         k_unit = (k.to(tl.float32) * k_norm[:, None]).to(k.dtype)
         grad_q = tl.dot(rounded, k_unit, input_precision=PRECISION) * scale
-        grad_q = _normalize_backward(grad_q, q.to(tl.float32), q_norm)
+        grad_q = _project_out(grad_q, q.to(tl.float32), q_norm) * q_norm[:, None]
         _store_rows(grad_ptr, grad_q, row, stride, DIM, BLOCK_DIM, LARGE)
         q_unit = (q.to(tl.float32) * q_norm[:, None]).to(q.dtype)
         grad_k = tl.dot(tl.trans(rounded), q_unit, input_precision=PRECISION) * scale
-        grad_k = _normalize_backward(grad_k, k.to(tl.float32), k_norm)
+        grad_k = _project_out(grad_k, k.to(tl.float32), k_norm) * k_norm[:, None]
         _store_rows(grad_ptr + heads * DIM, grad_k, row, stride, DIM, BLOCK_DIM, LARGE)
     tl.store(grad_scale + program, tl.sum(total_scale, 0) * (1 / LOG2_E))
     _store_tile(grad_tiles, total, head * all_tiles + first_tile + part, BLOCK_M)

@@ -58,8 +58,8 @@ def default_tiles(kernel: str, tokens: int, head_dim: int, dtype: torch.dtype) -
         return TileConfig(LARGEST_WINDOW, LARGEST_WINDOW, warps=4, stages=1)
     if kernel == 'bwd_dbias':  # whose loop loads by tables, so that a second stage costs more instructions
         return TileConfig(box, box, warps=4, stages=1)
-    if kernel == 'forward' and box == 64 and head_dim <= 32 and tokens % 128 == 0:
-        return TileConfig(128, 64, warps=4, stages=2)
+    if box == 64 and head_dim <= 32 and tokens % 128 == 0:
+        return TileConfig(128, 64 if kernel == 'forward' else 32, warps=4, stages=2)
     return TileConfig(box, 32 if head_dim > 32 else box, warps=4, stages=2)
 
 

@@ -97,11 +97,12 @@ LONGEST = (
     'test_coco_mini.py',
     'test_sharded_training.py',
     'test_deepspeed.py',
+    'test_benchmark_memory.py',
     'test_plan_memory.py',
     'test_train_and_test.py',
     'test_triton.py',
     'test_compile.py',
-    'test_benchmarks.py',
+    'test_harness.py',
 )
 
 

@@ -1,4 +1,4 @@
-"""Real ADE20K images and known figures; skipped where the sample data are absent (SWINV2_MM_DATA names them)."""
+"""Training on real ADE20K images, and known metrics. Skipped without the sample data in $SWINV2_MM_DATA."""
 
 import json
 import os
@@ -20,8 +20,8 @@ CONFIG = str(REPOSITORY / 'configs/seg/upernet_swinv2_t.py')
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f'{DATA} does not exist')
 
 
-def test_stored_predictions_have_the_known_figures():
-    """Read, checked and scored as the config says; computed once by other code, to six digits."""
+def test_metric_of_stored_predictions():
+    """With the data set and metric of the config; independent code computed the expected values, to six digits."""
     from mmseg.registry import DATASETS, METRICS
 
     cfg = launch.load_config(CONFIG, dict(data_root=str(DATA)))
@@ -32,7 +32,7 @@ def test_stored_predictions_have_the_known_figures():
     for item in dataset:
         sample = item['data_samples']
         stored = cv2.imread(str(DATA / 'predictions/validation' / Path(sample.seg_map_path).name), cv2.IMREAD_UNCHANGED)
-        prediction = torch.from_numpy(stored.astype(np.int64) - 1)  # without a class for "unlabelled"
+        prediction = torch.from_numpy(stored.astype(np.int64) - 1)  # 0 is "unlabelled"
         metric.process({}, [dict(pred_sem_seg=dict(data=prediction), gt_sem_seg=dict(data=sample.gt_sem_seg.data))])
     expected = json.loads((DATA / 'expected_metrics.json').read_text())['_pooled_5']
     areas = [sum(part) for part in zip(*metric.results, strict=True)]
@@ -45,8 +45,8 @@ def test_stored_predictions_have_the_known_figures():
 
 
 @pytest.mark.slow
-def test_a_segmentor_trains_and_evaluates_real_images_on_two_processes(tmp_path):
-    """SwinV2-T's recipe at a nano size; three images, of which two processes see one twice, and all five."""
+def test_segmentor_trains_on_real_images_on_two_processes(tmp_path):
+    """SwinV2-T's recipe at a nano size. Two processes test three images, one of them twice; then one tests all five."""
     cfg = shrink(launch.load_config(CONFIG, dict(data_root=str(DATA))))
     cfg.tta_pipeline[-1].transforms[0] = cfg.tta_pipeline[-1].transforms[0][:2]
     cfg.dump(tmp_path / 'config.py')

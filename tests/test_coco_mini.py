@@ -1,4 +1,4 @@
-"""Real COCO images and published figures; skipped where the sample data are absent (SWINV2_MM_DATA names them)."""
+"""Training on real COCO images, and published metrics. Skipped without the sample data in $SWINV2_MM_DATA."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from nano import trial_arguments
 from nano.det import shrink_data, shrink_heads, shrink_model, write_objects365
 
 DATA = Path(os.environ.get('SWINV2_MM_DATA', REPOSITORY.parent / 'shared' / 'data'))
-NANO = trial_arguments(REPOSITORY / 'configs/det')
+OPTIONS = trial_arguments(REPOSITORY / 'configs/det')
 needs = {
     name: pytest.mark.skipif(not (DATA / name).is_dir(), reason=f'{DATA / name} does not exist')
     for name in ('coco_mini', 'coco_metric_check')
@@ -52,7 +52,7 @@ tta_pipeline = [dict(type='LoadImageFromFile'), dict(type='TestTimeAug', transfo
 
 
 def write_semantic_maps(root: Path, annotations: dict) -> None:
-    """Maps as in COCO-Stuff, of things alone: category id less 1, and 255 where there is none."""
+    """Write maps as in COCO-Stuff, but only of things: category id - 1, and 255 elsewhere."""
     from pycocotools.coco import COCO
 
     coco = COCO()
@@ -69,7 +69,7 @@ def write_semantic_maps(root: Path, annotations: dict) -> None:
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
-    """The sample as `coco`, with semantic maps, and as `objects365`, without masks and with the classes of that."""
+    """The sample as `coco`, with semantic maps, and in the layout and classes of Objects365, without masks."""
     folder = tmp_path_factory.mktemp('data')
     coco = folder / 'coco'
     coco.mkdir()
@@ -87,60 +87,60 @@ def write_config(name: str, data: Path, folder: Path, shrink=shrink_heads) -> Pa
     cfg.model = shrink(cfg.model)
     cfg.train_dataloader.dataset.indices *= 2
     for split in ('val', 'test'):
-        cfg[f'{split}_dataloader'].dataset.indices = 3  # one of two processes gets two
+        cfg[f'{split}_dataloader'].dataset.indices = 3  # on two processes
     if 'tta_pipeline' in cfg:
-        scales, limits = cfg.tta_pipeline[-1].transforms[0], cfg.tta_model.size_limits  # the first and the last alone
+        scales, limits = cfg.tta_pipeline[-1].transforms[0], cfg.tta_model.size_limits  # only the first and the last
         cfg.tta_pipeline[-1].transforms[0], cfg.tta_model.size_limits = scales[::5], limits[::5]
     cfg.dump(folder / f'{name}.py')
     return folder / f'{name}.py'
 
 
-def check_figures(found: dict, *kinds: str) -> None:
-    """A test has found figures of these kinds, and of these alone."""
-    figures = {key: value for key, value in found.items() if key.endswith('_mAP')}
-    assert figures.keys() == {f'coco/{kind}_mAP' for kind in kinds}
-    assert all(0 <= value <= 1 for value in figures.values())
+def check_metrics(found: dict, *kinds: str) -> None:
+    """Assert that a test has logged the mAP of exactly these kinds."""
+    results = {key: value for key, value in found.items() if key.endswith('_mAP')}
+    assert results.keys() == {f'coco/{kind}_mAP' for kind in kinds}
+    assert all(0 <= value <= 1 for value in results.values())
 
 
 @needs['coco_mini']
 @pytest.mark.slow
-def test_a_cascade_trains_and_evaluates_real_images_on_two_processes(data, tmp_path):
-    """SwinV2-T's recipe, apart from the backbone's size, the sizes of images and the number of RoIs."""
+def test_cascade_trains_on_real_images_on_two_processes(data, tmp_path):
+    """SwinV2-T's recipe, except for the sizes of backbone and images and the number of RoIs."""
     config = write_config('cascade_mask_rcnn_swinv2_t', data, tmp_path, shrink_model)
     call_together(tmp_path, 'train.py', config, '--work-dir', 'out', '--cfg-options', 'train_dataloader.batch_size=1')
     check_training(tmp_path / 'out')
-    check_figures(metrics_of_validation(tmp_path / 'out'), 'bbox', 'segm')
+    check_metrics(metrics_of_validation(tmp_path / 'out'), 'bbox', 'segm')
 
 
 def metrics_of_validation(folder: Path) -> dict:
-    """What the last validation of a training has logged."""
+    """The metrics that the last validation of a training has logged."""
     return json.loads(max(folder.glob('20*/vis_data/scalars.json')).read_text().splitlines()[-1])
 
 
 @needs['coco_mini']
 @pytest.mark.slow
-def test_objects365_then_coco_then_the_test_systems(data, tmp_path):
-    """The road of SwinV2-G: the checkpoint of each step is what the next one starts from."""
+def test_objects365_then_coco_then_tta(data, tmp_path):
+    """The pipeline of SwinV2-G: each step starts from the checkpoint of the one before."""
     first, second, systems = (
         write_config(name, data, tmp_path)
         for name in ('htc_swinv2_g_objects365', 'htc_swinv2_g', 'htc_swinv2_g_w48_tta')
     )
-    call_together(tmp_path, 'train.py', first, '--work-dir', 'first', *NANO)
+    call_together(tmp_path, 'train.py', first, '--work-dir', 'first', *OPTIONS)
     check_training(tmp_path / 'first')
-    check_figures(metrics_of_validation(tmp_path / 'first'), 'bbox')
-    options = [*NANO, 'load_from=first/iter_1.pth']
+    check_metrics(metrics_of_validation(tmp_path / 'first'), 'bbox')
+    options = [*OPTIONS, 'load_from=first/iter_1.pth']
     log = call_together(tmp_path, 'train.py', second, '--work-dir', 'second', *options)
     check_training(tmp_path / 'second')
     assert 'size mismatch for roi_head.bbox_head.2.fc_cls.weight' in log
     assert 'size mismatch for backbone' not in log
-    log = call_together(tmp_path, 'test.py', systems, 'second/iter_1.pth', '--tta', '--work-dir', 'tested', *NANO)
+    log = call_together(tmp_path, 'test.py', systems, 'second/iter_1.pth', '--tta', '--work-dir', 'tested', *OPTIONS)
     assert 'Load checkpoint from second/iter_1.pth' in log
     assert 'do not match exactly' not in log
-    check_figures(metrics(tmp_path / 'tested'), 'bbox', 'segm')
+    check_metrics(metrics(tmp_path / 'tested'), 'bbox', 'segm')
 
 
 def simple_images(annotations: dict, number: int) -> dict:
-    """The first images with up to four objects, all of them large and none a crowd."""
+    """The first images with up to four objects, all of them large and no crowds."""
     kept = []
     for image in sorted(annotations['images'], key=lambda i: i['id']):
         objects = [a for a in annotations['annotations'] if a['image_id'] == image['id']]
@@ -156,8 +156,8 @@ def simple_images(annotations: dict, number: int) -> dict:
 
 @needs['coco_mini']
 @pytest.mark.slow
-def test_a_nano_htc_overfits_five_real_images(tmp_path):
-    """Only a pipeline in which images, boxes, masks, semantic maps and labels belong together gets there."""
+def test_nano_htc_overfits_five_images(tmp_path):
+    """Fails if a pipeline mixes up images, boxes, masks, semantic maps or labels."""
     root = tmp_path / 'coco'
     (root / 'annotations').mkdir(parents=True)
     chosen = simple_images(json.loads((DATA / 'coco_mini/annotations/instances_train2017.json').read_text()), 5)
@@ -193,7 +193,7 @@ default_hooks = dict(checkpoint=dict(interval=max_epochs))
     assert last['coco/bbox_mAP'] >= 0.5
     assert last['coco/segm_mAP'] >= 0.35
 
-    # at three of the scales that the model was trained with, and flipped
+    # with TTA: three of the training scales, and flips
     config.write_text(config.read_text() + TTA)
     checkpoint = (tmp_path / 'out/last_checkpoint').read_text()
     call(tmp_path, 'test.py', config, checkpoint, '--tta', '--work-dir', 'one')
@@ -201,16 +201,16 @@ default_hooks = dict(checkpoint=dict(interval=max_epochs))
     for kind in ('bbox', 'segm'):
         assert one[f'coco/{kind}_mAP'] >= last[f'coco/{kind}_mAP'] - 0.1  # a dozen objects
 
-    # five images on two processes: one of them is seen twice, and must count once
+    # five images on two processes: one is tested twice, and must count once
     call_together(tmp_path, 'test.py', config, checkpoint, '--tta', '--work-dir', 'two')
     two = metrics(tmp_path / 'two')
-    figures = [key for key in one if key.startswith('coco/')]
-    assert [one[key] for key in figures] == [two[key] for key in figures]
+    results = [key for key in one if key.startswith('coco/')]
+    assert [one[key] for key in results] == [two[key] for key in results]
 
 
 @needs['coco_metric_check']
 @pytest.mark.parametrize(('kind', 'published'), [('bbox', (0.505, 0.697, 0.573)), ('segm', (0.320, 0.562, 0.299))])
-def test_the_configured_metric_gives_the_published_figures(kind, published):
+def test_configured_metric_gives_published_results(kind, published):
     from mmdet.registry import METRICS
     from mmengine.config import Config
 
@@ -241,13 +241,13 @@ def test_the_configured_metric_gives_the_published_figures(kind, published):
                 )
             ],
         )
-    figures = metric.evaluate(len(truth['images']))
-    got = tuple(figures[f'coco/{kind}_mAP{suffix}'] for suffix in ('', '_50', '_75'))
+    results = metric.evaluate(len(truth['images']))
+    got = tuple(results[f'coco/{kind}_mAP{suffix}'] for suffix in ('', '_50', '_75'))
     assert got == pytest.approx(published, abs=5e-4)
 
 
 def corners(result: dict, image: dict) -> list[float]:
-    """The predicted box, or that of the predicted mask."""
+    """The predicted box, or the box of the predicted mask."""
     if 'bbox' in result:
         x, y, w, h = result['bbox']
     else:

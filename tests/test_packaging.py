@@ -1,6 +1,7 @@
 """Configs are inherited outside the repository, with the package installed as a wheel and in editable mode."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ CONFIGS = {
 USER_CONFIG = """
 _base_ = {base}
 model = dict(backbone=dict(drop_path_rate=0.125))
-pipeline = [*_base_.train_pipeline]  # what a base's variable becomes depends on the way it was named
+pipeline = [*_base_.train_pipeline]  # its type depends on the way the base was named
 train_dataloader = dict(dataset=dict(pipeline=pipeline))
 """
 CHECK = """
@@ -45,15 +46,21 @@ for path in sys.argv[1:]:
 
 @pytest.fixture(scope='module')
 def wheel_site(tmp_path_factory) -> Path:
+    """The wheel, installed in a folder. It is built in a copy: setuptools writes build/ and an .egg-info there."""
     folder = tmp_path_factory.mktemp('wheel')
+    source = folder / 'source'
+    for name in ('swinv2_mm', 'configs', 'tools'):
+        shutil.copytree(REPOSITORY / name, source / name, symlinks=True)
+    for name in ('model-index.yml', 'pyproject.toml', 'setup.cfg', 'README.md', 'LICENSE'):
+        shutil.copy(REPOSITORY / name, source)
     pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
-    subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', folder, REPOSITORY], check=True)
+    subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', folder, source], check=True)
     subprocess.run([*pip, 'install', '--no-deps', '--target', folder / 'site', *folder.glob('*.whl')], check=True)
     return folder / 'site'
 
 
 def check_names(package: Path, folder: Path, path: tuple = ()) -> None:
-    """Every way to name a config works in an interpreter that takes the package from there."""
+    """Every way to name a config works in an interpreter that imports the package from `package`."""
     _, seg, video = CONFIGS
     bases = [(config, f"'swinv2_mm::{config}'") for config in CONFIGS]
     bases.append((seg, repr(os.path.relpath(f'{package}/.mim/configs/{seg}', folder))))
@@ -68,34 +75,34 @@ def check_names(package: Path, folder: Path, path: tuple = ()) -> None:
     assert set(expected) <= set(result.stdout.splitlines())
 
 
-def test_every_way_to_name_a_config_works_with_an_editable_install(tmp_path):
+def test_config_names_of_an_editable_install(tmp_path):
     check_names(REPOSITORY / 'swinv2_mm', tmp_path)
 
 
 @pytest.mark.slow
-def test_every_way_to_name_a_config_works_with_a_wheel(wheel_site, tmp_path):
+def test_config_names_of_a_wheel(wheel_site, tmp_path):
     check_names(wheel_site / 'swinv2_mm', tmp_path, path=(wheel_site,))
 
 
 @pytest.mark.filterwarnings('ignore::setuptools.warnings.SetuptoolsDeprecationWarning')
-def test_a_wheel_holds_all_modules_configs_and_tools(monkeypatch):
-    """As setuptools tells without making one."""
+def test_wheel_has_all_modules_configs_and_tools(monkeypatch):
+    """The files that setuptools selects, without building a wheel."""
     setuptools = pytest.importorskip('setuptools')
     monkeypatch.chdir(REPOSITORY)
     distribution = setuptools.Distribution(dict(script_name='setup.py'))
     distribution.parse_config_files()
     build = distribution.get_command_obj('build_py')
     build.ensure_finalized()
-    held = {Path(path).resolve() for _, _, path in build.find_all_modules()}
-    held |= {Path(source, name).resolve() for _, source, _, names in build.data_files for name in names}
+    selected = {Path(path).resolve() for _, _, path in build.find_all_modules()}
+    selected |= {Path(source, name).resolve() for _, source, _, names in build.data_files for name in names}
     files = [REPOSITORY / 'model-index.yml']
     for folder in ('configs', 'tools', 'swinv2_mm'):
         files += [path for path in (REPOSITORY / folder).rglob('*') if path.suffix in ('.py', '.sh', '.yml', '.md')]
     assert len(files) > 100
-    assert {path.resolve() for path in files} <= held
+    assert {path.resolve() for path in files} <= selected
 
 
-def test_an_unknown_config_is_named_with_those_there_are():
+def test_config_path_of_an_unknown_config_lists_the_configs():
     import swinv2_mm
 
     with pytest.raises(FileNotFoundError, match=r"no config 'det/htc_swinv2_x.py'; it has .*det/htc_swinv2_t.py"):
@@ -103,13 +110,13 @@ def test_an_unknown_config_is_named_with_those_there_are():
 
 
 @pytest.mark.slow
-def test_mim_trains_from_the_wheel(wheel_site, tmp_path):
-    """`mim train` looks a package up beside its metadata, so it works with a wheel and not with an editable install."""
+def test_mim_train_from_the_wheel(wheel_site, tmp_path):
+    """`mim train` looks for a package next to its metadata: a wheel works, an editable install does not."""
     env = os.environ | dict(PYTHONPATH=str(wheel_site))
     make_shapes(tmp_path / 'data', train=4, val=2, size=64)
-    (tmp_path / 'mine.py').write_text("_base_ = 'swinv2_mm::det/htc_swinv2_demo.py'\n")
+    (tmp_path / 'user.py').write_text("_base_ = 'swinv2_mm::det/htc_swinv2_demo.py'\n")
     options = ['data_root=data/', 'train_cfg.max_epochs=1', 'train_dataloader.batch_size=2']
-    mim = [Path(sys.executable).parent / 'mim', 'train', 'swinv2_mm', 'mine.py', '--gpus', '0', '--work-dir', 'out']
+    mim = [Path(sys.executable).parent / 'mim', 'train', 'swinv2_mm', 'user.py', '--gpus', '0', '--work-dir', 'out']
     result = subprocess.run(
         [*mim, '--cfg-options', *options], cwd=tmp_path, env=env, text=True, capture_output=True, check=False
     )

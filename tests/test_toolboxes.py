@@ -60,7 +60,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize('toolbox', ['mmdet', 'mmseg', 'mmaction'])
-def test_stock_configs_find_the_backbones_without_custom_imports(toolbox, tmp_path):
+def test_stock_configs_without_custom_imports(toolbox, tmp_path):
     if importlib.util.find_spec(toolbox) is None:
         pytest.skip(f'{toolbox} is not installed')
     arguments, expected = [toolbox], []

@@ -1,4 +1,4 @@
-"""Real and broken videos; skipped where the sample data are absent (SWINV2_MM_DATA names them)."""
+"""Real and broken videos. Skipped without the sample data in $SWINV2_MM_DATA."""
 
 import os
 import pickle
@@ -22,26 +22,26 @@ DATA = Path(os.environ.get('SWINV2_MM_DATA', REPOSITORY.parent / 'shared' / 'dat
 CONFIG = str(REPOSITORY / 'configs/video/swinv2_t_k400_224x224x32.py')
 GOOD = {'arm_wrestling.mp4': 6, 'flipping_a_pancake.mkv': 129}
 BROKEN = ('corrupted.mp4', 'missing.mp4', 'empty.mp4', 'text.mp4', 'half.mp4', 'sound.mp4', 'folder.mp4')
-THREE_BROKEN = BROKEN[:3]
+BROKEN_IN_TRAINING = BROKEN[:3]
 SKIP = 'train_dataloader.dataset.skip_unreadable=True'
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f'{DATA} does not exist')
 
 
 def write_broken(folder: Path) -> None:
-    """What can be in a list beside videos; nothing is called 'missing.mp4'."""
-    whole = (DATA / 'arm_wrestling.mp4').read_bytes()
+    """Write the files of BROKEN, except 'missing.mp4'."""
+    video = (DATA / 'arm_wrestling.mp4').read_bytes()
     silence = b'RIFF\x2c\1\0\0WAVEfmt \x10\0\0\0\1\0\1\0@\x1f\0\0\x80>\0\0\2\0\x10\0data\x08\1\0\0' + bytes(264)
     (folder / 'corrupted.mp4').symlink_to(DATA / 'corrupted.mp4')
     (folder / 'empty.mp4').touch()
     (folder / 'text.mp4').write_text('404 Not Found')
-    (folder / 'half.mp4').write_bytes(whole[: len(whole) // 2])  # its index, at the end, is gone
+    (folder / 'half.mp4').write_bytes(video[: len(video) // 2])  # without its index, which is at the end
     (folder / 'sound.mp4').write_bytes(silence)  # a WAV file
     (folder / 'folder.mp4').mkdir()
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """A data set in the layout of Kinetics-400 with both classes in each split, and broken files that no list has."""
+    """A data set in the layout of Kinetics-400 with both classes in each split, and unlisted broken files."""
     folder = tmp_path_factory.mktemp('kinetics400')
     for split in ('train', 'val'):
         videos = folder / f'videos_{split}'
@@ -54,13 +54,13 @@ def data(tmp_path_factory):
 
 
 def write_list(path: Path, names) -> Path:
-    """A list of videos, those without a class of their own in class 0."""
+    """Write a list of videos; broken ones are in class 0."""
     path.write_text(''.join(f'{name} {GOOD.get(name, 0)}\n' for name in names))
     return path
 
 
 def build_dataset(data: Path, split: str, names=GOOD, **others):
-    """The data set of the config for 'train', 'val' or 'test', with a list of its own."""
+    """The data set of the config for 'train', 'val' or 'test', with a list of these videos."""
     from mmaction.registry import DATASETS
 
     cfg = launch.load_config(CONFIG, dict(data_root=str(data)))[f'{split}_dataloader'].dataset
@@ -73,7 +73,7 @@ def build_dataset(data: Path, split: str, names=GOOD, **others):
 
 
 @pytest.mark.parametrize(('split', 'views'), [('train', 1), ('val', 1), ('test', 12)])
-def test_videos_decode_as_the_config_says(data, split, views):
+def test_videos_are_decoded_as_configured(data, split, views):
     for sample, label in zip(build_dataset(data, split), GOOD.values(), strict=True):
         assert sample['inputs'].shape == (views, 3, 32, 224, 224)
         assert sample['inputs'].dtype == torch.uint8
@@ -81,8 +81,8 @@ def test_videos_decode_as_the_config_says(data, split, views):
         assert sample['inputs'].float().std((2, 3, 4)).min() > 10
 
 
-def test_the_views_of_a_test_are_four_clips_in_three_places(data):
-    """By hand: clips of 63 frames from start to end of the video, at the left, in the middle and at the right."""
+def test_views_of_a_test_are_four_clips_of_three_crops(data):
+    """Compared with views by hand: four clips of 63 frames from start to end, each at the left, middle and right."""
     for name, sample in zip(GOOD, build_dataset(data, 'test'), strict=True):
         video = VideoReader(str(DATA / name))
         height, width = video[0].shape[:2]
@@ -102,8 +102,8 @@ def test_the_views_of_a_test_are_four_clips_in_three_places(data):
 
 
 @pytest.mark.parametrize('split', ['train', 'val', 'test'])
-def test_a_video_that_is_too_short_starts_again(data, split):
-    """Five frames, each with a brightness of its own, and every second one is asked for."""
+def test_short_video_is_repeated(data, split):
+    """Five frames of different brightness, of which the pipeline takes every second one."""
     path = data / f'videos_{"train" if split == "train" else "val"}/five.avi'
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'MJPG'), 10, (64, 64))
     for frame in range(5):
@@ -119,7 +119,7 @@ def test_a_video_that_is_too_short_starts_again(data, split):
 
 @pytest.mark.parametrize('split', ['train', 'val', 'test'])
 @pytest.mark.parametrize('name', BROKEN)
-def test_a_broken_file_is_an_error_that_names_it(data, split, name):
+def test_broken_video_is_an_error(data, split, name):
     dataset = build_dataset(data, split, [name])
     folder = 'videos_train' if split == 'train' else 'videos_val'
     with pytest.raises(RuntimeError, match=re.escape(f'{data}/{folder}/{name} cannot be read as a video (')) as error:
@@ -129,20 +129,20 @@ def test_a_broken_file_is_an_error_that_names_it(data, split, name):
 
 
 @pytest.mark.parametrize('name', BROKEN)
-def test_a_training_can_do_without_a_broken_file(data, name):
+def test_training_skips_a_broken_video(data, name):
     dataset = build_dataset(data, 'train', [name, *GOOD], skip_unreadable=True)
     assert dataset[0]['data_samples'].gt_label.item() in GOOD.values()
 
 
-def test_a_test_cannot_do_without_a_broken_file(data):
+def test_testing_does_not_skip_a_broken_video(data):
     dataset = build_dataset(data, 'test', ['corrupted.mp4', *GOOD], skip_unreadable=True)
     with pytest.raises(RuntimeError, match='corrupted.mp4 cannot be read as a video'):
         dataset[0]
 
 
 @pytest.mark.parametrize('name', ['corrupted.mp4', 'missing.mp4'])
-def test_the_error_of_a_data_worker_names_the_file_too(data, name):
-    """Two forked workers, after decord has run in the process that forks them."""
+def test_error_of_a_data_worker_names_the_video(data, name):
+    """Two workers, forked after decord has run in their parent."""
     assert len(VideoReader(str(DATA / 'arm_wrestling.mp4'))) > 0
     loader = dict(
         batch_size=1,
@@ -162,7 +162,7 @@ def test_the_error_of_a_data_worker_names_the_file_too(data, name):
 
 @pytest.fixture(scope='module')
 def config(data, tmp_path_factory):
-    """SwinV2-T's recipe with a nano model and small clips, which two data workers load."""
+    """SwinV2-T's recipe with a nano model, small clips, and two data workers."""
     cfg = shrink(launch.load_config(CONFIG, dict(data_root=str(data))))
     for split in ('train', 'test'):
         cfg[f'{split}_dataloader'].update(batch_size=1, num_workers=2)
@@ -172,14 +172,14 @@ def config(data, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_real_videos_train_and_are_recognized_on_two_processes(data, config, tmp_path):
-    """Broken ones in the list are left out of the training, each with a line of the process that met it."""
-    listed = write_list(tmp_path / 'list.txt', [*GOOD, *THREE_BROKEN])
+def test_recognizer_trains_on_real_videos_on_two_processes(data, config, tmp_path):
+    """The training skips broken videos, each with a log line of its process."""
+    listed = write_list(tmp_path / 'list.txt', [*GOOD, *BROKEN_IN_TRAINING])
     options = ['--no-validate', '--cfg-options', f'train_dataloader.dataset.ann_file={listed}', SKIP]
     output = call_together(tmp_path, 'train.py', config, '--work-dir', 'out', *options)
     check_training(tmp_path / 'out')
     assert 'Epoch(train) [1][3/3]' in output
-    for name in THREE_BROKEN:
+    for name in BROKEN_IN_TRAINING:
         assert re.search(f'Skipped: .*/videos_train/{name} cannot be read as a video', output)
     assert 'Skipped: ' in max(tmp_path.glob('out/2*/*.log')).read_text()  # those of the first process
 
@@ -196,8 +196,8 @@ def test_real_videos_train_and_are_recognized_on_two_processes(data, config, tmp
     assert metrics(tmp_path / 'test')['acc/top1'] == np.mean(right)
 
 
-def test_a_training_that_may_not_skip_stops_at_a_broken_file(config, tmp_path):
-    """The last line of the error, which ends the output of a process, names the file and the way out."""
+def test_training_stops_at_a_broken_video(config, tmp_path):
+    """The last line of the error names the file and the option that skips it."""
     listed = write_list(tmp_path / 'list.txt', [*GOOD, 'corrupted.mp4'])
     options = ['--no-validate', '--cfg-options', f'train_dataloader.dataset.ann_file={listed}']
     with pytest.raises(RuntimeError) as stopped:

@@ -1,4 +1,4 @@
-"""Random inputs of window attention, and its output by definition: a loop over pairs of tokens, for any axes."""
+"""Random inputs of window attention, and its output by a loop over token pairs, for any number of axes."""
 
 import functools
 import itertools
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 NAMES = 'out', 'qkv', 'logit_scale', 'bias_table'  # the output, and the inputs that have gradients
-MASKED = -100.0  # between tokens that the shift brought together (official code)
+MASKED = -100.0  # between tokens that are neighbours only because of the shift (official code)
 
 
 def draw(size, heads=3, window=(4, 4), dtype=torch.float32, head_dim=32):
@@ -23,10 +23,10 @@ def draw(size, heads=3, window=(4, 4), dtype=torch.float32, head_dim=32):
 
 
 def draw_small(size, window, heads=2, dim=3, batch=1, dtype=torch.float64, seed=0):
-    """As `draw`, in float64 and small enough for `brute_force_attention`."""
+    """Like `draw`, but in float64 and small enough for `brute_force_attention`."""
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(batch, *size, 3, heads, dim, dtype=dtype, generator=generator)
-    logit_scale = torch.tensor([1.0, 5.0], dtype=dtype)[:heads].view(-1, 1, 1)  # the second is beyond ln 100
+    logit_scale = torch.tensor([1.0, 5.0], dtype=dtype)[:heads].view(-1, 1, 1)  # the second exceeds ln 100
     table = torch.rand(heads, math.prod(2 * w - 1 for w in window), dtype=dtype, generator=generator) * 16
     return qkv, logit_scale, table
 
@@ -39,7 +39,7 @@ def brute_force_attention(
     shift: tuple[int, ...],
     extra_windows: int = 0,
 ) -> Tensor:
-    """One sample: qkv (*S, 3, heads, D) -> (*S, heads * D). `extra_windows` pads each axis by so many windows more."""
+    """One sample: qkv (*S, 3, heads, D) -> (*S, heads * D). `extra_windows` is added padding of each axis."""
     size = qkv.shape[:-3]
     shift = tuple(0 if s <= w else d for s, w, d in zip(size, window, shift, strict=True))
     padded = tuple(math.ceil(s / w) * w + extra_windows * w for s, w in zip(size, window, strict=True))
@@ -71,7 +71,7 @@ def brute_force_attention(
 
 
 def place(token: tuple[int, ...], padded: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...]):
-    """Window of a token, whether the roll carried it over the end of each axis, and where in the window it lies."""
+    """The window of a token, whether the shift wraps it around each axis, and its position in the window."""
     rolled = [(t - d) % p for t, d, p in zip(token, shift, padded, strict=True)]
     return (
         [r // w for r, w in zip(rolled, window, strict=True)],

@@ -1,6 +1,6 @@
 """Run code in an interpreter that has not imported this package, for tests of imports.
 
-It is forked from one that has imported torch, mmengine and mmcv: a new interpreter takes seconds for them.
+It is forked from one that has imported torch, mmengine and mmcv, which takes seconds in a new interpreter.
 """
 
 import functools
@@ -12,7 +12,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-# Put before code, or into a file sitecustomize.py on PYTHONPATH: nothing of OpenMMLab can be imported after it.
+# Code that makes OpenMMLab unimportable. Prepend it to other code, or write it to a sitecustomize.py on PYTHONPATH.
 WITHOUT_OPENMMLAB = """
 import sys
 
@@ -26,7 +26,7 @@ class Without:
     def find_spec(self, name, *args):
         return None if name.split('.')[0] in PACKAGES else self.finder.find_spec(name, *args)
 
-    def __getattr__(self, name):  # what importlib.metadata asks for
+    def __getattr__(self, name):  # for importlib.metadata
         return getattr(self.finder, name)
 
 
@@ -37,7 +37,7 @@ for name in [name for name in sys.modules if name.split('.')[0] in PACKAGES]:
 
 
 def run_python(code: str, *args: str | Path, cwd: str | Path = '/', path: tuple = ()) -> subprocess.CompletedProcess:
-    """As `python -c CODE ARGS`, with `path` in PYTHONPATH, and with mmcv, mmengine and torch imported already."""
+    """Like `python -c CODE ARGS` with `path` in PYTHONPATH; mmcv, mmengine and torch are already imported."""
     with tempfile.TemporaryDirectory(prefix='bare') as folder:
         request = dict(code=code, argv=['-c', *map(str, args)], cwd=str(cwd), path=[str(p) for p in path])
         status = _ask(json.dumps(request | dict(environment=dict(os.environ), folder=folder)))
@@ -46,7 +46,7 @@ def run_python(code: str, *args: str | Path, cwd: str | Path = '/', path: tuple 
 
 
 def _ask(request: str) -> int:
-    """The status with which a request has ended; a process that did not answer is not asked again."""
+    """The exit status of a request. A server that does not answer is killed, and the next request starts a new one."""
     server = _server()
     try:
         server.stdin.write(request + '\n')
@@ -60,16 +60,16 @@ def _ask(request: str) -> int:
 
 @functools.cache
 def _server() -> subprocess.Popen:
-    """The process to fork from; it ends with this one, which keeps its input open."""
+    """The process to fork from. It ends with this process, which keeps its stdin open."""
     return subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd='/'
     )
 
 
 def serve() -> None:
-    """Carry out what comes in, one after the other."""
+    """Execute requests from stdin one by one."""
     answers = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)  # nothing that an import prints is an answer
+    os.dup2(2, 1)  # prints of imports must not look like answers
     import mmcv  # noqa: F401
     import mmengine  # noqa: F401
     import torch  # noqa: F401
@@ -82,7 +82,7 @@ def serve() -> None:
 
 
 def exit_code(end: SystemExit) -> int:
-    """As Python does: a number is the code; anything else is printed, and the code is 1."""
+    """The exit code as in Python: a number is the code; anything else is printed, and the code is 1."""
     if end.code is None or isinstance(end.code, int):
         return end.code or 0
     print(end.code, file=sys.stderr)
@@ -90,7 +90,7 @@ def exit_code(end: SystemExit) -> int:
 
 
 def _execute(code: str, argv: list[str], cwd: str, path: list[str], environment: dict[str, str], folder: str) -> None:
-    """What the child does, and no more than that."""
+    """Run the code in the forked child, and exit."""
     for name, stream in (('out', 1), ('err', 2)):
         os.dup2(os.open(f'{folder}/{name}', os.O_WRONLY | os.O_CREAT), stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -1,4 +1,4 @@
-"""Compile all Triton kernels for heads of all sizes, and write their use of an SM to a JSON file.
+"""Compile all Triton kernels for all head dimensions, and write their resource usage to a JSON file.
 
 Tests interpret the kernels, so this runs in its own process: python tests/helpers/compile_kernels.py OUT
 """
@@ -22,9 +22,9 @@ from swinv2_mm.ops.triton.launch import recorded
 ARCHS = 'sm_80', 'sm_89', 'sm_90', 'sm_100'
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 HEAD_DIMS = 16, 32, 64, 96, 128
-WINDOWS = (8, 7, 7), (8, 8)  # of several tiles, and of one
+WINDOWS = (8, 7, 7), (8, 8)  # several tiles, and one tile
 CHANNELS = 96, 128, 352, 1000, 4096
-POST_NORM_DTYPES = (  # of the main branch and the weights, and of the residual branch
+POST_NORM_DTYPES = (  # main branch and weights, residual branch
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float32),
     (torch.float16, torch.float16),
@@ -32,7 +32,7 @@ POST_NORM_DTYPES = (  # of the main branch and the weights, and of the residual 
 
 
 def jobs_of(window: tuple[int, ...], head_dim: int, dtype: torch.dtype, arch: str) -> dict[str, aot_compile.Job]:
-    """The kernels of shifted windows, by name, for a feature map that the windows do not divide."""
+    """The kernels of shifted windows, by name, for a feature map that needs padding."""
     qkv = torch.empty(1, *(2 * w + 1 for w in window), 3, 4, head_dim, dtype=dtype, device='meta')
     table_size, shift = math.prod(2 * w - 1 for w in window), [w // 2 for w in window]
     launches = itertools.chain(*kernel_report.launches_of(qkv, table_size, window, shift))
@@ -40,7 +40,7 @@ def jobs_of(window: tuple[int, ...], head_dim: int, dtype: torch.dtype, arch: st
 
 
 def cases() -> list[tuple[torch.dtype, int, str]]:
-    """The usual heads on each GPU, and each type and size of heads on one of them: all on all takes minutes more."""
+    """The usual heads for each GPU; each dtype and head dimension for one GPU, because all for all takes minutes."""
     usual = [(torch.bfloat16, 32, arch) for arch in ARCHS]
     pairs = itertools.product(enumerate(DTYPES), enumerate(HEAD_DIMS))
     others = [(dtype, head_dim, ARCHS[(i + j) % len(ARCHS)]) for (i, dtype), (j, head_dim) in pairs]
@@ -48,7 +48,7 @@ def cases() -> list[tuple[torch.dtype, int, str]]:
 
 
 def post_norm_jobs(channels: int, dtypes: tuple[torch.dtype, torch.dtype], arch: str) -> dict[str, aot_compile.Job]:
-    """The kernels of the post-norm, for a main branch and a residual branch of these types, by name."""
+    """The kernels of the post-norm for a main branch and a residual branch of these dtypes, by name."""
     dtype, branch_dtype = dtypes
     x, weight, kept = (torch.empty(shape, dtype=dtype, device='meta') for shape in ((2, 56, 56, channels), channels, 2))
     branch = torch.empty_like(x, dtype=branch_dtype)

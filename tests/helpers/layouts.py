@@ -1,7 +1,7 @@
 """Writers of the public checkpoint layouts of SwinV2, from the weights of our backbone.
 
-Derived from the key names of each source, and from nothing in `swinv2_mm.checkpoints`: what is read there is written
-here a second time. `test_layouts.py` checks the writers against the real models of timm, transformers and torchvision.
+They are independent of `swinv2_mm.checkpoints`, which reads these layouts. `test_layouts.py` compares them with models
+of timm, transformers and torchvision.
 """
 
 import functools
@@ -52,7 +52,7 @@ def position_index(window: Window) -> Tensor:
 
 
 def attention_mask(size: int, window: int) -> Tensor:
-    """(windows, N, N) of a square feature map, windows shifted by half: -100 between tokens that were far apart."""
+    """(windows, N, N) of a square feature map, windows shifted by half: -100 between tokens of different regions."""
     row = torch.arange(size)
     region = (row >= size - window).int() + (row >= size - window // 2).int()
     regions = (region[:, None] * 3 + region).view(size // window, window, size // window, window)
@@ -90,7 +90,7 @@ def _output_norms(weights: Weights) -> list[str]:
 
 
 def _with_final_norm(weights: Weights, name: str | None) -> Weights:
-    """The norm of the last stage under a name, without those of the other stages, which no classifier has."""
+    """The weights of a classifier: the norm of the last stage under a name, and no norms of other stages."""
     last = _output_norms(weights)[-1]
     renamed = {k: v for k, v in weights.items() if not k.startswith('norm')}
     if name is not None:
@@ -141,7 +141,7 @@ def _yacs() -> Iterator[type]:
 
 
 def save_microsoft_file(model: Weights, path) -> None:
-    """Save as the official training does: the model among optimizer, scheduler and config."""
+    """Save like the official training: the model with optimizer, scheduler and config."""
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=1e-3)
     parameter.sum().backward()
@@ -173,7 +173,7 @@ def official(
 def simmim_pretrained(
     weights: Weights, windows: Sequence[Window], pretrained: Sequence[Window], image_size: int | None = None
 ) -> Weights:
-    """An encoder without head, and what reconstructs the image; `cpb_mlp` under its older name."""
+    """An encoder without head, and the decoder of the image; `cpb_mlp` has its older name."""
     encoder = official(weights, windows, pretrained, image_size)
     encoder = {k: v for k, v in encoder.items() if not k.startswith('head.')}
     channels, last = len(weights['patch_embed.proj.bias']), len(encoder['norm.bias'])
@@ -194,7 +194,7 @@ def simmim_finetuned(
 def msra_dense(
     weights: Weights, windows: Sequence[Window], pretrained: Sequence[Window], image_size: int | None = None
 ) -> Weights:
-    """A detector's backbone: an output norm for each stage, extra norms `enorm`, and no masks, which are computed."""
+    """A detector's backbone: an output norm for each stage, extra norms `enorm`, and no stored masks."""
     backbone = weights | stored_buffers(weights, windows, pretrained)
     detector = {'rpn_head.rpn_conv.weight': torch.ones(1), 'neck.lateral_convs.0.conv.bias': torch.ones(1)}
     return _prefixed(_rename(backbone, ('cpb_mlp', 'rpe_mlp')), 'backbone.') | detector
@@ -204,18 +204,18 @@ def msra_dense(
 
 
 def timm_old(weights: Weights, *_) -> Weights:
-    """Of timm before 0.9: the official names."""
+    """Timm before 0.9: the official names."""
     return _with_final_norm(weights, 'norm') | linear_head(weights, 'head')
 
 
 def timm_new(weights: Weights, *_) -> Weights:
-    """Of timm: patches are merged at the start of the next stage."""
+    """timm: patch merging is at the start of the next stage."""
     renamed = {oracles.timm_name(k): v for k, v in _with_final_norm(weights, 'norm').items()}
     return renamed | linear_head(weights, 'head.fc')
 
 
 def torchvision(weights: Weights, windows: Sequence[Window], pretrained: Sequence[Window], *_) -> Weights:
-    """Of torchvision: one sequence of stages and mergings, and a bias of the keys that it never uses."""
+    """torchvision: one sequence of stages and mergings, and an unused bias of the keys."""
     renamed = {}
     tables = stored_buffers(weights, windows, pretrained)
     for name, value in (_with_final_norm(weights, 'norm') | tables).items():
@@ -248,7 +248,7 @@ def mmpretrain_columns(reduction: Tensor) -> Tensor:
 
 
 def mmpretrain(weights: Weights, windows: Sequence[Window], pretrained: Sequence[Window], *_) -> Weights:
-    """Of mmpretrain: merging at the start of the next stage, on unfolded patches; `norm3` has two meanings."""
+    """mmpretrain: merging of unfolded patches at the start of the next stage; `norm3` has two meanings."""
     tables = stored_buffers(weights, windows, pretrained)
     last = _output_norms(weights)[-1]
     renamed = {oracles.timm_name(k): v for k, v in (_with_final_norm(weights, None) | tables).items()}
@@ -291,7 +291,7 @@ def hf_classifier(weights: Weights, *_) -> Weights:
 
 
 def hf_masked_image(weights: Weights, *_) -> Weights:
-    """SimMIM as transformers has it."""
+    """SimMIM in transformers."""
     model = _hf_model(weights)
     channels, last = len(weights['patch_embed.proj.bias']), len(model['swinv2.layernorm.bias'])
     return model | {
@@ -303,7 +303,7 @@ def hf_masked_image(weights: Weights, *_) -> Weights:
 
 # A file of each layout
 
-# no stage of one head: PyTorch multiplies by a single row in another order for each number of rows, one bit off
+# no stage of one head: PyTorch's product with a single row depends on the number of rows in the last bit
 ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16))
 EXTRA_NORMS = dict(ARCH, extra_norm_every_n_blocks=2)
 WINDOWS, PRETRAINED, IMAGE = (8, 8, 8, 4), (6, 6, 6, 3), 128
@@ -331,25 +331,25 @@ def arch_of(writer):
 
 
 def pretrained_of(writer):
-    """Pre-training windows that the user has to give: none if the file has tables."""
+    """Pre-training windows that the config needs: None if the file has tables."""
     return PRETRAINED if writer in WITHOUT_TABLES else None
 
 
 @functools.cache
 def source_once(writer):
-    """The same as `source`, made once."""
+    """`source`, cached."""
     weights = canonical(oracles.randomize(SwinTransformerV2(arch_of(writer), WINDOWS, drop_path_rate=0.0)))
     return weights, globals()[writer](weights, WINDOWS, PRETRAINED, IMAGE)
 
 
 def source(writer):
-    """Our weights, and the dict of the layout that is made from them; the dicts may be changed, not the tensors."""
+    """Our weights, and their dict in the layout. Callers may change the dicts, but not the tensors."""
     weights, model = source_once(writer)
     return dict(weights), dict(model)
 
 
 def save(writer, model, path):
-    """Write a dict of a layout in the container of its files; returns the path."""
+    """Save a dict of a layout like its public files; returns the path."""
     if writer in MICROSOFT:
         save_microsoft_file(model, path)
     elif writer in WITH_EXTRA_NORMS:  # the two of OpenMMLab
@@ -360,7 +360,7 @@ def save(writer, model, path):
 
 
 def weights_in_file(writer, weights):
-    """Those of our weights that a file of this layout has."""
+    """The subset of our weights that a file of this layout has."""
     kept = {
         'msra_dense': ('norm0', 'norm1', 'norm2', 'norm3'),
         'hf_backbone': (),

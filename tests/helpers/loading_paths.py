@@ -1,4 +1,4 @@
-"""Every way in which users load a checkpoint into a backbone, and the checkpoints: official ones and ours."""
+"""Every loading path from a checkpoint to a backbone, and the checkpoints: official ones and ours."""
 
 import contextlib
 import functools
@@ -34,7 +34,7 @@ COUNT = itertools.count()
 
 
 def source_backbone(**options) -> SwinTransformerV2:
-    """Random weights with the windows of PRETRAINED, given as an argument; output norms are new except the last."""
+    """A backbone with random weights and the windows of PRETRAINED; all output norms but the last are new."""
     torch.manual_seed(0)
     backbone = SwinTransformerV2(**dict(ALL_STAGES, pretrained_window_sizes=PRETRAINED, **options)).eval()
     randomize(backbone)
@@ -72,7 +72,7 @@ def folder_with_shapes(folder: Path, shapes: Path) -> Path:
 
 
 class Stop(Exception):
-    """Weights are loaded, training is about to begin."""
+    """Raised between loading and training."""
 
 
 class StopHook(Hook):
@@ -83,7 +83,7 @@ class StopHook(Hook):
 
 
 def detector_config(folder: Path, **backbone) -> Config:
-    """The nano detector with features of all stages; `folder` has shapes/; checkpoints and logs go there."""
+    """The nano detector with features of all stages; `folder` has shapes/, and gets checkpoints and logs."""
     cfg = launch.load_config(str(NANO_CONFIGS / 'det.py'), dict(data_root=str(folder / 'shapes')))
     cfg.model.backbone.update(ALL_STAGES | backbone)
     cfg.model.neck.update(in_channels=[16, 32, 64, 128], start_level=1)
@@ -93,13 +93,13 @@ def detector_config(folder: Path, **backbone) -> Config:
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
     cfg.work_dir = str(folder / 'work')
-    cfg.experiment_name = f'loading-{next(COUNT)}'  # mmengine keeps logs and scopes by this name
+    cfg.experiment_name = f'loading-{next(COUNT)}'  # mmengine's key of logs and scopes
     cfg.log_level = 'ERROR'
     return cfg
 
 
 def start_training(cfg: Config) -> Runner:
-    """Run everything before the first iteration except the log of config and environment, which takes longest."""
+    """Run everything before the first iteration except the logs of config and environment, which are slow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Config, 'pretty_text', '')
         patch.setattr(Runner, '_log_env', lambda *args: None)
@@ -119,7 +119,7 @@ def train_once(folder: Path, load_from: Path | None = None) -> Path:
 
 
 def load_strictly_but_for_new_norms(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """`load_state_dict` of torch; only the output norms, which no official file has, may be missing."""
+    """Torch's `load_state_dict`; only the output norms may be missing, which no official file has."""
     missing, unexpected = module.load_state_dict(weights, strict=False)
     assert unexpected == []
     assert [name for name in missing if not name.startswith(('norm0.', 'norm1.', 'norm2.'))] == []
@@ -236,12 +236,12 @@ LOADING_PATHS = {load.__name__.removeprefix('by_'): load for load in (
 
 
 def features(backbone: nn.Module) -> list[Tensor]:
-    """Outputs of a backbone for an image that is always the same."""
+    """Outputs of a backbone for a fixed image."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         return list(backbone.eval()(torch.randn(1, 3, 64, 64, generator=generator)))
 
 
 def same(left: list[Tensor], right: list[Tensor]) -> bool:
-    """Whether all tensors are equal to the last bit."""
+    """Whether all tensors are bitwise equal."""
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))

@@ -22,13 +22,13 @@ HF_NAMES = (
 
 
 def find_peers() -> None:
-    """Make timm, transformers and torchvision importable; mmaction still is."""
+    """Make timm, transformers and torchvision importable, and keep mmaction importable."""
     peer_packages.add_to_path()
-    compat.stub_vindlu()  # mmaction may be imported after this, and finds transformers then
+    compat.stub_vindlu()  # mmaction imports more when it finds transformers
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter so that nothing is trivial: norms other than 0 and 1, scales beyond their clamp."""
+    """Randomize every parameter: norms differ from 0 and 1, and some scales exceed their clamp."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(like: torch.Tensor, low: float, high: float) -> torch.Tensor:
@@ -48,7 +48,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def apply_output_norm(backbone: nn.Module, stage: int, x_nchw: torch.Tensor) -> torch.Tensor:
-    """Our output norms have no counterpart in the oracles, so their features go through the same LayerNorm here."""
+    """Apply our output norm to features of an oracle, which has no such norm."""
     norm = getattr(backbone, f'norm{stage}')
     x = F.layer_norm(x_nchw.permute(0, 2, 3, 1), norm.normalized_shape, norm.weight, norm.bias, 1e-5)
     return x.permute(0, 3, 1, 2)

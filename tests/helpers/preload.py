@@ -1,4 +1,4 @@
-"""Imports of the fork server, so that the processes that tests fork from it need not repeat them."""
+"""Imports of the fork server, which its forked processes then share."""
 
 import contextlib
 import importlib

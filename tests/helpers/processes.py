@@ -1,6 +1,6 @@
-"""Run a function in several processes of a gloo group, forked from one that has imported everything.
+"""Run a function in several processes of a gloo group, forked from a server that has imported everything.
 
-The group initialises through a file, so that it needs no port. What torchrun adds is tested with torchrun itself.
+The group is initialised through a file and needs no port. Tests of torchrun start torchrun itself.
 """
 
 import multiprocessing
@@ -23,7 +23,7 @@ CONTEXT.set_forkserver_preload(['preload'])
 
 
 class ProcessError(AssertionError):
-    """A process has failed; `log` is what all of them have printed."""
+    """A process has failed; `log` is the output of all processes."""
 
     def __init__(self, code: int, log: str):
         super().__init__(f'a process ended with code {code}:\n{log[-3000:]}')
@@ -31,17 +31,17 @@ class ProcessError(AssertionError):
 
 
 def run_processes(target: Callable, *args, processes: int = 2, folder: Path, **env: str) -> str:
-    """Call `target(*args)` in several processes that can talk through gloo; returns what they have printed.
+    """Call `target(*args)` in several processes of a gloo group; returns their output.
 
     Args:
-        target: A function of a module.
-        args: What can be pickled.
-        processes: How many; with 1, there is a process group too.
-        folder: Where they run.
-        env: Variables, in addition to those of torchrun.
+        target: A function of an importable module.
+        args: Picklable arguments.
+        processes: Their number; a single process has a process group too.
+        folder: Working directory.
+        env: Environment variables besides those of torchrun.
 
     Raises:
-        ProcessError: One of them failed; the others are ended.
+        ProcessError: A process failed; the others are killed.
     """
     start_server()
     with tempfile.TemporaryDirectory(prefix='meet') as meet:
@@ -55,7 +55,7 @@ def run_processes(target: Callable, *args, processes: int = 2, folder: Path, **e
             started.append(process)
         try:
             code = _join(started)
-        finally:  # none outlives the test, whatever ends it
+        finally:  # no process outlives the test
             for process in started:
                 process.kill()
                 process.join()
@@ -66,7 +66,7 @@ def run_processes(target: Callable, *args, processes: int = 2, folder: Path, **e
 
 
 def start_server() -> None:
-    """Start the process to fork from, once. Before Python 3.13 it is given no `sys.path`, and imports what it finds."""
+    """Start the server once. Before Python 3.13 it does not inherit `sys.path`, so PYTHONPATH names this folder."""
     former = os.environ.get('PYTHONPATH')
     os.environ['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parent), *([former] if former else [])])
     try:
@@ -91,12 +91,12 @@ def _join(processes: list) -> int:
 
 
 def _enter(target: Callable, args: tuple, folder: str, variables: dict[str, str], meet: str) -> None:
-    """What each process does."""
+    """Join the group and call the function, in a forked process."""
     log = os.open(f'{meet}/log', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(log, stream.fileno())
-    # as left by a test that ran before: mmengine would import the torchvision that lies there
+    # an earlier test may have added the folder of the peers, from which mmengine would import torchvision
     sys.path[:] = [path for path in sys.path if path != peer_packages.FOLDER]
     os.chdir(folder)
     os.environ.clear()
@@ -121,4 +121,4 @@ def _enter(target: Callable, args: tuple, folder: str, variables: dict[str, str]
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        os._exit(code)  # without waiting for threads of gloo, which abort a process now and then
+        os._exit(code)  # skips the teardown of gloo's threads, which sometimes aborts the process

@@ -36,7 +36,7 @@ DISTRIBUTED = (
 
 @functools.cache
 def load_tool(path: Path) -> ModuleType:
-    """Import a tool, under a name that is no other module's, once."""
+    """Import a tool once, under a unique module name."""
     spec = importlib.util.spec_from_file_location(f'tool_{path.stem}', path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up by its name
@@ -82,7 +82,7 @@ def restored_process():
         os.environ.update(environment)
         os.chdir(folder)
         sys.argv = argv
-        sys.path[:] = paths  # started processes inherit it, and would import the torchvision of the peers
+        sys.path[:] = paths  # subprocesses inherit it, and would import the torchvision of the peers
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
 
@@ -91,7 +91,7 @@ def restored_process():
 
 
 def free_port():
-    """A port that no program listens on."""
+    """A port on which no program listens."""
     with socket.socket() as probe:
         probe.bind(('', 0))
         return probe.getsockname()[1]
@@ -114,18 +114,16 @@ def command(script, *args):
 
 
 def environment(**more):
-    """Variables for a process: those of this one without `DISTRIBUTED`, so that it is not part of another run."""
+    """Environment variables for a subprocess, without those of a distributed run that this process may be part of."""
     ours = {name: value for name, value in os.environ.items() if name not in DISTRIBUTED}
     return {**ours, 'PYTHON': sys.executable, **more}
 
 
 def call(folder: Path, script: str | Path, *args) -> str:
-    """Call the `main` of a script in this process, in a folder that is not the repository's; returns what it prints.
+    """Call the `main` of a script in this process, outside of the repository; returns its output.
 
-    `script` is a path below `tools/`, or an absolute one.
-
-    What it changes in the process is taken back. Use it for whatever a tool does; once for each tool, use `run`, which
-    starts a process as a user does.
+    `script` is a path below `tools/`, or an absolute one. The state of the process is restored. Use `run` once for each
+    tool, which starts a process as a user does, and `call` for all else.
     """
     printed = io.StringIO()
     try:
@@ -139,16 +137,14 @@ def call(folder: Path, script: str | Path, *args) -> str:
 
 def _call(folder: Path, script: str | Path, args: tuple) -> int | None:
     main = load_tool(TOOLS / script).main
-    with (
-        restored_process(),
-        folder_on_path(TOOLS / script),
-    ):  # a later run in the same second would take the loggers of this one
+    # without `restored_process`, a later run in the same second would reuse the loggers of this one
+    with restored_process(), folder_on_path(TOOLS / script):
         os.chdir(folder)
         return main([str(arg) for arg in args])
 
 
 def refuse(folder: Path, script: str | Path, *args) -> str:
-    """Call a tool's `main` on a mistake, in this process; returns the one line that it prints, leaving with code 2."""
+    """Call a tool's `main` with invalid arguments; it must exit with code 2 and print one line, which is returned."""
     errors = io.StringIO()
     with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(errors):
         _call(folder, script, args)
@@ -160,7 +156,7 @@ def refuse(folder: Path, script: str | Path, *args) -> str:
 
 
 def call_together(folder: Path, script: str, *args, processes: int = 2, **env: str) -> str:
-    """Call a tool's `main` in several processes, as dist_train.sh and dist_test.sh do; returns what they print."""
+    """Call a tool's `main` in several processes, as dist_train.sh and dist_test.sh do; returns their output."""
     arguments = [str(arg) for arg in args] + ['--launcher', 'pytorch']
     return run_processes(_main, TOOLS / script, arguments, processes=processes, folder=folder, **env)
 
@@ -176,7 +172,7 @@ def make_shapes(folder: Path, train: int, val: int, size: int, seed: int = 0) ->
 
 
 def run(folder, script, *args, **env):
-    """Run a tool in a folder that is not the repository's."""
+    """Run a tool in a process, outside of the repository; returns its output."""
     program, args = command(script, *args)
     result = subprocess.run(
         [*program, *args], cwd=folder, env=environment(**env), capture_output=True, text=True, check=False
@@ -186,12 +182,12 @@ def run(folder, script, *args, **env):
 
 
 def metrics(folder: Path) -> dict:
-    """The metrics that a test run has logged."""
+    """The metrics that a test has logged."""
     return json.loads(max(folder.glob('20*/*.json')).read_text().splitlines()[-1])
 
 
 def check_training(folder: Path) -> None:
-    """Assert that a training has logged losses, and that all of them are finite."""
+    """Assert that a training has logged losses, all of them finite."""
     losses = [json.loads(line) for line in max(folder.glob('20*/vis_data/scalars.json')).open()]
     losses = [line['loss'] for line in losses if 'loss' in line]
     assert losses

@@ -1,4 +1,4 @@
-"""Triton kernels on a CPU: corrections of the interpreter, and shortcuts with which it takes seconds, not minutes."""
+"""Triton kernels on a CPU: patches that correct the interpreter, and make it run in seconds instead of minutes."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ PATCHED = set()
 CREATE_DOT = interpreter.InterpreterBuilder.create_dot
 NUMPY_TYPES = {}
 GET_NUMPY_TYPE = interpreter._get_np_dtype
-# without its check of each operation with integers of 32 bits, which takes half of the time
+# skip the overflow check of 32-bit integers, which takes half of the time
 UNCHECKED = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
 
@@ -41,7 +41,7 @@ def poisoned_memory():
 
 
 def multiply(self, a, b, *args):
-    """As the interpreter does, but bfloat16 by its values: the interpreter multiplies its bit patterns."""
+    """The dot product of the interpreter, corrected for bfloat16, of which it multiplies the bit patterns."""
     a, b = (
         interpreter.TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
         if t.dtype.scalar == tl.bfloat16
@@ -52,16 +52,16 @@ def multiply(self, a, b, *args):
 
 
 def call(self, *args, **kwargs):
-    """As the interpreter does, but it patches the language once for a module, and not for each call."""
+    """Like the interpreter, but patch the language once per module instead of in each call."""
     module = self.fn.__globals__['__name__']
-    if module != 'swinv2_mm.ops.triton.kernels' and module not in PATCHED:  # the launch did it there
+    if module != 'swinv2_mm.ops.triton.kernels' and module not in PATCHED:  # the launch has done it
         interpreter._patch_lang(self.fn)
         PATCHED.add(module)
     return self.rewrite()(*args, **kwargs)
 
 
 def numpy_type(dtype):
-    """As the interpreter does, but it makes its table of all types for each call."""
+    """Like the interpreter, but cached: it builds a table of all types in each call."""
     element = dtype.scalar
     key = 'pointer' if element.is_ptr() else element.name
     if key not in NUMPY_TYPES:
@@ -69,8 +69,8 @@ def numpy_type(dtype):
     return NUMPY_TYPES[key]
 
 
-def take_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For one test, make tiles as large as they can be: the interpreter takes about as long for a small one."""
+def use_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one test, use the largest tiles: the time of the interpreter hardly depends on their size."""
     monkeypatch.setattr(attention, 'box_tokens', lambda *_: 128)
     monkeypatch.setattr(attention, 'choose_tiles', lambda *_: tiles.TileConfig(128, 128, warps=4, stages=1))
 
@@ -84,9 +84,9 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fuse_multiply_add(monkeypatch: pytest.MonkeyPatch, side: int) -> None:
-    """For one test, round the sum or difference of a product and a number once, as GPUs do in a multiply-add.
+    """For one test, round `a * b + c` in float32 only once, as the fused multiply-add of GPUs does.
 
-    All of them are float32. Of two products, that on this `side` of the sum, 0 or 1, is the one that is not rounded.
+    If both terms of a sum are products, the one at index `side` is not rounded.
     """
     builder = interpreter.InterpreterBuilder
     create_product = builder.create_fmul
@@ -123,7 +123,7 @@ def fuse_multiply_add(monkeypatch: pytest.MonkeyPatch, side: int) -> None:
 
 
 def truncate_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For one test, leave out the bits of float32 that the tensor cores of GPUs do not read in TF32."""
+    """For one test, truncate the operands of float32 products to TF32."""
 
     def read(tile):
         if tile.dtype.scalar != tl.float32:

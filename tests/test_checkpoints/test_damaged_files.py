@@ -1,4 +1,4 @@
-"""Some 250 ways in which a checkpoint may be broken: each is an error that names the file, and nothing has been loaded.
+"""About 250 damaged checkpoints: each is an error that names the file, and loads nothing.
 
 All are made from one good checkpoint, with a seeded generator, so that a case that fails can be run again by its name.
 """
@@ -32,7 +32,7 @@ Weights = dict[str, object]
 
 @functools.cache
 def good() -> Weights:
-    """An official checkpoint without what it could lose unharmed: head, final norm, buffers, spare tables."""
+    """An official checkpoint without its optional parts: head, final norm, buffers, redundant tables."""
     spare = re.compile(r'^head|^norm\.|attn_mask$|relative_position_index$|blocks\.[1-9].*relative_coords_table$')
     weights = official_weights(source_backbone())
     return {name: value.contiguous() for name, value in weights.items() if not spare.search(name)}
@@ -64,7 +64,7 @@ def good_file(container: str) -> bytes:
         return buffer.getvalue()
 
 
-# ---------------------------------------------------------------- broken files: (path) -> None
+# ---------------------------------------------------------------- damaged files: (path) -> None
 
 CASES: dict[str, Callable[[Path], None]] = {}
 SUFFIX: dict[str, str] = {}
@@ -93,7 +93,7 @@ def add_truncated(rng: random.Random) -> None:
 
 
 def record_offsets(data: bytes) -> dict[str, range]:
-    """Where the content of each record of a zip file lies."""
+    """The position of the content of each record of a zip file."""
     found = {}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for record in archive.infolist():
@@ -105,7 +105,7 @@ def record_offsets(data: bytes) -> dict[str, range]:
 
 
 def add_flipped_bits(rng: random.Random) -> None:
-    """Within records of a zip file, which have checksums, and within the header of safetensors, whose data has none."""
+    """In records of a zip file, which have checksums, and in the header of safetensors, whose data have none."""
     data = good_file('.pth')
     records = record_offsets(data)
     tensors = [name for name in records if name.startswith('data/')]
@@ -123,13 +123,13 @@ def add_flipped_bits(rng: random.Random) -> None:
 
 
 def rewritten(change: Callable[[str, bytes], object]) -> Callable[[Path], None]:
-    """A zip file with right checksums whose records went through `change`: None drops one, a list gives several."""
+    """A zip file with valid checksums, its records changed by `change`: None drops a record, a list makes several."""
 
     def write(path: Path) -> None:
         with (
             zipfile.ZipFile(io.BytesIO(good_file('.pth'))) as old,
             zipfile.ZipFile(path, 'w') as new,
-            warnings.catch_warnings(action='ignore'),  # that a name occurs twice
+            warnings.catch_warnings(action='ignore'),  # duplicate names
         ):
             for name in old.namelist():
                 result = change(name.split('/', 1)[1], old.read(name))
@@ -170,7 +170,7 @@ def add_zips() -> None:
 
 
 def add_headers() -> None:
-    """Headers of safetensors that are JSON, but wrong."""
+    """Headers of safetensors that are valid JSON, but wrong."""
     data = good_file('.safetensors')
     size = struct.unpack_from('<Q', data)[0]
     header, tensors = json.loads(data[8 : 8 + size]), data[8 + size :]
@@ -252,9 +252,9 @@ OTHER_OBJECTS = {
 }
 
 
-# ---------------------------------------------------------------- broken weights
+# ---------------------------------------------------------------- damaged weights
 
-# what is wrong, and a name that the error must hold
+# description, and a name that the error must contain
 STATE_DICTS: dict[str, tuple[Callable[[], Weights], str]] = {}
 BLOCK = 'layers.0.blocks.1.'
 WEIGHT, TABLE, SCALE = (
@@ -388,7 +388,7 @@ def add_windows() -> None:
         'of zeros': torch.zeros(1, 11, 11, 2),
         'of no numbers': torch.full((1, 11, 11, 2), torch.nan),
         'flat': layouts.coords_table(6, 6).flatten(),
-        'whole': layouts.coords_table(6, 6).long(),
+        'integers': layouts.coords_table(6, 6).long(),
         'a text': 'table',
     }
     for kind, table in tables.items():
@@ -398,7 +398,7 @@ def add_windows() -> None:
     windows = {
         'another one': torch.tensor([7, 7]),
         'negative': torch.tensor([-6, -6]),
-        'no whole number': torch.tensor([6.0, 6.0]),
+        'no integer': torch.tensor([6.0, 6.0]),
         'of three axes': torch.tensor([6, 6, 6]),
         'a number': torch.tensor(6),
         'a list': [6, 6],
@@ -411,7 +411,7 @@ def add_windows() -> None:
     negative = {f'{block}cpb_mlp.pretrained_window_size': torch.tensor([-6, -6]) for block in blocks}
     all_negative = lambda: without(*no_tables)() | negative  # noqa: E731
     add_weights('only negative windows', all_negative, 'pretrained_window_size must be')
-    add_weights('no table tells the windows', without(*no_tables), 'pretrained_window_sizes')
+    add_weights('no table to read the windows from', without(*no_tables), 'pretrained_window_sizes')
 
 
 def make_cases() -> None:
@@ -435,7 +435,7 @@ make_cases()
 
 @functools.cache
 def model_and_state(kind: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """A model, and a copy of its state; built once, because no case shall change it."""
+    """A model and a copy of its state, built once: no case may change it."""
     torch.manual_seed(1)
     if kind == 'backbone':
         model = SwinTransformerV2(**ALL_STAGES)
@@ -446,12 +446,12 @@ def model_and_state(kind: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]
 
 
 def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers, also those that no checkpoint has."""
+    """Parameters and buffers, with those that are not in checkpoints."""
     return dict(model.named_parameters()) | {f'buffer {name}': value for name, value in model.named_buffers()}
 
 
 def assert_refused(load: Callable[[torch.nn.Module], object], kind: str, *named: str) -> None:
-    """Loading fails with an error that contains these texts and more, and each parameter and buffer is what it was."""
+    """Assert that loading fails with an error of these texts and more, and changes no parameter or buffer."""
     model, before = model_and_state(kind)
     with pytest.raises(CheckpointError) as refusal:
         load(model)
@@ -476,13 +476,13 @@ def _new_models_after_a_change():
 # ---------------------------------------------------------------- tests
 
 
-def test_there_are_enough_cases():
+def test_number_of_damaged_cases():
     assert len(CASES) + len(STATE_DICTS) >= 200
 
 
 @pytest.mark.parametrize('container', CONTAINERS)
 @pytest.mark.parametrize('kind', ['backbone', 'detector'])
-def test_the_checkpoint_that_all_are_made_of_is_good(kind, container, tmp_path):
+def test_undamaged_checkpoint_loads(kind, container, tmp_path):
     path = tmp_path / f'checkpoint{container}'
     path.write_bytes(good_file(container))
     model, _ = model_and_state(kind)
@@ -494,7 +494,7 @@ def test_the_checkpoint_that_all_are_made_of_is_good(kind, container, tmp_path):
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_a_broken_file_is_refused(name, tmp_path):
+def test_damaged_file_is_refused(name, tmp_path):
     path = tmp_path / f'checkpoint{SUFFIX[name]}'
     CASES[name](path)
     assert_refused(lambda model: load_checkpoint(model, str(path)), 'backbone', str(path))
@@ -504,16 +504,16 @@ NO_WEIGHTS = ('list', 'tuple', 'tensor', 'number', 'text', 'none', 'dict of numb
 
 
 @pytest.mark.parametrize('name', NO_WEIGHTS)
-def test_a_detector_refuses_a_file_without_weights(name, tmp_path):
-    """Only files that can be read come to a model, so that those which cannot need no other one."""
+def test_detector_refuses_a_file_without_weights(name, tmp_path):
+    """Unreadable files fail before a model is involved, so that readable ones suffice here."""
     path = tmp_path / 'checkpoint.pth'
     CASES[f'{name} in a file'](path)
     assert_refused(lambda model: load_checkpoint(model, str(path)), 'detector', str(path))
 
 
 @pytest.mark.parametrize('name', [name for name in OTHER_OBJECTS if name not in NO_WEIGHTS])
-def test_a_detector_warns_of_a_file_without_its_backbone(name, tmp_path):
-    """As torch does, which calls all of it missing; the backbone itself refuses such a file."""
+def test_detector_warns_about_a_file_without_its_backbone(name, tmp_path):
+    """Like torch, which reports all keys as missing; the backbone refuses such a file."""
     path = tmp_path / 'checkpoint.pth'
     CASES[f'{name} in a file'](path)
     model, before = model_and_state('detector')
@@ -525,31 +525,31 @@ def test_a_detector_warns_of_a_file_without_its_backbone(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', STATE_DICTS)
-def test_broken_weights_are_refused(name, tmp_path):
-    """As they are, and in a file; neither load is strict in the sense of torch, which makes no difference."""
+def test_damaged_weights_are_refused(name, tmp_path):
+    """As a dict and as a file, with `strict=False`, which makes no difference."""
     make, named = STATE_DICTS[name]
     assert_refused(lambda model: model.load_state_dict(make(), strict=False), 'backbone', named)
     path = tmp_path / 'checkpoint.pth'
-    save_old_torch(make(), path)  # which is read in a third of the time
+    save_old_torch(make(), path)  # the faster format to read
     assert_refused(lambda model: load_checkpoint(model, str(path)), 'backbone', str(path), named)
 
 
-# what is no Swin V2 by its names is another backbone to a detector, see `test_partial.py`
+# for keys of another architecture, see `test_partial.py`
 KNOWN = [name for name, (_, named) in STATE_DICTS.items() if named != 'no Swin V2']
 
 
 @pytest.mark.parametrize('name', KNOWN[::7])
-def test_a_detector_refuses_a_backbone_of_broken_weights(name, tmp_path):
+def test_detector_refuses_a_damaged_backbone(name, tmp_path):
     make, named = STATE_DICTS[name]
     path = tmp_path / 'checkpoint.pth'
     save_torch(make(), path)
     assert_refused(lambda model: load_checkpoint(model, str(path)), 'detector', str(path), named)
-    assert_refused(lambda model: model.load_state_dict(make()), 'backbone', named)  # torch's own, strictly
+    assert_refused(lambda model: model.load_state_dict(make()), 'backbone', named)  # torch's, strict
 
 
 @pytest.mark.parametrize('name', KNOWN[::7])
-def test_broken_weights_in_a_whole_detector_are_refused(name, tmp_path):
-    """Nor is anything else of the detector loaded."""
+def test_damaged_weights_of_a_detector_are_refused(name, tmp_path):
+    """Nothing of the detector is loaded."""
     make, named = STATE_DICTS[name]
     path = tmp_path / 'checkpoint.pth'
     others = {
@@ -561,7 +561,7 @@ def test_broken_weights_in_a_whole_detector_are_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', list(STATE_DICTS)[3::14])
-def test_a_backbone_refuses_the_checkpoint_of_a_detector_with_broken_weights(name, tmp_path):
+def test_backbone_refuses_a_damaged_detector(name, tmp_path):
     make, named = STATE_DICTS[name]
     path = tmp_path / 'checkpoint.pth'
     torch.save({'state_dict': {f'backbone.{key}': value for key, value in make().items()}, 'meta': {}}, path)
@@ -569,6 +569,6 @@ def test_a_backbone_refuses_the_checkpoint_of_a_detector_with_broken_weights(nam
 
 
 @pytest.mark.parametrize('name', ['missing.pth', 'missing.safetensors', 'missing/missing.pth'])
-def test_a_file_that_does_not_exist_is_named(name, tmp_path):
+def test_missing_file_is_named(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=name):
         load_checkpoint(model_and_state('backbone')[0], str(tmp_path / name))

@@ -1,4 +1,4 @@
-"""How files are read: weights are mapped into memory, what a training keeps is not."""
+"""Reading files: weights are memory-mapped, training states are not."""
 
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_read_checkpoint_maps_weights(tmp_path, suffix):
 
 
 def test_read_checkpoint_does_not_map_a_training_state(tmp_path):
-    """Optimizers take the tensors that they are given, and the next checkpoint may have the same name."""
+    """Optimizers keep the loaded tensors, and the next checkpoint may overwrite the file."""
     path = tmp_path / 'epoch_1.pth'
     torch.save({'state_dict': WEIGHTS, 'optimizer': {'state': {0: WEIGHTS}}}, path)
     checkpoint = read_checkpoint(path)

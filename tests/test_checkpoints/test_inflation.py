@@ -29,7 +29,7 @@ def build(arch=ARCH, window=WINDOW, pretrained=None, out_indices=ALL, **kwargs):
 
 
 def windows_of(backbone):
-    """Pre-training windows of the stages, which must not differ between the blocks of a stage."""
+    """Pre-training windows of the stages; assert that all blocks of a stage have the same."""
     stages = []
     for stage in backbone.layers:
         (window,) = {tuple(block.attn.cpb_mlp.pretrained_window_size.tolist()) for block in stage.blocks}
@@ -50,7 +50,7 @@ def still(image, frames=8):
 
 
 def inflated(name, value, frames):
-    """What must become of a weight, by the rule of Video Swin."""
+    """The expected weight, by the rule of Video Swin."""
     if name == 'patch_embed.proj.weight':
         return torch.stack([value / frames] * frames, 2)
     if name.endswith('cpb_mlp.0.weight'):
@@ -61,7 +61,7 @@ def inflated(name, value, frames):
 # From images to video
 
 
-# what inflation sees differs in extra norms, tables and output norms; that of each layout is in `test_layouts.py`
+# layouts that differ in extra norms, tables and output norms; all layouts are in `test_layouts.py`
 @pytest.mark.parametrize(
     ('writer', 'frames'),
     [('official', 1), ('official', 2), ('hf_backbone', 4), ('msra_dense', 2), ('mmpretrain', 2), ('torchvision', 4)],
@@ -82,7 +82,7 @@ def test_inflate_a_file_of_any_layout(writer, frames, tmp_path):
 @pytest.mark.parametrize('window', [8, 16])
 @torch.no_grad()
 def test_inflate_a_still_clip_has_the_features_of_timm(window, tmp_path):
-    """An independent image model, its own file, and the video model that comes of it, at another window too."""
+    """An image model of timm, its file, and the inflated video model, also with another window."""
     oracles.find_peers()
     from timm.models.swin_transformer_v2 import SwinTransformerV2 as Peer
 
@@ -100,7 +100,7 @@ def test_inflate_a_still_clip_has_the_features_of_timm(window, tmp_path):
 
 
 def test_inflate_patch_embed_as_mmaction(tmp_path):
-    """Swin V1 has the same patch embedding: its file goes through mmaction's code, the same weights through ours."""
+    """Swin V1 has the same patch embedding: mmaction's code converts its file, ours the same weights."""
     pytest.importorskip('mmaction')
     from mmaction.models import SwinTransformer3D
 
@@ -134,7 +134,7 @@ def test_inflate_patch_embed_as_mmaction(tmp_path):
         ('timm_new', None, None),
     ],
 )
-def test_window_of_time_is_that_of_the_config_or_of_the_model(writer, pretrained, time):
+def test_inflate_temporal_window_of_config_or_model(writer, pretrained, time):
     _, model = source(writer)
     backbone = build(pretrained=pretrained)
     if time is None:
@@ -145,13 +145,13 @@ def test_window_of_time_is_that_of_the_config_or_of_the_model(writer, pretrained
     assert windows_of(backbone) == with_time(time)
 
 
-def test_a_config_that_contradicts_the_file_is_an_error():
+def test_inflate_refuses_a_contradicting_config():
     _, model = source('official')
     with pytest.raises(CheckpointError, match='window of stage 0 is 4x6x6, but the config has 0x8x8'):
         build(pretrained=8).load_state_dict(model)
 
 
-def test_inflate_logs_that_time_is_new():
+def test_inflate_logs_the_new_temporal_axis():
     _, model = source('official')
     with layouts.recorded_log() as log:
         build().load_state_dict(model)
@@ -162,13 +162,13 @@ def test_inflate_logs_that_time_is_new():
 
 
 @torch.no_grad()
-def test_a_video_checkpoint_moves_to_larger_windows_on_every_axis(tmp_path):
-    """In steps through saved files or at once; each keeps the bias of the offsets that the smaller window knew."""
+def test_video_checkpoint_in_larger_windows(tmp_path):
+    """In steps through saved files or at once; both keep the bias of the offsets of the smaller window."""
     _, model = source('official')
     first = build(window=(4, 8, 8))
     first.load_state_dict(model)
     for block in (block for stage in first.layers for block in stage.blocks):
-        torch.nn.init.uniform_(block.attn.cpb_mlp[0].weight, -0.4, 0.4)  # of time too, as after a training
+        torch.nn.init.uniform_(block.attn.cpb_mlp[0].weight, -0.4, 0.4)  # also of time, as after a training
     torch.save(first.state_dict(), tmp_path / 'first.pth')
     second, third, direct = build(window=(6, 10, 12)), build(window=(8, 12, 16)), build(window=(8, 12, 16))
     load_checkpoint(second, str(tmp_path / 'first.pth'))
@@ -192,7 +192,7 @@ def test_a_video_checkpoint_moves_to_larger_windows_on_every_axis(tmp_path):
 
 
 def test_write_windows_of_height_and_width_into_a_video_checkpoint(tmp_path):
-    """As the converter and the drawing of the bias take it: one number per stage."""
+    """One number per stage, as for the converter and the plot of the bias."""
     backbone = build(pretrained=with_time(3))
     assert windows_of(backbone) == with_time(3)
     torch.save(backbone.state_dict(), tmp_path / 'file.pth')
@@ -202,12 +202,12 @@ def test_write_windows_of_height_and_width_into_a_video_checkpoint(tmp_path):
         write_windows(weights, (8, 8, 8, 8))
 
 
-def test_a_video_checkpoint_does_not_fit_an_image_model():
+def test_video_checkpoint_in_an_image_model_is_an_error():
     with pytest.raises(CheckpointError, match='is 4x8x8, which has another number of axes than .*, 8x8'):
         SwinTransformerV2(ARCH, 8).load_state_dict(build().state_dict())
 
 
-def test_the_frames_of_a_patch_belong_to_a_video_checkpoint():
+def test_video_checkpoint_with_other_frames_per_patch_is_an_error():
     other = build(patch_size=(1, 4, 4))
     with pytest.raises(CheckpointError, match=re.escape('2 frames and those of the model 1: set patch_size=(2, 4, 4)')):
         other.load_state_dict(build().state_dict())
@@ -290,7 +290,7 @@ def test_inflate_an_image_file_for_a_recognizer(loading_path, tmp_path):
 
 
 def test_window_buffers_in_a_checkpoint_of_a_recognizer(tmp_path):
-    """From images to a saved checkpoint, which needs no word in the config."""
+    """From an image file to a saved checkpoint, which needs no option in the config."""
     pytest.importorskip('mmaction')
     _, model = source('official')
     first = by_init_cfg(save('official', model, tmp_path / 'file.pth'), None)
@@ -302,7 +302,7 @@ def test_window_buffers_in_a_checkpoint_of_a_recognizer(tmp_path):
         assert torch.equal(again.backbone(clip), first.eval().backbone(clip))
 
 
-# What does not fit
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_window_buffers_in_a_checkpoint_of_a_recognizer(tmp_path):
         ('layers.1.blocks.0.mlp.fc1.weight', torch.zeros(2, 2), '(2, 2) for (128, 32)'),
     ],
 )
-def test_what_does_not_fit_is_named_before_any_weight_is_touched(name, value, message):
+def test_inflate_errors_change_no_weight(name, value, message):
     _, model = source('official')
     model[name] = value
     backbone = build()
@@ -326,8 +326,8 @@ def test_what_does_not_fit_is_named_before_any_weight_is_touched(name, value, me
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 
-def test_a_new_bias_of_two_axes_is_that_of_three_at_one_time():
-    """The MLP itself, without loading code."""
+def test_log_cpb_of_two_axes_is_that_of_three_without_time():
+    """Tests the MLP without loading code."""
     images, video = LogCPB((5, 6), (3, 4), 2), LogCPB((2, 5, 6), (2, 3, 4), 2)
     with torch.no_grad():
         for mine, theirs in zip(video.parameters(), images.parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""Every public layout of Swin V2 on every loading path: written files to the bit, real models by their features."""
+"""Every public layout of Swin V2 on every loading path: written files bitwise, real models by their features."""
 
 import re
 
@@ -27,7 +27,7 @@ from torch import nn
 from swinv2_mm.checkpoints import CheckpointError, load_swinv2_state_dict
 from swinv2_mm.models import SwinTransformerV2
 
-TINY = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+NANO = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 
 
 def build(arch=ARCH, window=WINDOWS, pretrained=None, **kwargs):
@@ -35,7 +35,7 @@ def build(arch=ARCH, window=WINDOWS, pretrained=None, **kwargs):
 
 
 def assert_weights(backbone, expected, fresh):
-    """Weights of the file, and for the norms that it lacks those of a new layer; windows of all blocks."""
+    """Assert the weights of the file, new weights of norms that it lacks, and the windows of all blocks."""
     for name, value in layouts.canonical(backbone).items():
         assert torch.equal(value, expected.get(name, fresh[name])), name
     assert set(expected) <= set(fresh)
@@ -63,7 +63,7 @@ def test_load_swinv2_state_dict_of_every_layout(writer, tmp_path):
         }
 
 
-# every layout as a dict; as a file, where the name of the backbone and what is around the weights differ
+# every layout as a dict; as a file, layouts that differ in the prefix of the backbone and in the container
 FILES = ('official', 'simmim_pretrained', 'msra_dense', 'hf_classifier')
 LOADING_PATHS = [('load_state_dict', writer) for writer in WRITERS]
 LOADING_PATHS += [(path, writer) for path in ('init_cfg_with_prefix', 'load_checkpoint') for writer in FILES]
@@ -91,7 +91,7 @@ def test_every_layout_on_every_loading_path(writer, loading_path, tmp_path):
 
 @pytest.mark.parametrize('stored', ['relative_coords_table', 'relative_position_index', 'attn_mask'])
 def test_buffers_of_older_releases_are_dropped(stored):
-    """Of transformers, on its hub: they are dropped, after the windows have been read from the tables."""
+    """Files of transformers on its hub have them: they are dropped after reading the windows from the tables."""
     weights, model = source('hf_classifier')
     for name, value in layouts.stored_buffers(weights, WINDOWS, PRETRAINED, IMAGE).items():
         if name.endswith(stored):
@@ -218,7 +218,7 @@ def assert_same_features(backbone, features, model, image=256):
 
 def pretrained_backbone(path, pretrained=8):
     init_cfg = dict(type='Pretrained', checkpoint=str(path))
-    # the backend that is equal to the libraries to the last bit
+    # the backend that is bitwise equal to the libraries
     backbone = build(window=8, pretrained=pretrained, attention_backend='reference', init_cfg=init_cfg)
     backbone.init_weights()
     return backbone
@@ -249,7 +249,7 @@ def test_features_of_a_transformers_file_are_those_of_transformers(name, form, t
 
 
 def test_features_of_a_torchvision_file_are_those_of_torchvision(tmp_path):
-    """Nothing is said of pre-training windows: its tables hold them. The bias of its keys is random, and unused."""
+    """Its tables determine the pre-training windows. The bias of its keys is random and unused."""
     model = torchvision_model()
     torch.save(model.state_dict(), tmp_path / 'model.pth')
     assert_same_features(pretrained_backbone(tmp_path / 'model.pth', pretrained=None), torchvision_features, model)
@@ -265,8 +265,8 @@ def test_features_of_a_torchvision_file_are_those_of_torchvision(tmp_path):
         ('hf_masked_image', lambda: hf_model('Swinv2ForMaskedImageModeling')),
     ],
 )
-def test_real_models_take_what_the_writers_write(writer, model):
-    """Holds the writers against the libraries; buffers of torchvision are equal to the bit."""
+def test_layout_writers_fit_real_models(writer, model):
+    """Compare the writers with the libraries; buffers of torchvision are bitwise equal."""
     weights = layouts.canonical(oracles.randomize(build()))
     written, model = getattr(layouts, writer)(weights, (8,) * 4, (8,) * 4), model()
     for name, value in model.state_dict().items():
@@ -276,7 +276,7 @@ def test_real_models_take_what_the_writers_write(writer, model):
 
 
 def test_buffers_are_those_that_timm_computes():
-    """It does not store them, and computes them as the official code does."""
+    """Timm computes them like the official code, and does not store them."""
     oracles.find_peers()
     from timm.models.swin_transformer_v2 import SwinTransformerV2 as Peer
 
@@ -291,7 +291,7 @@ def test_buffers_are_those_that_timm_computes():
 
 @torch.no_grad()
 def test_mmpretrain_columns_are_those_of_unfold():
-    """What mmpretrain does: unfold, then a linear layer with permuted columns, is the official concatenation."""
+    """Mmpretrain's unfold and linear layer with permuted columns equal the official concatenation."""
     x = torch.randn(2, 3, 6, 4, dtype=torch.float64)
     reduction = torch.randn(6, 12, dtype=torch.float64)
     patches = [x[..., h::2, w::2] for h, w in ((0, 0), (1, 0), (0, 1), (1, 1))]
@@ -302,11 +302,11 @@ def test_mmpretrain_columns_are_those_of_unfold():
     assert not torch.allclose((reduction @ unfolded).view(2, 6, 3, 2), merged)
 
 
-# What is refused
+# Errors
 
 
-def test_what_init_cfg_names_and_does_not_fit_is_named(tmp_path):
-    """For what else may be wrong and the other loading paths, see `test_damaged_files.py`."""
+def test_init_cfg_error_names_the_file(tmp_path):
+    """Other errors and loading paths are in `test_damaged_files.py`."""
     _, model = source('official')
     del model['layers.2.blocks.1.attn.proj.weight']
     path = save('official', model, tmp_path / 'file.pth')
@@ -314,7 +314,7 @@ def test_what_init_cfg_names_and_does_not_fit_is_named(tmp_path):
         build(init_cfg=dict(type='Pretrained', checkpoint=path)).init_weights()
 
 
-def test_a_missing_key_is_named_in_any_layout():
+def test_missing_key_is_named_in_any_layout():
     _, model = source('hf_classifier')
     del model['swinv2.encoder.layers.2.blocks.1.intermediate.dense.bias']
     with pytest.raises(CheckpointError, match=r'layers\.2\.blocks\.1\.(mlp\.fc1|intermediate\.dense)\.bias'):
@@ -322,15 +322,15 @@ def test_a_missing_key_is_named_in_any_layout():
 
 
 @pytest.mark.parametrize('missing', ['query', 'key', 'value'])
-def test_a_part_of_qkv_that_is_missing_is_named(missing):
+def test_missing_part_of_qkv_is_named(missing):
     _, model = source('hf_classifier')
     del model[f'swinv2.encoder.layers.2.blocks.1.attention.self.{missing}.weight']
     with pytest.raises(CheckpointError, match=rf'layers\.2\.blocks\.1\.(attn\.qkv|attention\.self\.{missing})\.weight'):
         build(pretrained=PRETRAINED).load_state_dict(model)
 
 
-def test_a_bias_of_keys_is_refused():
-    """No SwinV2 has one: the file is that of another model."""
+def test_bias_of_keys_is_refused():
+    """No SwinV2 has one, so the file is of another model."""
     _, model = source('hf_classifier')
     model['swinv2.encoder.layers.2.blocks.1.attention.self.key.bias'] = torch.ones(64)
     with pytest.raises(CheckpointError, match=r'layers\.2\.blocks\.1\.(attn|attention\.self)\.key\.bias'):
@@ -369,10 +369,10 @@ def test_new_output_norms_are_logged_once():
     _, model = source('official')
     with layouts.recorded_log() as messages:
         build().load_state_dict(model)
-    said = [m for m in messages if 'norm0' in m]
-    assert len(said) == 1
-    assert 'norm2' in said[0]
-    assert 'norm3' not in said[0]
+    logged = [m for m in messages if 'norm0' in m]
+    assert len(logged) == 1
+    assert 'norm2' in logged[0]
+    assert 'norm3' not in logged[0]
 
 
 def swin_v1():
@@ -398,7 +398,7 @@ def vision_transformer():
 
 
 def pre_release_v2():
-    """The `swinv2_cr` of timm, which has other parameters and another bias, so that its weights fit no SwinV2."""
+    """The `swinv2_cr` of timm has other parameters and another bias: its weights fit no SwinV2."""
     oracles.find_peers()
     from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 
@@ -417,12 +417,12 @@ def pre_release_v2():
     ],
     ids=['Swin V1 of timm', 'Swin V1 of torchvision', 'ViT', 'swinv2_cr', 'anything'],
 )
-def test_files_of_other_models_are_refused_for_what_they_are(model, message, tmp_path):
+def test_files_of_other_models_are_named(model, message, tmp_path):
     weights = model().state_dict()
     path = save('', weights, tmp_path / 'file.pth')
     with pytest.raises(CheckpointError, match=message):
         load_swinv2_state_dict(path)
-    backbone = SwinTransformerV2(TINY, 4, 4, init_cfg=dict(type='Pretrained', checkpoint=path))
+    backbone = SwinTransformerV2(NANO, 4, 4, init_cfg=dict(type='Pretrained', checkpoint=path))
     with pytest.raises(CheckpointError, match=message):
         backbone.init_weights()
     with pytest.raises(CheckpointError, match=message):
@@ -439,13 +439,13 @@ def test_files_of_other_models_are_refused_for_what_they_are(model, message, tmp
     ],
     ids=['channels', 'depths', 'heads', 'extra norms'],
 )
-def test_error_names_what_differs_in_a_model_of_another_size(arch, named):
+def test_error_of_a_model_of_another_size(arch, named):
     _, model = source('official')
     with pytest.raises(CheckpointError, match=re.escape(named)):
         build(arch).load_state_dict(model)
 
 
-def test_an_error_on_a_large_difference_stays_readable():
+def test_error_of_a_large_difference_is_short():
     _, model = source('official')
     with pytest.raises(CheckpointError) as error:
         build(dict(ARCH, embed_dims=32, depths=(2, 2, 18, 2))).load_state_dict(model)

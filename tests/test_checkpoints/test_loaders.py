@@ -1,4 +1,4 @@
-"""Names of releases, their addresses, and downloads from a server on this machine in place of the public ones."""
+"""Names of releases, their addresses, and downloads from a local server in place of the public ones."""
 
 import hashlib
 import re
@@ -60,8 +60,8 @@ def test_find_release_other_addresses(name, url):
     assert loaders.find_release(name).url == url
 
 
-def test_there_are_as_many_releases_as_were_published():
-    """12 of Microsoft, 3 of torchvision, 63 pre-trained and 63 fine-tuned ones of SimMIM."""
+def test_number_of_releases():
+    """12 of Microsoft, 3 of torchvision, 63 pre-trained and 63 fine-tuned by SimMIM."""
     assert len(loaders.RELEASES) == 12 + 3 + 63 + 63
     assert len({release.url for release in loaders.RELEASES.values()}) == len(loaders.RELEASES)
 
@@ -106,19 +106,19 @@ def test_find_named_windows(path, windows):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server of a folder; yields the folder, the address, and the list of what was asked for."""
-    asked = []
+    """A server of a folder; yields the folder, the address, and the list of events (requests and barriers)."""
+    events = []
 
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *args):
-            asked.append(self.path)
+            events.append(self.path)
 
     folder = tmp_path / 'public'
     folder.mkdir()
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f'http://127.0.0.1:{server.server_port}', asked
+    yield folder, f'http://127.0.0.1:{server.server_port}', events
     server.shutdown()
     server.server_close()
 
@@ -135,7 +135,7 @@ def is_loaded(target: SwinTransformerV2, source: SwinTransformerV2) -> bool:
 
 
 def test_download_once_with_pretrained_windows(server, monkeypatch, capfd):
-    folder, address, asked = server
+    folder, address, events = server
     source = publish(folder / 'swinv2_tiny_patch4_window8_256.pth')
     url = f'{address}/swinv2_tiny_patch4_window8_256.pth'
     monkeypatch.setitem(loaders.RELEASES, 'tiny_window8_256', loaders.Release(url, (8, 8, 8, 8)))
@@ -145,7 +145,7 @@ def test_download_once_with_pretrained_windows(server, monkeypatch, capfd):
         target.init_weights()
         assert is_loaded(target, source)
         assert target.layers[3].blocks[1].attn.cpb_mlp.pretrained_window_size.tolist() == [8, 8]
-    assert asked == ['/swinv2_tiny_patch4_window8_256.pth']
+    assert events == ['/swinv2_tiny_patch4_window8_256.pth']
     assert re.search(r'100(\.0)?%', capfd.readouterr().err)  # the progress bar
 
 
@@ -223,13 +223,13 @@ def test_find_release_unknown_name_lists_the_releases():
 
 @pytest.mark.parametrize(('rank', 'shares_the_disk'), [(0, True), (1, True), (1, False)])
 def test_download_by_the_first_process_first(server, monkeypatch, rank, shares_the_disk):
-    """The others wait, and download where they do not see its file."""
-    folder, address, asked = server
+    """The other processes wait, and download only if they do not see its file."""
+    folder, address, events = server
     publish(folder / 'a.pth')
     url = f'{address}/a.pth'
 
     def other_process_arrives():
-        asked.append('barrier')
+        events.append('barrier')
         if rank == 1 and shares_the_disk:
             publish(loaders.cached_path(url))
 
@@ -237,21 +237,21 @@ def test_download_by_the_first_process_first(server, monkeypatch, rank, shares_t
     monkeypatch.setattr(loaders, 'barrier', other_process_arrives)
     assert loaders.download(url).is_file()
     downloads_later = [] if shares_the_disk else ['/a.pth']
-    assert asked == (['/a.pth', 'barrier'] if rank == 0 else ['barrier', *downloads_later])
+    assert events == (['/a.pth', 'barrier'] if rank == 0 else ['barrier', *downloads_later])
 
 
 @pytest.mark.parametrize('rank', [0, 1])
 def test_download_error_after_the_barrier(server, monkeypatch, rank):
-    _, address, asked = server
+    _, address, events = server
     monkeypatch.setattr(loaders, 'get_dist_info', lambda: (rank, 2))
-    monkeypatch.setattr(loaders, 'barrier', lambda: asked.append('barrier'))
+    monkeypatch.setattr(loaders, 'barrier', lambda: events.append('barrier'))
     with pytest.raises(CheckpointError, match='put it at'):
         loaders.download(f'{address}/a.pth')
-    assert 'barrier' in asked
+    assert 'barrier' in events
 
 
 def download_or_say_why(url: str) -> None:
-    """What each process does."""
+    """Runs in each process."""
     try:
         print('OK', loaders.download(url).stat().st_size)
     except CheckpointError as error:
@@ -261,10 +261,10 @@ def download_or_say_why(url: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('is_there', [True, False])
 def test_download_in_several_processes(server, tmp_path, is_there):
-    folder, address, asked = server
+    folder, address, events = server
     if is_there:
         publish(folder / 'a.pth')
     printed = run_processes(download_or_say_why, f'{address}/a.pth', folder=tmp_path)
     assert printed.count('OK' if is_there else 'put it at') == 2
     if is_there:
-        assert asked == ['/a.pth']
+        assert events == ['/a.pth']

@@ -1,4 +1,4 @@
-"""Every loading path from a file to a backbone, with an official file and with a checkpoint of our own training.
+"""Every loading path from a file to a backbone, with an official file and with a checkpoint of our training.
 
 The files are pre-trained with other windows than the backbone has, and the config does not have them: a loading path
 without the conversion loads nothing, or computes another position bias.
@@ -44,11 +44,11 @@ def backbone_part(path) -> dict[str, Tensor]:
     return {key.removeprefix('backbone.'): value for key, value in weights.items() if key.startswith('backbone.')}
 
 
-# ---------------------------------------------------------------- what must arrive
+# ---------------------------------------------------------------- the expected backbone
 
 
 def twin(weights: dict[str, Tensor], pretrained=PRETRAINED, **options) -> SwinTransformerV2:
-    """A backbone with the windows in its config, and weights that were copied without any loading code."""
+    """A backbone with the windows in its config, and weights copied without loading code."""
     backbone = SwinTransformerV2(**dict(ALL_STAGES, pretrained_window_sizes=pretrained) | options).eval()
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
@@ -57,7 +57,7 @@ def twin(weights: dict[str, Tensor], pretrained=PRETRAINED, **options) -> SwinTr
 
 
 def assert_arrived(backbone: nn.Module, expected: SwinTransformerV2) -> None:
-    """Weights, windows and features are those of `expected`, bit for bit."""
+    """Assert that weights, windows and features are bitwise those of `expected`."""
     state, wanted = backbone.state_dict(), expected.state_dict()
     assert state.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(state[name], wanted[name])] == []
@@ -83,19 +83,19 @@ def trained(folder, official):
     return train_once(folder, official)
 
 
-def test_the_window_of_pretraining_matters():
-    """The tests below can fail: without it, all features but the patches' own differ."""
+def test_pretrained_window_changes_the_features():
+    """The tests below can fail: without it, the features of all stages differ."""
     weights = source_backbone().state_dict()
     right, wrong = (features(twin(weights, pretrained)) for pretrained in (PRETRAINED, None))
     assert not any(torch.equal(a, b) for a, b in zip(right, wrong, strict=True))
 
 
 @pytest.mark.parametrize('loading_path', LOADING_PATHS)
-def test_an_official_file_arrives(loading_path, official, folder):
+def test_official_file_on_every_loading_path(loading_path, official, folder):
     assert_arrived(LOADING_PATHS[loading_path](official, folder), source_backbone())
 
 
-# a whole detector, its backbone in three ways, and all that a training stores
+# a detector, its backbone in three ways, and a training state
 OWN_LOADING_PATHS = (
     'init_detector',
     'load_state_dict_of_the_dict',
@@ -106,15 +106,15 @@ OWN_LOADING_PATHS = (
 
 
 @pytest.mark.parametrize('loading_path', OWN_LOADING_PATHS)
-def test_our_own_checkpoint_arrives_with_the_window_of_its_first_training(loading_path, trained, folder):
-    """Pre-trained at 6, trained at 8, now used at 12: the bias is still that of 6."""
+def test_our_checkpoint_on_every_loading_path(loading_path, trained, folder):
+    """Pre-trained with window 6, trained with 8, now used with 12: the bias is still that of 6."""
     backbone = (LOADING_PATHS | dict(resume=by_resume))[loading_path](trained, folder, window_size=12)
     weights = backbone_part(trained)
     assert not torch.equal(weights['patch_embed.proj.weight'], source_backbone().patch_embed.proj.weight)
     assert_arrived(backbone, twin(weights, window_size=12))
 
 
-def test_the_backbone_takes_the_dict_of_an_official_file():
+def test_load_state_dict_of_an_official_file():
     backbone = SwinTransformerV2(**ALL_STAGES)
     load_strictly_but_for_new_norms(backbone, official_weights(source_backbone()))
     assert_arrived(backbone, source_backbone())
@@ -131,15 +131,15 @@ def test_the_backbone_takes_the_dict_of_an_official_file():
         (None, 'backbone.'),
     ],
 )
-def test_prefixes_and_wrappers_do_not_matter(prefix, wrapper, folder, tmp_path):
+def test_prefixes_and_wrappers(prefix, wrapper, folder, tmp_path):
     weights = {prefix + name: value for name, value in official_weights(source_backbone()).items()}
     torch.save({wrapper: weights, 'meta': {}} if wrapper else weights, tmp_path / 'a.pth')
     assert_arrived(by_load_checkpoint(tmp_path / 'a.pth', folder), source_backbone())
     assert_arrived(by_init_detector(tmp_path / 'a.pth', folder), source_backbone())
 
 
-def test_a_copy_loads_on_its_own():
-    """A hook that was bound to the first backbone would load into that one."""
+def test_deepcopy_loads_independently():
+    """A load hook bound to the first backbone would load into that one."""
     first = SwinTransformerV2(**ALL_STAGES)
     before = copy.deepcopy(first.state_dict())
     second = copy.deepcopy(first)
@@ -148,14 +148,14 @@ def test_a_copy_loads_on_its_own():
     assert all(torch.equal(first.state_dict()[name], value) for name, value in before.items())
 
 
-def test_an_averaged_model_loads():
+def test_averaged_model_loads():
     averaged = ExponentialMovingAverage(SwinTransformerV2(**ALL_STAGES))
     weights = {f'module.{name}': value for name, value in official_weights(source_backbone()).items()}
     averaged.load_state_dict(weights, strict=False)
     assert_arrived(averaged.module, source_backbone())
 
 
-def test_a_model_on_the_meta_device_takes_the_tensors_themselves():
+def test_load_state_dict_assign_on_the_meta_device():
     weights = official_weights(source_backbone())
     with torch.device('meta'):
         backbone = SwinTransformerV2(**dict(ALL_STAGES, out_indices=(3,)))
@@ -172,7 +172,7 @@ def test_a_model_on_the_meta_device_takes_the_tensors_themselves():
     [('init_cfg', dict()), ('init_cfg', dict(begin_iter=1)), ('load_from', dict(update_buffers=True))],
     ids=str,
 )
-def test_the_averaged_copy_computes_with_the_window_of_pretraining(loading_path, options, official, folder, tmp_path):
+def test_averaged_model_has_the_pretrained_window(loading_path, options, official, folder, tmp_path):
     """EMAHook copies the model before init_cfg is loaded, and never copies again."""
     cfg = detector_config(folder)
     cfg.work_dir = str(tmp_path)
@@ -188,7 +188,7 @@ def test_the_averaged_copy_computes_with_the_window_of_pretraining(loading_path,
     assert same(features(averaged), features(twin(weights)))
     assert not same(features(averaged), features(twin(weights, None)))
 
-    # the file has the averaged weights where others would look for them, and both when it is resumed
+    # other tools find the averaged weights in the file; resuming restores both
     saved = tmp_path / 'epoch_1.pth'
     assert_arrived(by_load_checkpoint(saved, folder), averaged)
     cfg.update(load_from=str(saved), resume=True)
@@ -250,7 +250,7 @@ SHARDS = [  # nested, original, net
 
 
 def load_in_shards_of_every_kind(folder: Path) -> None:
-    """What each process does."""
+    """Runs in each process."""
     official = official_weights(source_backbone())
     outputs = [load_in_shards(official, *kind) for kind in SHARDS]
     if torch.distributed.get_rank() == 0:
@@ -258,8 +258,8 @@ def load_in_shards_of_every_kind(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_in_shards_loads(tmp_path):
-    """FullyShardedDataParallel on two processes: with and without units inside, a backbone and a model around it."""
+def test_sharded_model_loads(tmp_path):
+    """FullyShardedDataParallel on two processes: with and without nested units, of a backbone and of a model."""
     run_processes(load_in_shards_of_every_kind, tmp_path, folder=tmp_path)
     source = source_backbone()
     wanted = source.state_dict()

@@ -1,4 +1,4 @@
-"""Part of a backbone, none of it, more than it, and backbones that were changed: torch's own loading is the oracle."""
+"""Files with a part of a backbone, none of it, or more, and changed backbones: torch's loading is the oracle."""
 
 import copy
 import functools
@@ -37,7 +37,7 @@ BLOCK = 'layers.0.blocks.0.'
 
 
 class LoRA(nn.Module):
-    """A linear layer and what is added to it, under the names of peft."""
+    """A linear layer with an adapter, under the names of peft."""
 
     def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def for_each_linear(function):
 
 
 def quantize(model):
-    """Whole numbers and something that is no tensor in the place of weights."""
+    """Integers and a value that is no tensor, in the place of weights."""
 
     class Quantized(nn.Module):
         def __init__(self):
@@ -147,7 +147,7 @@ def assert_same_state(model, expected):
 
 
 @pytest.mark.parametrize('change', CHANGES)
-def test_a_changed_backbone_loads_its_own_state(change, tmp_path):
+def test_changed_backbone_loads_its_state(change, tmp_path):
     """By torch strictly, by mmengine from a file for itself, and for a model in which it is the backbone, as resumed.
 
     Its window of pre-training is in the state and nowhere else.
@@ -163,14 +163,14 @@ def test_a_changed_backbone_loads_its_own_state(change, tmp_path):
     load_checkpoint(model, str(tmp_path / 'backbone.pth'), strict=True)
     assert_same_state(model, expected)
 
-    whole = Net(source).state_dict()
-    torch.save({'state_dict': whole, 'meta': {}}, tmp_path / 'whole.pth')
+    full = Net(source).state_dict()
+    torch.save({'state_dict': full, 'meta': {}}, tmp_path / 'full.pth')
     net = Net(changed(change))
-    load_checkpoint(net, str(tmp_path / 'whole.pth'), strict=True)
-    assert_same_state(net, whole)
+    load_checkpoint(net, str(tmp_path / 'full.pth'), strict=True)
+    assert_same_state(net, full)
 
 
-def test_what_a_changed_backbone_computes_is_what_was_saved():
+def test_changed_backbone_computes_the_saved_features():
     source = oracles.randomize(add_lora(SwinTransformerV2(**PRETRAINED_AT_6), 'qkv|proj|fc'))
     model = add_lora(SwinTransformerV2(**ALL_STAGES), 'qkv|proj|fc')
     before = features(model)
@@ -191,17 +191,17 @@ def load_in_shards():
 
 
 @pytest.mark.slow
-def test_a_changed_backbone_in_shards_loads_its_own_state(tmp_path):
+def test_changed_backbone_in_fsdp_loads_its_state(tmp_path):
     run_processes(load_in_shards, folder=tmp_path)
 
 
-def test_a_file_for_the_backbone_as_it_was_built_says_when_to_load_it():
+def test_changed_backbone_refuses_a_file_of_the_original():
     with pytest.raises(CheckpointError, match=r'unexpected: .*qkv\.weight.*: load first, then change the model'):
         changed('LoRA').load_state_dict(source_backbone().state_dict())
 
 
-def test_what_was_added_need_not_be_in_a_file(tmp_path):
-    """The rest of a file is checked as ever."""
+def test_added_parameters_may_be_missing(tmp_path):
+    """The rest of a file is checked as usual."""
     torch.save({'model': official_weights(source_backbone())}, tmp_path / 'file.pth')
     model = SwinTransformerV2(**ALL_STAGES)
     model.layers[0].blocks[0].adapter = nn.Linear(16, 16)
@@ -213,7 +213,7 @@ def test_what_was_added_need_not_be_in_a_file(tmp_path):
     assert torch.equal(model.layers[0].blocks[0].mlp.fc1.weight, source_backbone().layers[0].blocks[0].mlp.fc1.weight)
 
 
-# ---------------------------------------------------------------- parts of a state dict, as torch takes them
+# ---------------------------------------------------------------- parts of a state dict, as in torch
 
 
 def as_torch_does(model, state, monkeypatch):
@@ -240,7 +240,7 @@ PARTS = {
 
 @pytest.mark.parametrize('part', PARTS)
 @pytest.mark.parametrize('make', [nn.Identity, Net], ids=['backbone', 'in a model'])
-def test_a_part_is_taken_as_by_torch(part, make, monkeypatch):
+def test_partial_load_state_dict_is_that_of_torch(part, make, monkeypatch):
     def model(**options):
         backbone = add_lora(SwinTransformerV2(**ALL_STAGES | options), 'qkv')
         return Net(backbone) if make is Net else backbone
@@ -258,7 +258,7 @@ def test_a_part_is_taken_as_by_torch(part, make, monkeypatch):
         loaded.load_state_dict(state)
 
 
-def test_the_log_names_what_stays():
+def test_log_names_the_modules_that_a_file_lacks():
     model = add_lora(SwinTransformerV2(**PRETRAINED_AT_6), 'blocks.0.attn.qkv')
     with layouts.recorded_log() as log:
         model.load_state_dict(take(model.state_dict(), r'lora_|layers\.[123]'), strict=False)
@@ -268,7 +268,7 @@ def test_the_log_names_what_stays():
     assert 'layers.1' not in line
 
 
-def test_a_position_bias_needs_its_window_in_a_part_too():
+def test_partial_position_bias_needs_its_window():
     """One that is replaced; with a window of the config, or without a bias, there is nothing to ask."""
     state = take(source_backbone().state_dict(), r'cpb_mlp\.[02]')
     with pytest.raises(CheckpointError, match=r'window of stage 0 is unknown'):
@@ -287,14 +287,14 @@ def test_a_position_bias_needs_its_window_in_a_part_too():
         (f'{BLOCK}mlp.fc3.bias', torch.ones(64), 'no Swin V2'),
     ],
 )
-def test_a_part_that_does_not_fit_is_an_error(name, value, message):
+def test_partial_weights_that_do_not_fit_are_an_error(name, value, message):
     model = SwinTransformerV2(**ALL_STAGES)
     with pytest.raises(CheckpointError, match=message):
         model.load_state_dict({name: value, f'{BLOCK}mlp.fc2.bias': torch.ones(16)}, strict=False)
     assert not model.layers[0].blocks[0].mlp.fc2.bias.any()
 
 
-def test_a_part_of_another_layout_is_an_error():
+def test_partial_weights_of_another_layout_are_an_error():
     """Names that are not ours: what was left out on purpose is unknown."""
     state = official_weights(source_backbone())
     del state[f'{BLOCK}mlp.fc2.bias']
@@ -309,7 +309,7 @@ def test_a_part_of_another_layout_is_an_error():
     ('part', 'prefix'),
     [('no stage', None), ('no stage', 'backbone.'), ('norms', None), ('norms', 'backbone.'), ('no backbone', None)],
 )
-def test_init_cfg_names_a_whole_backbone(part, prefix, tmp_path):
+def test_init_cfg_needs_a_complete_backbone(part, prefix, tmp_path):
     state = take(Net(source_backbone()).state_dict(), PARTS[part])
     torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'file.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth'), prefix=prefix)
@@ -317,15 +317,15 @@ def test_init_cfg_names_a_whole_backbone(part, prefix, tmp_path):
         SwinTransformerV2(**ALL_STAGES, init_cfg=init_cfg).init_weights()
 
 
-def test_init_cfg_with_a_part_under_our_names_is_an_error(tmp_path):
+def test_init_cfg_of_partial_weights_is_an_error(tmp_path):
     torch.save(take(source_backbone().state_dict(), PARTS['no stage']), tmp_path / 'file.pth')
     model = SwinTransformerV2(**ALL_STAGES, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth')))
     with pytest.raises(CheckpointError, match=r'missing: layers\.1\.'):
         model.init_weights()
-    model.load_state_dict(torch.load(tmp_path / 'file.pth'), strict=False)  # which is asked for after the failure
+    model.load_state_dict(torch.load(tmp_path / 'file.pth'), strict=False)  # called after the failure
 
 
-def test_a_model_takes_its_adapters_from_a_file(tmp_path):
+def test_model_loads_adapters_from_a_file(tmp_path):
     """As a part of the backbone that does not claim to be one."""
     source = Net(add_lora(source_backbone(), 'qkv'))
     torch.save({'state_dict': take(source.state_dict(), 'lora_'), 'meta': {}}, tmp_path / 'adapters.pth')
@@ -335,14 +335,14 @@ def test_a_model_takes_its_adapters_from_a_file(tmp_path):
     assert_same_state(net, before | take(source.state_dict(), 'lora_'))
 
 
-def test_a_model_refuses_a_file_with_a_part_of_its_backbone(tmp_path):
+def test_model_refuses_a_partial_backbone(tmp_path):
     torch.save({'state_dict': take(Net(source_backbone()).state_dict(), PARTS['no stage'])}, tmp_path / 'file.pth')
     with pytest.raises(CheckpointError, match=r'file\.pth.*missing: layers\.1\.'):
         load_checkpoint(Net(SwinTransformerV2(**ALL_STAGES)), str(tmp_path / 'file.pth'))
 
 
 class InitialisedNet(BaseModule):
-    """A model that starts from a file as a whole."""
+    """A model whose init_cfg names a file of the model."""
 
     def __init__(self, **init_cfg) -> None:
         super().__init__(init_cfg=dict(type='Pretrained', **init_cfg))
@@ -350,7 +350,7 @@ class InitialisedNet(BaseModule):
 
 
 @pytest.mark.parametrize('prefix', [None, 'model.'])
-def test_the_init_cfg_of_a_model_names_a_whole_backbone_too(prefix, tmp_path):
+def test_init_cfg_of_a_model_needs_a_complete_backbone(prefix, tmp_path):
     state = take(Net(source_backbone()).state_dict(), PARTS['no stage'])
     state = {f'{prefix or ""}{name}': value for name, value in state.items()}
     torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'file.pth')
@@ -359,8 +359,8 @@ def test_the_init_cfg_of_a_model_names_a_whole_backbone_too(prefix, tmp_path):
 
 
 @pytest.mark.parametrize('roots', [['model.backbone.'], ['teacher.backbone.', 'student.backbone.'], ['img_backbone.']])
-def test_a_backbone_that_lies_elsewhere_in_the_file_is_not_passed_over(roots, tmp_path):
-    """It is loaded as the message proposes."""
+def test_backbone_under_another_prefix_is_an_error(roots, tmp_path):
+    """The suggestion of the message loads it."""
     source = source_backbone()
     state = {f'{root}{name}': value for root in roots for name, value in source.state_dict().items()}
     torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'file.pth')
@@ -373,15 +373,15 @@ def test_a_backbone_that_lies_elsewhere_in_the_file_is_not_passed_over(roots, tm
 
 
 @pytest.mark.parametrize('root', ['', 'backbone.'])
-def test_a_damaged_swin_v2_is_no_other_architecture(root, tmp_path):
-    """One of another architecture has nothing of a Log-CPB; this one lacks what its layout is recognised by."""
+def test_damaged_swin_v2_is_not_another_architecture(root, tmp_path):
+    """Other architectures have no Log-CPB; this file has one, and lacks the keys that identify its layout."""
     state = {f'{root}{n}': v for n, v in source_backbone().state_dict().items() if not n.endswith('cpb_mlp.0.weight')}
     torch.save({'state_dict': state | {f'{root}more.weight': torch.ones(1)}, 'meta': {}}, tmp_path / 'file.pth')
     with pytest.raises(CheckpointError, match=r'it contains (no Swin V2|an incomplete Swin V2)'):
         load_checkpoint(Net(SwinTransformerV2(**ALL_STAGES)), str(tmp_path / 'file.pth'))
 
 
-def test_a_stem_in_the_place_of_the_patch_embedding_is_not_filled_by_resampling():
+def test_stem_in_place_of_the_patch_embedding_is_not_resampled():
     model = SwinTransformerV2(**ALL_STAGES)
     model.patch_embed.proj = nn.Conv2d(3, ARCH['embed_dims'], 7, 4, 3)
     with pytest.raises(CheckpointError, match=r'of another shape: patch_embed\.proj\.weight'):
@@ -402,8 +402,8 @@ STOCK = {'Swin V1': SWIN, 'ResNet': dict(type='ResNet', depth=18, base_channels=
 
 
 @pytest.mark.parametrize('stock', STOCK)
-def test_a_detector_takes_neck_and_heads_of_a_stock_one(stock, tmp_path):
-    """The rest of the report is torch's: what is missing, what is unexpected, and an error if it is to be strict."""
+def test_detector_loads_neck_and_heads_of_a_stock_detector(stock, tmp_path):
+    """The rest is as in torch: missing and unexpected keys, and an error if loading is strict."""
     theirs = oracles.randomize(detector(tmp_path, **STOCK[stock] or SWIN)).state_dict()
     if STOCK[stock] is None:
         theirs = take(theirs, '^(?!backbone)')
@@ -424,7 +424,7 @@ def test_a_detector_takes_neck_and_heads_of_a_stock_one(stock, tmp_path):
         model.load_state_dict(theirs)
 
 
-def test_a_detector_of_several_backbones_is_no_other_architecture():
+def test_detector_of_several_backbones_is_an_error():
     state = source_backbone().state_dict()
     twins = {f'backbone.{side}.{name}': value for side in ('left', 'right') for name, value in state.items()}
     with pytest.raises(CheckpointError, match='several Swin V2'):
@@ -441,7 +441,7 @@ def cut(**options):
 
 
 @pytest.mark.parametrize('layout', ['official', 'mmpretrain', 'own'])
-def test_stages_that_the_model_does_not_have_are_left_out(layout, tmp_path):
+def test_stages_missing_in_the_model_are_dropped(layout, tmp_path):
     source = source_backbone()
     state = source.state_dict()
     if layout == 'own':
@@ -459,7 +459,7 @@ def test_stages_that_the_model_does_not_have_are_left_out(layout, tmp_path):
     assert set(line.rpartition(': ')[2].split(', ')) == parts
 
 
-def test_a_video_model_of_fewer_stages_takes_an_image_file():
+def test_video_model_of_fewer_stages_loads_an_image_file():
     source = source_backbone()
     arch = {key: value[:3] if isinstance(value, tuple) else value for key, value in ARCH.items()}
     options = dict(out_indices=(2,), drop_path_rate=0.0, patch_size=(1, 4, 4))
@@ -481,8 +481,8 @@ def test_a_video_model_of_fewer_stages_takes_an_image_file():
         ('layers.4.blocks.0.norm1.weight', torch.ones(16), r'unexpected: .*layers\.3\.'),
     ],
 )
-def test_only_whole_stages_are_left_out(name, value, message):
-    """What both have must have the same depth, and what is incomplete belongs to no Swin V2."""
+def test_only_complete_stages_are_dropped(name, value, message):
+    """Common stages must have the same depth, and an incomplete stage belongs to no Swin V2."""
     state = official_weights(source_backbone()) | {name: value}
     state = {name: value for name, value in state.items() if value is not None}
     with pytest.raises(CheckpointError, match=message):

@@ -1,4 +1,4 @@
-"""Checkpoints for other input channels and other patch sizes, against what timm makes of the same weights."""
+"""Checkpoints for other input channels and patch sizes, compared with timm's conversion of the same weights."""
 
 import itertools
 import re
@@ -32,7 +32,7 @@ def kernel_of(model):
 
 @pytest.mark.parametrize('channels', [1, 2, 4, 6, 13])
 def test_adapt_patch_embed_channels_as_timm(channels):
-    """To the bit but for rounding; all other weights are those of the file."""
+    """Equal up to rounding; all other weights are those of the file."""
     source = source_backbone()
     model = SwinTransformerV2(**ALL_STAGES, in_channels=channels)
     with layouts.recorded_log() as log:
@@ -55,7 +55,7 @@ def test_adapt_patch_embed_patch_size_as_timm(patch):
 
 
 def test_adapt_patch_embed_keeps_the_embedding_of_larger_patches():
-    """What the rule is for; torch resizes the patches."""
+    """The purpose of the resampling; here torch resizes the patches."""
     source = source_backbone()
     model = SwinTransformerV2(**ALL_STAGES, patch_size=(8, 6))
     model.load_state_dict(official_weights(source))
@@ -122,7 +122,7 @@ def test_adapt_patch_embed_refuses_other_channels_than_rgb(theirs, ours):
     with pytest.raises(CheckpointError, match=message):
         model.load_state_dict(state)
     assert torch.equal(kernel_of(model), before)
-    # the other proposal of the message
+    # the other suggestion of the message
     model.load_state_dict(state | {NAME: torch.ones(16, ours, 4, 4)})
     assert kernel_of(model).eq(1).all()
 

@@ -1,4 +1,4 @@
-"""Weights in other windows than those of pre-training, which are read from the file or the config, or refused."""
+"""Windows that differ from those of pre-training, which are read from the file or the config; errors otherwise."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ from swinv2_mm.models import SwinTransformerV2
 
 # no stage of one head: PyTorch multiplies by a single row in another order for each number of rows, one bit off
 ARCH = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16))
-TINY = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+NANO = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 DETECTOR = NANO_CONFIGS / 'det.py'
 
 
@@ -57,7 +57,7 @@ def file_without_windows(path, arch=ARCH):
 
 
 def windows_of(backbone):
-    """Pre-training windows of the stages, which must not differ between the blocks of a stage."""
+    """Pre-training windows of the stages; assert that all blocks of a stage have the same."""
     stages = []
     for stage in backbone.layers:
         of_blocks = {tuple(block.attn.cpb_mlp.pretrained_window_size.tolist()) for block in stage.blocks}
@@ -102,7 +102,7 @@ def timm_model(size, window, pretrained):
     [(256, 16, 'timm', True), (192, 24, 'official', False)],
 )
 @torch.no_grad()
-def test_windows_of_12_become_16_and_24_as_in_timm(file, size, window, per_stage, tmp_path):
+def test_window_12_becomes_16_and_24_as_in_timm(file, size, window, per_stage, tmp_path):
     """The last stage goes from 6 to 8, or keeps 6, by the config or because its feature map is no larger."""
     path, cfg_windows = tmp_path / 'model.pth', None
     if file == 'official':
@@ -119,16 +119,16 @@ def test_windows_of_12_become_16_and_24_as_in_timm(file, size, window, per_stage
 
 
 @torch.no_grad()
-def test_a_wrong_window_changes_the_features(tmp_path):
-    """What the errors below protect from: the weights load as well with any other window."""
+def test_wrong_pretrained_window_changes_the_features(tmp_path):
+    """The reason for the errors below: weights load with any window."""
     path = file_without_windows(tmp_path / 'model.pth')
     right, wrong = (build(8, p, path=path)(image(64)) for p in ((12, 12, 12, 6), 8))
     assert all((r - w).abs().max() > 1e-3 for r, w in zip(right, wrong, strict=True))
 
 
 @torch.no_grad()
-def test_windows_may_grow_in_steps(tmp_path):
-    """8 -> 12 -> 16 through saved files is 8 -> 16: what counts is the window of the first training."""
+def test_window_transfer_in_steps(tmp_path):
+    """8 -> 12 -> 16 through saved files is 8 -> 16: only the window of the first training matters."""
     first, second = official_file(tmp_path / 'w8.pth', (8,) * 4, (8,) * 4), tmp_path / 'w12.pth'
     torch.save(build(12, path=first).state_dict(), second)
     steps, direct = (build(16, path=path, attention_backend='reference') for path in (second, first))
@@ -141,7 +141,7 @@ def test_windows_may_grow_in_steps(tmp_path):
 
 @torch.no_grad()
 def test_window_buffers_in_a_checkpoint_of_a_detector(tmp_path):
-    """Trained at 16 from weights of 8, saved, and loaded by a config without the 8."""
+    """Trained with window 16 from weights of window 8, saved, and loaded by a config without the 8."""
     pytest.importorskip('mmdet')
     arch = dict(ARCH, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
     path = official_file(tmp_path / 'w8.pth', (8,) * 4, (8,) * 4, arch)
@@ -206,7 +206,7 @@ def test_read_windows_of_released_files(windows, pretrained, dtype):
 
 
 def test_read_windows_in_half_precision(tmp_path):
-    weights = layouts.official(weights_of(TINY), (14, 14, 14, 7), (12, 12, 12, 6))
+    weights = layouts.official(weights_of(NANO), (14, 14, 14, 7), (12, 12, 12, 6))
     save_file({k: v.half() for k, v in weights.items() if v.is_floating_point()}, tmp_path / 'model.safetensors')
     found = windows_in(load_swinv2_state_dict(str(tmp_path / 'model.safetensors')))
     assert found == dict(enumerate(square(12, 12, 12, 6)))
@@ -214,14 +214,14 @@ def test_read_windows_in_half_precision(tmp_path):
 
 def test_read_windows_that_are_not_square(tmp_path):
     path = official_file(
-        tmp_path / 'model.pth', [(8, 4), (8, 4), (6, 9), (3, 2)], [(8, 4), (6, 4), (4, 9), (3, 2)], TINY
+        tmp_path / 'model.pth', [(8, 4), (8, 4), (6, 9), (3, 2)], [(8, 4), (6, 4), (4, 9), (3, 2)], NANO
     )
-    backbone = build([(16, 8)] * 4, arch=TINY, path=path)
+    backbone = build([(16, 8)] * 4, arch=NANO, path=path)
     assert windows_of(backbone) == [(8, 4), (6, 4), (4, 9), (3, 2)]
 
 
 def linear(windows, scale):
-    """What a table would hold without the logarithm."""
+    """A table without the logarithm."""
     offsets = [torch.arange(1 - w, w, dtype=torch.float32) / (w - 1) * scale for w in windows]
     return torch.stack(torch.meshgrid(*offsets, indexing='ij'), -1)[None]
 
@@ -232,19 +232,19 @@ def linear(windows, scale):
         linear((8, 8), 8),
         linear((8, 8), 1),
         layouts.coords_table(8, 8) * 3 * 0.6931,  # natural logarithm
-        layouts.coords_table(8, 8) * 1.05,  # no whole window gives this
+        layouts.coords_table(8, 8) * 1.05,  # of no integer window
         layouts.coords_table(8, 8).flip(1),
         layouts.coords_table(8, 8).flip(-1),
         torch.full((1, 15, 15, 2), torch.nan),
         torch.zeros(1, 15, 15, 2),
     ],
-    ids=['linear by 8', 'linear', 'natural', 'no whole window', 'reversed', 'axes swapped', 'NaN', 'zeros'],
+    ids=['linear by 8', 'linear', 'natural', 'no integer window', 'reversed', 'axes swapped', 'NaN', 'zeros'],
 )
 def test_read_windows_refuses_a_table_that_is_not_log_spaced(table):
-    weights = layouts.official(weights_of(TINY), (8,) * 4, (8,) * 4)
+    weights = layouts.official(weights_of(NANO), (8,) * 4, (8,) * 4)
     weights['layers.1.blocks.0.attn.relative_coords_table'] = table
     with pytest.raises(CheckpointError, match=r'layers\.1\.blocks\.0\.attn\.relative_coords_table'):
-        build(8, arch=TINY).load_state_dict(weights)
+        build(8, arch=NANO).load_state_dict(weights)
 
 
 def test_read_windows_refuses_blocks_of_a_stage_that_disagree():
@@ -254,13 +254,13 @@ def test_read_windows_refuses_blocks_of_a_stage_that_disagree():
         build(8).load_state_dict(weights)
 
 
-# The order of the sources
+# Precedence of the sources
 
 
 def test_resolve_pretrained_windows_from_the_file(tmp_path):
-    path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4), TINY)
+    path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4), NANO)
     for cfg_windows in (None, 0, (0, 8, 0, 0), (8, 8, 8, 4), ((8, 0), 8, 0, (0, 4))):
-        assert windows_of(build(16, cfg_windows, arch=TINY, path=path)) == square(8, 8, 8, 4), cfg_windows
+        assert windows_of(build(16, cfg_windows, arch=NANO, path=path)) == square(8, 8, 8, 4), cfg_windows
 
 
 @pytest.mark.parametrize(
@@ -274,12 +274,12 @@ def test_resolve_pretrained_windows_from_the_file(tmp_path):
     ],
 )
 def test_resolve_pretrained_windows_refuses_a_config_that_contradicts_the_file(cfg_windows, stored, tmp_path):
-    path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4), TINY)
+    path = official_file(tmp_path / 'model.pth', (8, 8, 8, 4), (8, 8, 8, 4), NANO)
     if stored == 'our own':
-        torch.save(build(16, arch=TINY, path=path).state_dict(), path)
+        torch.save(build(16, arch=NANO, path=path).state_dict(), path)
     stage, value = {16: (0, '16')}.get(cfg_windows) or (3, {8: '8', 6: '6'}.get(cfg_windows[3], '5'))
     with pytest.raises(CheckpointError) as error:
-        build(16, cfg_windows, arch=TINY, path=path)
+        build(16, cfg_windows, arch=NANO, path=path)
     message = str(error.value)
     assert re.search(rf'stage {stage}\b', message), message
     numbers = re.findall(r'\d+', message)
@@ -287,54 +287,54 @@ def test_resolve_pretrained_windows_refuses_a_config_that_contradicts_the_file(c
 
 
 def test_resolve_pretrained_windows_of_our_own_file(tmp_path):
-    source = build(8, (8, 8, 8, 4), arch=TINY)
+    source = build(8, (8, 8, 8, 4), arch=NANO)
     torch.save(source.state_dict(), tmp_path / 'ours.pth')
     assert windows_in(load_swinv2_state_dict(str(tmp_path / 'ours.pth'))) == dict(enumerate(square(8, 8, 8, 4)))
-    assert windows_of(build(16, arch=TINY, path=tmp_path / 'ours.pth')) == square(8, 8, 8, 4)
+    assert windows_of(build(16, arch=NANO, path=tmp_path / 'ours.pth')) == square(8, 8, 8, 4)
 
 
 @pytest.mark.parametrize('cfg_windows', [None, 8, (16, 16, 16, 8)])
 def test_read_windows_refuses_a_name_that_contradicts_the_table(cfg_windows, tmp_path):
-    """Somebody has renamed the file, so that neither is to be believed."""
-    path = official_file(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', (8,) * 4, (8,) * 4, TINY)
+    """The file was renamed: neither source is reliable."""
+    path = official_file(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', (8,) * 4, (8,) * 4, NANO)
     with pytest.raises(CheckpointError, match=r'stage 0: 8 .*relative_coords_table, 16 .*name of the file'):
-        build(16, cfg_windows, arch=TINY, path=path)
+        build(16, cfg_windows, arch=NANO, path=path)
 
 
 @pytest.mark.parametrize('cfg_windows', [8, (16, 16, 16, 16), (0, 0, 0, 16)])
 def test_resolve_pretrained_windows_refuses_a_config_that_contradicts_the_name(cfg_windows, tmp_path):
-    path = file_without_windows(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', TINY)
+    path = file_without_windows(tmp_path / 'swinv2_tiny_patch4_window16_256.pth', NANO)
     with pytest.raises(CheckpointError, match=r'stage \d.*pretrained_window_sizes'):
-        build(16, cfg_windows, arch=TINY, path=path)
-    assert windows_of(build(16, (0, 16, 16, 8), arch=TINY, path=path)) == square(16, 16, 16, 8)
+        build(16, cfg_windows, arch=NANO, path=path)
+    assert windows_of(build(16, (0, 16, 16, 8), arch=NANO, path=path)) == square(16, 16, 16, 8)
 
 
 @pytest.mark.parametrize(
     'name', ['swinv2_tiny_window16_256.ms_in1k.safetensors', 'swinv2_tiny_patch4_window16_256.pth']
 )
 def test_read_windows_by_the_name_of_a_released_file(name, tmp_path):
-    """For other names, see `test_loaders.py`."""
-    weights = layouts.timm_new(weights_of(TINY))
+    """Other names are in `test_loaders.py`."""
+    weights = layouts.timm_new(weights_of(NANO))
     save = save_file if name.endswith('.safetensors') else torch.save
     save(weights, tmp_path / name)
     expected = square(16, 16, 16, 8)
     assert windows_in(load_swinv2_state_dict(str(tmp_path / name))) == dict(enumerate(expected))
-    assert windows_of(build(32, arch=TINY, path=tmp_path / name)) == expected
+    assert windows_of(build(32, arch=NANO, path=tmp_path / name)) == expected
 
 
 @pytest.mark.parametrize('name', ['model.pth', 'swinv2_tiny_patch4_window7_224.pth'])
 def test_resolve_pretrained_windows_unknown_error_names_the_argument(name, tmp_path):
-    path = file_without_windows(tmp_path / name, TINY)
+    path = file_without_windows(tmp_path / name, NANO)
     assert windows_in(load_swinv2_state_dict(str(path))) == {}
-    for load in (lambda: build(8, arch=TINY, path=path), lambda: build(8, arch=TINY).load_state_dict(torch.load(path))):
+    for load in (lambda: build(8, arch=NANO, path=path), lambda: build(8, arch=NANO).load_state_dict(torch.load(path))):
         with pytest.raises(CheckpointError, match='pretrained_window_sizes'):
             load()
 
 
 def test_resolve_pretrained_windows_needs_all_stages(tmp_path):
-    path = file_without_windows(tmp_path / 'model.pth', TINY)
+    path = file_without_windows(tmp_path / 'model.pth', NANO)
     with pytest.raises(CheckpointError, match='pretrained_window_sizes') as error:
-        build(8, (12, 12, 12, 0), arch=TINY, path=path)
+        build(8, (12, 12, 12, 0), arch=NANO, path=path)
     assert re.search(r'stage 3\b', str(error.value)), error.value
 
 
@@ -342,9 +342,9 @@ def test_resolve_pretrained_windows_needs_all_stages(tmp_path):
 
 
 def test_log_window_transfer_of_each_stage(tmp_path):
-    path = official_file(tmp_path / 'model.pth', (12, 12, 12, 6), (12, 12, 12, 6), TINY)
+    path = official_file(tmp_path / 'model.pth', (12, 12, 12, 6), (12, 12, 12, 6), NANO)
     with layouts.recorded_log() as messages:
-        build((24, 24, 24, 12), arch=TINY, path=path)
+        build((24, 24, 24, 12), arch=NANO, path=path)
     for stage, before, after in ((0, 12, 24), (1, 12, 24), (2, 12, 24), (3, 6, 12)):
         (line,) = [m for m in messages if re.search(rf'\bstage {stage}\b', m)]
         assert f'{before}x{before}' in line
@@ -358,9 +358,9 @@ def test_log_window_transfer_of_each_stage(tmp_path):
     ('window', 'message'), [(8, 'no extrapolation'), (7, 'no extrapolation'), (9, 'extrapolates by ')]
 )
 def test_log_window_transfer_extrapolation(window, message, tmp_path):
-    path = official_file(tmp_path / 'model.pth', (8,) * 4, (8,) * 4, TINY)
+    path = official_file(tmp_path / 'model.pth', (8,) * 4, (8,) * 4, NANO)
     with layouts.recorded_log() as messages:
-        build(window, arch=TINY, path=path)
+        build(window, arch=NANO, path=path)
     assert len([m for m in messages if message in m]) == 4
 
 

@@ -1,4 +1,4 @@
-"""No loading path executes anything in a checkpoint. A payload that was executed would leave a file behind."""
+"""No loading path executes code in a checkpoint. A payload writes a file if it is executed."""
 
 import argparse
 import contextlib
@@ -45,7 +45,7 @@ def folder(tmp_path_factory, shapes):
 
 @pytest.fixture(scope='module')
 def state(folder):
-    """All that a Runner stores after a training of one iteration."""
+    """A checkpoint of a Runner after one iteration."""
     return torch.load(train_once(folder), weights_only=True)
 
 
@@ -60,7 +60,7 @@ def marker(tmp_path):
 
 
 def load(path):
-    """What every loading path of mmengine calls first."""
+    """The first call of every loading path of mmengine."""
     return CheckpointLoader.load_checkpoint(str(path), map_location='cpu')
 
 
@@ -68,7 +68,7 @@ def load(path):
 
 
 class Call:
-    """Pickled as a call of a function with these arguments; either may be a `Call` again."""
+    """Pickles as a call of a function with these arguments; both may be a `Call`."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -100,7 +100,7 @@ def pickled(value):
     return buffer.getvalue()
 
 
-# what makes the payload, and what an error must name
+# the payload, and a name that the error must contain
 PAYLOADS = {
     'os.system': (lambda marker: Call(os.system, f'touch {marker}'), r'posix\.system'),
     'exec': (lambda marker: Call(exec, touch(marker)), r'\bexec\b'),
@@ -124,7 +124,7 @@ CONTAINERS = {
 
 
 def hide(payload, weights, container='torch'):
-    """Put a payload next to real weights. A plain pickle gets arrays: tensors themselves are code in it."""
+    """Add a payload to real weights. A plain pickle gets arrays, because it pickles tensors as code."""
     if container.startswith('pickle'):
         weights = {name: value.numpy() for name, value in weights.items()}
     return {'model': weights, 'optimizer': {'state': payload}}
@@ -136,7 +136,7 @@ HIDDEN += [('os.system', 'old torch'), ('getattr only', 'old torch'), ('os.syste
 
 
 @pytest.mark.parametrize(('payload', 'container'), HIDDEN)
-def test_a_payload_is_refused_in_every_kind_of_file(payload, container, weights, marker, tmp_path):
+def test_payload_is_refused_in_every_kind_of_file(payload, container, weights, marker, tmp_path):
     make, named = PAYLOADS[payload]
     path = tmp_path / 'a.pth'
     some = {name: value for name, value in weights.items() if name.startswith('patch_embed')}
@@ -147,7 +147,7 @@ def test_a_payload_is_refused_in_every_kind_of_file(payload, container, weights,
     for text in (str(path), 'Nothing in it was executed', '--trust', 'trust=True'):
         assert text in str(refusal.value)
 
-    # the file does what it is meant to do where nothing stops it
+    # without protection, the payload is executed
     if container.startswith('pickle'):
         pickle.loads(path.read_bytes())
     else:
@@ -156,7 +156,7 @@ def test_a_payload_is_refused_in_every_kind_of_file(payload, container, weights,
 
 
 @pytest.mark.parametrize('place', ['state_dict', 'meta', 'message_hub', 'param_schedulers', 'optimizer', 'unknown'])
-def test_a_payload_is_found_wherever_it_is(place, state, marker, tmp_path):
+def test_payload_is_refused_in_every_entry(place, state, marker, tmp_path):
     payload = Call(os.system, f'touch {marker}')
     value = {
         'state_dict': state['state_dict'] | {'backbone.payload': payload},
@@ -175,17 +175,17 @@ FILE_PATHS = ('load_state_dict_of_the_dict', 'load_checkpoint', 'http', 'init_cf
 
 
 @pytest.mark.parametrize('loading_path', FILE_PATHS)
-def test_a_payload_is_refused_on_every_loading_path(loading_path, state, weights, marker, tmp_path, folder):
+def test_payload_is_refused_on_every_loading_path(loading_path, state, weights, marker, tmp_path, folder):
     payload = Call(os.system, f'touch {marker}')
-    path = tmp_path / 'swinv2_tiny_patch4_window8_256.pth'  # a name that is known makes no difference
+    path = tmp_path / 'swinv2_tiny_patch4_window8_256.pth'  # also for the name of a release
     torch.save(state | {'optimizer': payload} if loading_path == 'resume' else hide(payload, weights), path)
     with pytest.raises(UnsafeCheckpointError, match=r'posix\.system'):
         (LOADING_PATHS | dict(resume=by_resume))[loading_path](path, folder)
     assert not marker.exists()
 
 
-def test_a_training_refuses_to_resume_from_a_payload(state, marker, tmp_path, folder):
-    """By the tool: whatever its options do, they lead to the same loader."""
+def test_resume_refuses_a_payload(state, marker, tmp_path, folder):
+    """With the tool: all its options use the same loader."""
     torch.save(state | {'optimizer': Call(os.system, f'touch {marker}')}, tmp_path / 'a.pth')
     detector_config(folder).dump(tmp_path / 'config.py')
     with pytest.raises(UnsafeCheckpointError, match=r'posix\.system') as refusal:
@@ -194,7 +194,7 @@ def test_a_training_refuses_to_resume_from_a_payload(state, marker, tmp_path, fo
     assert not marker.exists()
 
 
-def test_the_converter_refuses_a_payload(weights, marker, tmp_path):
+def test_swinv2_to_mm_refuses_a_payload(weights, marker, tmp_path):
     source, target = tmp_path / 'a.pth', tmp_path / 'b.pth'
     torch.save(hide(Call(os.system, f'touch {marker}'), weights), source)
     message = refuse(tmp_path, CONVERTER, source, target)
@@ -266,7 +266,7 @@ def test_check_configs_refuses_code(form, state, marker, tmp_path, folder, monke
     assert not marker.exists()
     assert str(tmp_path / 'a.pth') in str(refusal.value)
 
-    with contextlib.suppress(Exception):  # what Runner.resume does; some forms end in an error after they ran
+    with contextlib.suppress(Exception):  # as in Runner.resume; some forms fail after they were executed
         Config.fromstring(text, '.py')
     assert marker.exists()
 
@@ -278,7 +278,7 @@ def test_check_configs_imports_no_module(place, state, marker, tmp_path, folder,
     monkeypatch.syspath_prepend(tmp_path)
     text = f"custom_imports = dict(imports=['{module.stem}'], allow_failed_imports=False)"
     torch.save(state | {'meta': state['meta'] | {place: text}}, tmp_path / 'a.pth')
-    if place == 'config':  # which mmengine executes when it resumes
+    if place == 'config':  # mmengine executes it when it resumes
         by_resume(tmp_path / 'a.pth', folder)
     else:
         assert place not in load(tmp_path / 'a.pth')['meta']
@@ -289,7 +289,7 @@ def test_check_configs_imports_no_module(place, state, marker, tmp_path, folder,
 
 @pytest.mark.parametrize('place', [('meta', 'cfg'), ('message_hub', 'runtime_info', 'cfg')])
 def test_check_configs_of_inferencers(place, marker, tmp_path):
-    """Mmengine's BaseInferencer takes it from these places if it is given only weights."""
+    """Mmengine's BaseInferencer reads it from these places if only weights are passed."""
     holder = state = {'state_dict': {}, 'meta': {}}
     for key in place[:-1]:
         holder = holder.setdefault(key, {})
@@ -319,7 +319,7 @@ def stock(toolbox, name):
 
 @functools.cache
 def real_config(task):
-    """Its text, as a Runner stores it."""
+    """Its text, as stored by a Runner."""
     return Config.fromfile(REAL_CONFIGS[task]()).pretty_text
 
 
@@ -331,18 +331,18 @@ def test_check_configs_accepts_real_configs(task, tmp_path):
     assert load(tmp_path / 'a.pth')['meta']['config'] == text
 
 
-def test_a_training_with_a_real_config_is_resumed(state, tmp_path, folder):
-    """Nor are modules an obstacle that it imports and that the running config has imported already."""
+def test_resume_with_a_real_config(state, tmp_path, folder):
+    """Modules that the running config has imported are accepted."""
     text = real_config('det') + "\ncustom_imports = dict(imports=['swinv2_mm.models'], allow_failed_imports=False)\n"
     torch.save(state | {'meta': state['meta'] | {'config': text}}, tmp_path / 'a.pth')
     by_resume(tmp_path / 'a.pth', folder)
     assert load(tmp_path / 'a.pth')['meta']['config'] == text
 
 
-# ---------------------------------------------------------------- what is let through
+# ---------------------------------------------------------------- accepted content
 
 
-def test_all_that_mmengine_stores_is_restored(state, tmp_path, folder):
+def test_runner_state_is_restored(state, tmp_path, folder):
     """Logs, NumPy scalars and arrays."""
     values = dict(palette=np.arange(6).reshape(2, 3), classes=('a', 'b'), names=np.array(['a', 'b']))
     hub = state['message_hub']
@@ -365,7 +365,7 @@ def test_all_that_mmengine_stores_is_restored(state, tmp_path, folder):
 
 
 def install_yacs(patch):
-    """Its CfgNode is a dict with attributes of its own; made here, because files hold it where yacs is missing."""
+    """Its CfgNode is a dict with attributes. A fake class replaces that of yacs, which is not installed."""
     module = types.ModuleType('yacs.config')
 
     class CfgNode(dict):
@@ -382,7 +382,7 @@ def install_yacs(patch):
 
 
 @pytest.mark.parametrize('container', ['torch', 'old torch'])
-def test_settings_in_official_files_are_data(container, weights, tmp_path, monkeypatch):
+def test_configs_in_official_files_are_data(container, weights, tmp_path, monkeypatch):
     """`config` of the official code, `args` of timm and DeiT; yacs need not be installed."""
     if importlib.util.find_spec('yacs'):
         pytest.skip('yacs is installed')
@@ -408,7 +408,7 @@ def with_a_class(weights, tmp_path):
     return tmp_path / 'a.pth'
 
 
-def test_a_user_may_trust_a_file(with_a_class, weights):
+def test_trusted_file_is_loaded(with_a_class, weights):
     with pytest.raises(UnsafeCheckpointError, match=r'fractions\.Fraction'):
         load_swinv2_state_dict(with_a_class)
     loaded = load_swinv2_state_dict(with_a_class, trust=True)
@@ -419,13 +419,13 @@ def test_a_user_may_trust_a_file(with_a_class, weights):
     assert loaded['layers.3.blocks.0.attn.cpb_mlp.pretrained_window_size'].tolist() == [PRETRAINED[3]] * 2
 
 
-def test_the_converter_may_trust_a_file_and_writes_data(with_a_class, tmp_path):
+def test_swinv2_to_mm_of_a_trusted_file(with_a_class, tmp_path):
     target = tmp_path / 'b.safetensors'
     call(tmp_path, CONVERTER, with_a_class, target, '--trust')
     state = by_load_checkpoint(target, tmp_path).state_dict()
     assert all(torch.equal(state[name], value) for name, value in source_backbone().state_dict().items())
 
 
-def test_an_unsafe_checkpoint_is_a_kind_of_bad_checkpoint():
+def test_unsafe_checkpoint_error_is_a_checkpoint_error():
     assert issubclass(UnsafeCheckpointError, CheckpointError)
     assert issubclass(CheckpointError, ValueError)

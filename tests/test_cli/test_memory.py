@@ -1,4 +1,4 @@
-"""Memory that is counted: against counts by hand, against the memory of the process, and fake tensors against real."""
+"""Counted memory compared with counts by hand and with the memory of the process; fake tensors compared with real."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
 
 NANO = dict(embed_dims=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8))
 # attention backend, stages with activation checkpointing, and with sequential attention
-SAVERS = [
+TECHNIQUES = [
     ('reference', False, ()),
     ('reference', True, ()),
     ('reference', False, (0, 1)),
@@ -37,7 +37,7 @@ SAVERS = [
 # ---------------------------------------------------------------- the tracker
 
 
-def test_a_tensor_counts_from_its_operation_to_its_end():
+def test_memory_tracker_lifetime_of_a_tensor():
     with MemoryTracker() as tracker:
         a = torch.zeros(256)
         assert (tracker.live, tracker.peak) == (1024, 1024)
@@ -53,12 +53,12 @@ def test_a_tensor_counts_from_its_operation_to_its_end():
     assert tracker.live == 0
 
 
-def test_views_and_operations_in_place_cost_nothing_and_a_view_keeps_all_alive():
+def test_memory_tracker_views_and_in_place_operations():
     with MemoryTracker() as tracker:
         a = torch.zeros(16, 16)
         view = a.t()[3:5].reshape(-1, 1)[1:].expand(-1, 7)
         a.add_(1)
-        assert tracker.live == 16 * 16 * 4 + 2 * 16 * 4  # the reshape of a transposed part copies it
+        assert tracker.live == 16 * 16 * 4 + 2 * 16 * 4  # reshape copies a transposed slice
         del a
         assert tracker.live == 2 * 16 * 4
         kept = torch.zeros(100)[:1]
@@ -67,7 +67,7 @@ def test_views_and_operations_in_place_cost_nothing_and_a_view_keeps_all_alive()
     assert tracker.live == 0
 
 
-def test_what_was_there_before_counts_when_it_is_watched_and_once():
+def test_memory_tracker_watch():
     before = torch.zeros(64)
     with MemoryTracker() as tracker:
         before.mul_(2)
@@ -83,13 +83,13 @@ def test_what_was_there_before_counts_when_it_is_watched_and_once():
     assert tracker.live == 0
 
 
-def test_shapes_without_memory_cost_nothing():
+def test_memory_tracker_ignores_meta_tensors():
     with MemoryTracker() as tracker:
         torch.empty(100, device='meta').add(1)
         assert tracker.peak == 0
 
 
-def test_memory_that_is_given_back_and_taken_again_counts_again():
+def test_memory_tracker_resized_storage():
     with MemoryTracker() as tracker:
         for _ in range(50):
             x = torch.zeros(1000)
@@ -98,14 +98,14 @@ def test_memory_that_is_given_back_and_taken_again_counts_again():
         assert (tracker.live, tracker.peak) == (0, 4000)
 
 
-def test_what_autograd_keeps_is_counted_until_the_backward_pass_is_done():
+def test_memory_tracker_saved_tensors_of_autograd():
     x, weight = torch.rand(100, 8), torch.rand(8, 8, requires_grad=True)
     with MemoryTracker() as tracker:
         loss = (x @ weight).tanh().sum()
-        assert tracker.live == 3200 + 4  # the result of tanh; the product before it is gone
+        assert tracker.live == 3200 + 4  # the output of tanh; the matrix product has been freed
         tracker.reset_peak()
         loss.backward()
-        # on top, where the gradient of tanh is made: that of the loss, and the result; that of the sum is a view
+        # added in the backward of tanh: the gradient of the loss, and that of tanh; the gradient of the sum is a view
         assert tracker.peak == 3200 + 4 + 4 + 3200
         del loss
         assert tracker.live == 8 * 8 * 4  # the gradient of the weight
@@ -114,8 +114,8 @@ def test_what_autograd_keeps_is_counted_until_the_backward_pass_is_done():
 
 
 @pytest.mark.slow
-def test_the_peak_is_that_of_the_process():
-    """Where tensors are large, its memory grows by them; a process of its own, since peaks do not go down."""
+def test_memory_tracker_peak_is_that_of_the_process():
+    """Large tensors determine the peak of a process. It runs in its own process, because peaks do not fall."""
     script = r"""
         import re, torch
         from pathlib import Path
@@ -128,9 +128,9 @@ def test_the_peak_is_that_of_the_process():
         def step(size):
             x = torch.rand(1, 3, size, size)
             sum(out.mean() for out in model(x)).backward()
-        # not getrusage: it knows the peak of the parent too
+        # not getrusage, which includes the peak of the parent
         rss = lambda: 1024 * int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])
-        step(128)  # what libraries take for themselves
+        step(128)  # allocations of libraries
         before = rss()
         step(1024)
         grown = rss() - before
@@ -166,23 +166,23 @@ def backbone(axes, attention_backend, with_cp, sequential_stages):
 
 
 @pytest.mark.parametrize(
-    ('axes', 'savers', 'bfloat16'),
+    ('axes', 'techniques', 'bfloat16'),
     [
-        (3, SAVERS[0], False),
-        (3, SAVERS[1], True),
-        (2, SAVERS[2], False),
-        (2, SAVERS[3], True),
-        (2, SAVERS[4], False),
-        (2, SAVERS[5], False),
-        (3, SAVERS[6], True),
+        (3, TECHNIQUES[0], False),
+        (3, TECHNIQUES[1], True),
+        (2, TECHNIQUES[2], False),
+        (2, TECHNIQUES[3], True),
+        (2, TECHNIQUES[4], False),
+        (2, TECHNIQUES[5], False),
+        (3, TECHNIQUES[6], True),
     ],
 )
-def test_fake_tensors_take_the_memory_of_real_ones_byte_for_byte(axes, savers, bfloat16):
-    shape = (1, 3, *{2: (40, 24), 3: (6, 24, 20)}[axes])  # which windows do not divide
-    for _ in range(2):  # the first one makes the indices of the windows, which stay for all models
-        real = measure_backbone(backbone(axes, *savers), torch.rand(shape), bfloat16)
+def test_measure_backbone_of_fake_and_real_tensors(axes, techniques, bfloat16):
+    shape = (1, 3, *{2: (40, 24), 3: (6, 24, 20)}[axes])  # not divisible by the window
+    for _ in range(2):  # the first call creates the cached window indices
+        real = measure_backbone(backbone(axes, *techniques), torch.rand(shape), bfloat16)
     with torch.device('meta'):
-        model = backbone(axes, *savers)
+        model = backbone(axes, *techniques)
     with FakeTensorMode():
         fake = measure_backbone(make_fake(model), torch.empty(shape), bfloat16)
     assert fake.kept == real.kept
@@ -192,11 +192,11 @@ def test_fake_tensors_take_the_memory_of_real_ones_byte_for_byte(axes, savers, b
     assert len(fake.kept) == 1 + 3  # the patch embedding, and the stages up to the last output
 
 
-def test_what_is_kept_and_the_peaks_are_those_of_a_plain_step():
-    """Without the function that measures: the same step, written out."""
+def test_measure_backbone_is_a_plain_training_step():
+    """The same step, written out without `measure_backbone`."""
     model, x = backbone(2, 'reference', False, ()), torch.rand(2, 3, 64, 64)
     memory = measure_backbone(model, x)
-    model.train()  # the position biases are computed anew
+    model.train()  # clears the cached position biases
     with MemoryTracker() as tracker:
         tracker.watch([x])
         outputs = model(x)
@@ -205,22 +205,22 @@ def test_what_is_kept_and_the_peaks_are_those_of_a_plain_step():
         tracker.reset_peak()
         gradients = [torch.rand_like(out) for out in outputs]
         torch.autograd.backward(outputs, gradients)
-    # outputs and gradients are kept here until the end
+    # here, outputs and gradients live until the end
     kept = sum(x.nbytes for x in (*outputs, *gradients))
     assert memory.backward_peak <= tracker.peak <= memory.backward_peak + kept
     assert kept < 0.05 * tracker.peak
 
 
-def test_each_saver_keeps_or_takes_less():
-    def measured(*savers):
-        return measure_backbone(backbone(2, *savers), torch.rand(2, 3, 128, 128))
+def test_measure_backbone_each_technique_saves_memory():
+    def measured(*techniques):
+        return measure_backbone(backbone(2, *techniques), torch.rand(2, 3, 128, 128))
 
-    nothing, checkpointing, sequential, both, _, fused, fused_checkpointing = (measured(*savers) for savers in SAVERS)
-    assert sum(checkpointing.kept) < sum(nothing.kept) / 5
-    assert sum(sequential.kept) < sum(nothing.kept)
-    assert both.backward_peak < checkpointing.backward_peak < nothing.backward_peak
-    assert sum(fused.kept) < sum(sequential.kept)
-    assert fused_checkpointing.backward_peak < both.backward_peak
+    none, checkpointing, sequential, both, _, sdpa, sdpa_checkpointing = (measured(*t) for t in TECHNIQUES)
+    assert sum(checkpointing.kept) < sum(none.kept) / 5
+    assert sum(sequential.kept) < sum(none.kept)
+    assert both.backward_peak < checkpointing.backward_peak < none.backward_peak
+    assert sum(sdpa.kept) < sum(sequential.kept)
+    assert sdpa_checkpointing.backward_peak < both.backward_peak
 
 
 # ---------------------------------------------------------------- precision
@@ -236,8 +236,8 @@ def dtypes():
         return [t.dtype for t in (y, norm, group, y.softmax(-1), y.log_softmax(-1), loss, mask, F.gelu(y))]
 
 
-def test_autocast_casts_as_on_a_gpu_and_only_while_it_is_told_to():
-    """The list of float32 is that of PyTorch's documentation of autocast for CUDA."""
+def test_cuda_casts_of_autocast():
+    """The float32 operations are those of PyTorch's documentation of autocast for CUDA."""
     half, full = torch.bfloat16, torch.float32
     before = dtypes()
     with cuda_casts():
@@ -246,7 +246,7 @@ def test_autocast_casts_as_on_a_gpu_and_only_while_it_is_told_to():
     assert before[1] == half
 
 
-def test_casts_keep_the_gradient():
+def test_cuda_casts_keep_the_gradient():
     x = torch.rand(4, 8, requires_grad=True)
     with cuda_casts(), torch.autocast('cpu', torch.bfloat16):
         (x.bfloat16().softmax(-1)[:, 0]).sum().backward()
@@ -254,10 +254,10 @@ def test_casts_keep_the_gradient():
     torch.testing.assert_close(x.grad, expected, rtol=1e-2, atol=1e-3)
 
 
-# ---------------------------------------------------------------- products that are left out
+# ---------------------------------------------------------------- SkippedProducts
 
 
-def test_skipped_products_take_the_memory_of_real_ones():
+def test_skipped_products_take_the_same_memory():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 2, 2), nn.Flatten(), nn.Linear(64, 5)
     )

@@ -1,4 +1,4 @@
-"""Planned memory against that of real trainings, and its arithmetic against a calculation by hand."""
+"""Planned memory compared with real trainings, and its arithmetic with a calculation by hand."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def read(name: str) -> Config:
 
 
 def nano(name: str, samples: int) -> Config:
-    """A demo's config that trains in float32, as a machine without a GPU does, and accumulates gradients."""
+    """The config of a demo with training in float32, as on a machine without a GPU, and gradient accumulation."""
     cfg = read(name)
     cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-4), accumulative_counts=3)
     cfg.train_dataloader.batch_size = samples
@@ -48,7 +48,7 @@ def batch(cfg: Config, model, shape, samples: int) -> dict:
 
 
 def measured(cfg: Config, shape: tuple[int, ...], samples: int, bfloat16: bool = False) -> tuple[int, int]:
-    """Run some training steps; returns the bytes alive between steps, and the peak of a step on top of them."""
+    """Run some training steps; returns the bytes alive between steps, and the additional peak of a step."""
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
@@ -63,9 +63,9 @@ def measured(cfg: Config, shape: tuple[int, ...], samples: int, bfloat16: bool =
         gradients = [p.grad for p in model.parameters()]
         with MemoryTracker() as tracker:
             tracker.watch([*model.parameters(), *model.buffers(), *gradients, *state])
-            held = tracker.live
+            static = tracker.live
             model.train_step(last, optim_wrapper=optimizer)
-        return held, tracker.peak - held
+        return static, tracker.peak - static
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def measured(cfg: Config, shape: tuple[int, ...], samples: int, bfloat16: bool =
     [
         pytest.param('det/htc_swinv2_demo.py', [128], 1, 'reference', marks=pytest.mark.slow),
         pytest.param('det/htc_swinv2_demo.py', [128], 1, 'auto', marks=pytest.mark.slow),
-        # more samples than the heads are run on
+        # more samples than MAX_HEAD_SAMPLES
         pytest.param('seg/upernet_swinv2_demo.py', [128], 5, 'auto', marks=pytest.mark.slow),
         ('video/swinv2_demo.py', [8, 64, 64], 4, 'auto'),
     ],
 )
-def test_activations_are_within_a_tenth_of_a_real_training(name, size, samples, backend):
+def test_activations_of_a_real_training(name, size, samples, backend):
     cfg = nano(name, samples)
     cfg.model.backbone.attention_backend = backend
     shape = inputs.training_shape(cfg, size)
@@ -87,16 +87,16 @@ def test_activations_are_within_a_tenth_of_a_real_training(name, size, samples, 
     for row, techniques in ((plain, {}), (saved, dict(with_cp=True, sequential_stages=(0, 1)))):
         cfg.model.backbone.update(techniques)
         with cuda_chunks():  # the plan is for a GPU
-            held, peak = measured(cfg, shape, samples)
+            static, peak = measured(cfg, shape, samples)
         print(f'{name}, {row.name}: planned {row.peak / 2**20:.2f} MiB, measured {peak / 2**20:.2f} MiB')
-        assert state.total == pytest.approx(held, rel=0.001)
+        assert state.total == pytest.approx(static, rel=0.001)
         assert row.peak == pytest.approx(peak, rel=0.1)
     assert saved.peak < 0.75 * plain.peak
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['det/htc_swinv2_demo.py', 'seg/upernet_swinv2_demo.py'])
-def test_activations_in_mixed_precision_are_within_a_tenth_of_a_real_training(name):
+def test_activations_of_a_real_training_in_mixed_precision(name):
     cfg = nano(name, 2)
     shape = inputs.training_shape(cfg, None)
     with cuda_casts(), cuda_chunks():
@@ -109,7 +109,7 @@ def test_activations_in_mixed_precision_are_within_a_tenth_of_a_real_training(na
 
 
 @pytest.mark.parametrize(('backend', 'rows'), [('auto', 2), ('reference', 4)])
-def test_activations_with_sequential_attention_only_for_the_reference_backend(monkeypatch, backend, rows):
+def test_activations_rows_of_sequential_attention(monkeypatch, backend, rows):
     monkeypatch.setattr(memory_plan, 'heads_memory', lambda *_: 0)
     cfg = read('video/swinv2_demo.py')
     cfg.model.backbone.update(attention_backend=backend, with_cp=False, sequential_stages=(0, 1))
@@ -131,12 +131,12 @@ def test_heads_memory_is_extrapolated_linearly_in_the_batch_size(monkeypatch):
 
 
 def size(**changes):
-    """Ten million parameters, eight million of them trained, in blocks of at most one million but for two."""
+    """Ten million parameters: eight million are trained, two of them outside of blocks of up to one million."""
     sizes = dict(parameters=40e6, trained=32e6, largest_block=4e6, rest=8e6, ema=0, optimizer=64e6)
     return memory_plan.ModelSize(**sizes | changes)
 
 
-def test_model_states_agree_with_a_calculation_by_hand():
+def test_model_states_by_hand():
     """Rajbhandari et al. (2020), Fig. 1: of parameters, gradients and states, 1, 2 or all 3 are divided."""
     by_hand = {
         'DDP': 40e6 + 32e6 + 64e6 + 32e6,
@@ -180,7 +180,7 @@ def test_configured_strategy(base, name):
     assert memory_plan.configured_strategy(cfg) == name
 
 
-def test_peak_of_activations_is_the_largest_of_the_three_phases():
+def test_activations_peak_is_the_largest_phase():
     def peak(kept, forward, backward, heads):
         return memory_plan.Activations('', BackboneMemory(kept, forward, backward, []), heads, False).peak
 
@@ -192,7 +192,7 @@ def test_peak_of_activations_is_the_largest_of_the_three_phases():
 # ---------------------------------------------------------------- configs
 
 
-def test_training_shape_of_every_config_is_found_or_asked_for():
+def test_training_shape_of_every_config():
     for name in LEAVES:
         cfg = read(name)
         if any(word in name for word in VARYING) or name == 'video/swinv2_demo.py':

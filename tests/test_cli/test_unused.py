@@ -1,4 +1,4 @@
-"""Parameters without a gradient: found before DistributedDataParallel stops at them, and gone with what is advised."""
+"""Parameters without gradients are found before DistributedDataParallel fails; the suggested options avoid them."""
 
 import inspect
 import shlex
@@ -33,7 +33,7 @@ def detector(neck: dict, **options) -> Config:
 
 
 def fcn(in_index: int | list[int], **more) -> dict:
-    """A head of mmsegmentation for one map or several."""
+    """A head of mmsegmentation for one or several feature maps."""
     if isinstance(in_index, list):
         more |= dict(input_transform='resize_concat', in_channels=[CHANNELS[i] for i in in_index])
     return dict(type='FCNHead', in_index=in_index, **HEAD | dict(in_channels=CHANNELS[3]) | more)
@@ -44,8 +44,8 @@ def segmentor(*heads: dict, **options) -> Config:
     return config('mmseg', type='EncoderDecoder', decode_head=first, auxiliary_head=others, **options)
 
 
-def complaint(cfg: Config) -> str | None:
-    """What the check says of a config, in one line."""
+def error_of(cfg: Config) -> str | None:
+    """The error of the check, or None."""
     try:
         check_unused(cfg, check_classes(cfg))
     except ValueError as error:
@@ -53,9 +53,9 @@ def complaint(cfg: Config) -> str | None:
     return None
 
 
-def advised(cfg: Config) -> Config:
-    """The config with the first of the options that the check advises, as they are read from a command line."""
-    options = complaint(cfg).partition('--cfg-options ')[2].partition(', or ')[0]
+def apply_hint(cfg: Config) -> Config:
+    """The config with the first options that the error suggests, parsed as on a command line."""
+    options = error_of(cfg).partition('--cfg-options ')[2].partition(', or ')[0]
     cfg = cfg.copy()
     for option in shlex.split(options):
         name, _, value = option.partition('=')
@@ -64,7 +64,7 @@ def advised(cfg: Config) -> Config:
 
 
 def without_gradient(cfg: Config) -> set[str]:
-    """Parameters of the backbone to which no gradient comes from what the neck, or the heads, give."""
+    """Parameters of the backbone that get no gradient from the outputs of the neck or the heads."""
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         backbone = MODELS.build(cfg.model.backbone)
         maps = backbone(torch.rand(1, 3, 128, 128))
@@ -79,31 +79,31 @@ def without_gradient(cfg: Config) -> set[str]:
 
 @MODELS.register_module()
 class OwnDetector(nn.Module):
-    """A detector of a user, which may use any map."""
+    """A detector of a user, which may use any feature map."""
 
 
-# ---------------------------------------------------------------- what is unused, and what to write
+# ---------------------------------------------------------------- unused outputs, and the suggested options
 
 
 @pytest.mark.parametrize('kind', ['FPN', 'PAFPN', 'FPN_DropBlock'])
 @pytest.mark.parametrize('start', [0, 1, 2])
-def test_levels_below_the_first_of_a_neck_get_no_gradient(kind, start):
+def test_check_unused_start_level_of_a_neck(kind, start):
     pytest.importorskip('mmdet')
     cfg = detector(dict(type=kind, start_level=start, num_outs=4 - start))
     unused = without_gradient(cfg)
     assert unused == {f'norm{i}.{name}' for i in range(start) for name in ('weight', 'bias')}
-    assert bool(unused) == (complaint(cfg) is not None)
+    assert bool(unused) == (error_of(cfg) is not None)
     if unused:
-        better = advised(cfg)
+        better = apply_hint(cfg)
         assert not without_gradient(better)
-        assert complaint(better) is None
+        assert error_of(better) is None
 
 
-def test_a_default_of_the_neck_counts():
+def test_check_unused_default_of_a_neck():
     pytest.importorskip('mmdet')
     cfg = detector(dict(type='NASFCOS_FPN', num_outs=3))
     assert 'norm0.weight' in without_gradient(cfg)
-    assert complaint(cfg) == (
+    assert error_of(cfg) == (
         'nothing uses output 0 of model.backbone.out_indices=(0, 1, 2, 3), and DistributedDataParallel stops where '
         'parameters get no gradient: --cfg-options model.backbone.out_indices="[1,2,3]" '
         'model.neck.in_channels="[32,64,128]" model.neck.start_level=0, or find_unused_parameters=True'
@@ -120,57 +120,57 @@ def test_a_default_of_the_neck_counts():
         (fcn([0, 1, 2, 3]),),
     ],
 )
-def test_maps_that_no_head_reads_get_no_gradient(heads):
+def test_check_unused_in_index_of_heads(heads):
     pytest.importorskip('mmseg')
     cfg = segmentor(*heads)
     unused = without_gradient(cfg)
-    assert bool(unused) == (complaint(cfg) is not None)
+    assert bool(unused) == (error_of(cfg) is not None)
     if unused:
-        better = advised(cfg)
+        better = apply_hint(cfg)
         assert not without_gradient(better)
-        assert complaint(better) is None
+        assert error_of(better) is None
 
 
-def test_stages_after_the_last_that_is_used_get_no_gradient():
+def test_check_unused_end_level_of_a_neck():
     pytest.importorskip('mmdet')
     cfg = detector(dict(type='FPN', end_level=2, num_outs=3))
     assert any(name.startswith('layers.3.') for name in without_gradient(cfg))
-    assert complaint(cfg).startswith('nothing uses output 3')
-    assert not without_gradient(advised(cfg))
-    assert complaint(advised(cfg)) is None
+    assert error_of(cfg).startswith('nothing uses output 3')
+    assert not without_gradient(apply_hint(cfg))
+    assert error_of(apply_hint(cfg)) is None
 
 
-def test_several_necks_one_after_the_other():
+def test_check_unused_several_necks():
     pytest.importorskip('mmdet')
     attention = dict(type='swinv2_mm.GlobalAttention', in_channels=CHANNELS[3], num_heads=8)
     cfg = detector({})
     cfg.model.neck = [attention, LEVELS | dict(type='FPN', start_level=2, num_outs=2)]
-    assert 'model.neck.1.in_channels="[64,128]" model.neck.1.start_level=0, or' in complaint(cfg)
-    assert advised(cfg).model.neck[1].in_channels == [64, 128]
-    assert complaint(advised(cfg)) is None
+    assert 'model.neck.1.in_channels="[64,128]" model.neck.1.start_level=0, or' in error_of(cfg)
+    assert apply_hint(cfg).model.neck[1].in_channels == [64, 128]
+    assert error_of(apply_hint(cfg)) is None
 
 
-def test_global_attention_on_a_map_that_nothing_uses_cannot_be_cut_off():
+def test_check_unused_global_attention():
     pytest.importorskip('mmdet')
     attention = dict(type='swinv2_mm.GlobalAttention', in_channels=CHANNELS[3], num_heads=8)
     cfg = detector({})
     cfg.model.neck = [attention, LEVELS | dict(type='FPN', end_level=2, num_outs=3)]
-    assert complaint(cfg).endswith('get no gradient: --cfg-options find_unused_parameters=True')
-    assert complaint(advised(cfg)) is None
+    assert error_of(cfg).endswith('get no gradient: --cfg-options find_unused_parameters=True')
+    assert error_of(apply_hint(cfg)) is None
 
 
 @pytest.mark.parametrize('wrong', [dict(start_level='1'), dict(in_channels=None), dict(end_level=-2)], ids=str)
-def test_quiet_about_a_neck_that_will_say_itself_what_is_wrong(wrong):
+def test_check_unused_leaves_invalid_necks_to_their_own_errors(wrong):
     pytest.importorskip('mmdet')
-    assert complaint(detector(dict(type='FPN', num_outs=4) | wrong)) is None
+    assert error_of(detector(dict(type='FPN', num_outs=4) | wrong)) is None
 
 
-def test_the_stock_retinanet_trains_every_parameter_after_the_advice():
+def test_check_unused_advice_for_retinanet():
     mmdet = pytest.importorskip('mmdet.testing')
     path = Path(inspect.getfile(mmdet)).parents[1] / '.mim/configs/_base_/models/retinanet_r50_fpn.py'
     cfg = config('mmdet', **{k: v for k, v in Config.fromfile(path).model.items() if k != 'backbone'})
     cfg.model.neck.in_channels = CHANNELS
-    cfg.model = narrow(advised(cfg).model, 16)
+    cfg.model = narrow(apply_hint(cfg).model, 16)
     assert cfg.model.neck.in_channels == CHANNELS[1:]
     with DefaultScope.overwrite_default_scope('mmdet'):
         model = MODELS.build(cfg.model).train()
@@ -180,7 +180,7 @@ def test_the_stock_retinanet_trains_every_parameter_after_the_advice():
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-# ---------------------------------------------------------------- what is fine, or not known
+# ---------------------------------------------------------------- accepted configs
 
 
 @pytest.mark.parametrize(
@@ -197,29 +197,29 @@ def test_the_stock_retinanet_trains_every_parameter_after_the_advice():
         dict(model=dict(type='OwnDetector')),
     ],
 )
-def test_quiet_where_nothing_stops_or_nothing_is_known(options):
+def test_check_unused_accepts(options):
     pytest.importorskip('mmdet')
     cfg = detector(dict(type='FPN', start_level=1))
-    assert complaint(cfg) is not None
+    assert error_of(cfg) is not None
     cfg.merge_from_dict(options)
-    assert complaint(cfg) is None
+    assert error_of(cfg) is None
 
 
-def test_zero1_is_told_where_its_option_is():
+def test_check_unused_option_of_zero1():
     pytest.importorskip('mmdet')
     cfg = detector(dict(type='FPN', start_level=1))
     cfg.model_wrapper_cfg = dict(type='swinv2_mm.ZeroDistributedDataParallel')
-    assert complaint(cfg).endswith(', or model_wrapper_cfg.find_unused_parameters=True')
+    assert error_of(cfg).endswith(', or model_wrapper_cfg.find_unused_parameters=True')
 
 
-def test_heads_that_read_other_maps_too_are_left_alone():
+def test_check_unused_accepts_heads_with_other_inputs():
     pytest.importorskip('mmseg')
     kind = dict(type='DepthwiseSeparableASPPHead', c1_in_channels=16, c1_channels=8, in_index=3, in_channels=128)
-    assert complaint(segmentor(dict(kind, channels=8, num_classes=3))) is None
-    assert complaint(segmentor(fcn(3), dict(kind, channels=8, num_classes=3))) is None
+    assert error_of(segmentor(dict(kind, channels=8, num_classes=3))) is None
+    assert error_of(segmentor(fcn(3), dict(kind, channels=8, num_classes=3))) is None
 
 
-# ---------------------------------------------------------------- DistributedDataParallel itself
+# ---------------------------------------------------------------- DistributedDataParallel
 
 
 class Detector(nn.Module):
@@ -241,10 +241,10 @@ def two_steps(cfg: dict) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_stop_without_the_advice_and_train_with_it(tmp_path):
+def test_check_unused_advice_on_two_processes(tmp_path):
     pytest.importorskip('mmdet')
     cfg = detector(dict(type='FPN', start_level=1))
     with pytest.raises(ProcessError) as error:
         run_processes(two_steps, cfg.to_dict(), folder=tmp_path)
     assert 'Expected to have finished reduction in the prior iteration' in error.value.log
-    run_processes(two_steps, advised(cfg).to_dict(), folder=tmp_path)
+    run_processes(two_steps, apply_hint(cfg).to_dict(), folder=tmp_path)

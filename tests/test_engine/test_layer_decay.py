@@ -21,7 +21,6 @@ import swinv2_mm  # noqa: F401
 from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
 from swinv2_mm.models.block import SwinBlock, SwinStage
 
-TINY = NANO_CONFIGS
 ARCH = dict(embed_dims=16, depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8), extra_norm_every_n_blocks=2)
 SMALL = dict(embed_dims=16, depths=(1, 2), num_heads=(1, 2))
 # the layers of ARCH, from the input to the output
@@ -208,9 +207,9 @@ VIDEO = dict(
 )
 def test_layer_decay_in_models_of_the_toolboxes(toolbox, config, expected):
     pytest.importorskip(toolbox)
-    cfg = Config.fromfile(TINY / config).model if config else VIDEO
+    cfg = Config.fromfile(NANO_CONFIGS / config).model if config else VIDEO
     if config == 'video.py':  # it has another backbone
-        cfg.backbone = Config.fromfile(TINY / 'seg.py').model.backbone
+        cfg.backbone = Config.fromfile(NANO_CONFIGS / 'seg.py').model.backbone
     with DefaultScope.overwrite_default_scope(toolbox):
         model = MODELS.build(cfg)
         rates = settings(build(model), model)

@@ -1,6 +1,6 @@
-"""The self-check that `auto` makes before it takes `triton`, with other functions in the place of the kernels.
+"""The self-check of `auto` before it takes `triton`, with other functions in place of the kernels.
 
-`test_triton.py` runs it on the kernels themselves.
+`test_triton.py` runs it on the kernels.
 """
 
 import itertools
@@ -28,7 +28,7 @@ module = sys.modules['swinv2_mm.ops.window_attention']  # the package shows the 
 
 
 class Kernels:
-    """Results of `sdpa`, of which one may be wrong: 0 is the output, the others are the gradients of the inputs."""
+    """Results of `sdpa`; one may be wrong: 0 is the output, the others are the gradients of the inputs."""
 
     def __init__(self, wrong=None, error=0.0):
         self.wrong, self.error, self.calls = wrong, error, 0
@@ -52,13 +52,13 @@ class Kernels:
 
 
 @pytest.fixture
-def use(monkeypatch, tmp_path):
-    """A function that puts others in the place of the kernels, in a process that has checked nothing yet."""
+def use_kernels(monkeypatch, tmp_path):
+    """A function that replaces the kernels, as in a process without verdicts."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setattr(selfcheck, 'WINDOWS', {True: (2, 2), False: (3, 3)})
-    # with `auto`, tells that it was taken
-    sevens = module.Backend(lambda qkv, *_: qkv[..., 0, :, :].flatten(-2) * 0 + 7, lambda qkv: None)
-    monkeypatch.setitem(module.BACKENDS, 'triton', sevens)
+    # its output shows that `auto` has taken `triton`
+    marker = module.Backend(lambda qkv, *_: qkv[..., 0, :, :].flatten(-2) * 0 + 7, lambda qkv: None)
+    monkeypatch.setitem(module.BACKENDS, 'triton', marker)
 
     def put(kernels):
         monkeypatch.setattr(triton_backend, 'triton_window_attention', kernels)
@@ -85,8 +85,8 @@ def warnings(caplog):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
-def test_right_kernels_are_taken_in_silence_and_checked_once_for_a_user(use, monkeypatch, caplog, dtype):
-    kernels = use(Kernels())
+def test_auto_takes_correct_kernels_and_checks_once(use_kernels, monkeypatch, caplog, dtype):
+    kernels = use_kernels(Kernels())
     assert auto_takes_triton(dtype)
     assert auto_takes_triton(dtype)
     assert kernels.calls == 1
@@ -98,67 +98,65 @@ def test_right_kernels_are_taken_in_silence_and_checked_once_for_a_user(use, mon
 
 @pytest.mark.parametrize(('wrong', 'name'), list(enumerate(selfcheck.RESULTS)))
 @pytest.mark.parametrize('error', [1e-3, float('nan')])
-def test_wrong_kernels_are_left_out_with_one_warning_that_shows_by_how_much(
-    use, monkeypatch, caplog, wrong, name, error
-):
-    kernels = use(Kernels(wrong, error))
+def test_auto_rejects_wrong_kernels_with_one_warning(use_kernels, monkeypatch, caplog, wrong, name, error):
+    kernels = use_kernels(Kernels(wrong, error))
     assert not auto_takes_triton()
     assert not auto_takes_triton()
     assert kernels.calls == 1
     (warning,) = warnings(caplog)
     number = 'nan' if error != error else '1.0e-03'
     assert f'in windows of 3x3: {name} is off by {number} (allowed ' in warning
-    # the verdict is kept, and its warning comes in each process
+    # the verdict is cached, and each process logs its warning
     new_process(monkeypatch)
     assert not auto_takes_triton()
     assert kernels.calls == 1
     assert warnings(caplog) == [warning, warning]
-    # as it says, they are checked again without the file
+    # without the file, as the warning suggests, they are checked again
     assert f'Delete {selfcheck.cache_file()}, or run `python -m swinv2_mm.ops.selfcheck`' in warning
     selfcheck.cache_file().unlink()
-    use(Kernels())
+    use_kernels(Kernels())
     assert auto_takes_triton()
 
 
 @pytest.mark.parametrize(('dtype', 'error'), [(torch.float16, 0.02), (torch.bfloat16, 0.1)])
-def test_in_half_precision_errors_that_rounding_does_not_explain_are_found(use, dtype, error):
-    use(Kernels(1, error))
+def test_auto_rejects_wrong_kernels_in_half_precision(use_kernels, dtype, error):
+    use_kernels(Kernels(1, error))
     assert not auto_takes_triton(dtype)
 
 
-def test_kernels_that_do_not_compile_are_left_out(use, caplog):
-    use(Kernels(error=triton.TritonError('out of resource:\n  shared memory')))
+def test_auto_rejects_kernels_that_do_not_compile(use_kernels, caplog):
+    use_kernels(Kernels(error=triton.TritonError('out of resource:\n  shared memory')))
     assert not auto_takes_triton()
     assert 'in windows of 3x3: TritonError: out of resource: shared memory, on ' in warnings(caplog)[0]
 
 
-def test_without_memory_for_the_check_nothing_is_concluded(use, caplog):
-    use(Kernels(error=torch.cuda.OutOfMemoryError('full')))
+def test_out_of_memory_is_no_verdict(use_kernels, caplog):
+    use_kernels(Kernels(error=torch.cuda.OutOfMemoryError('full')))
     assert not auto_takes_triton()
     assert not selfcheck.cache_file().exists()
-    use(Kernels())  # in another process
+    use_kernels(Kernels())  # in another process
     assert auto_takes_triton()
     (warning,) = warnings(caplog)
     assert 'in this process: its kernels could not be checked in windows of 3x3: OutOfMemoryError: full' in warning
 
 
-def test_a_process_that_could_not_check_does_not_change_its_mind(use):
-    """Blocks that are computed again in the backward pass take the kernels of the forward pass."""
-    kernels = use(Kernels(error=torch.cuda.OutOfMemoryError('full')))
+def test_out_of_memory_decides_for_the_process(use_kernels):
+    """Activation checkpointing must recompute with the kernels of the forward pass."""
+    kernels = use_kernels(Kernels(error=torch.cuda.OutOfMemoryError('full')))
     assert not auto_takes_triton()
     kernels.error = 0.0
     assert not auto_takes_triton()
 
 
-def test_a_yardstick_of_nan_allows_nothing(use, monkeypatch):
+def test_nan_of_sdpa_allows_no_error(use_kernels, monkeypatch):
     monkeypatch.setattr(selfcheck, 'sdpa_window_attention', Kernels(0, float('nan')))
-    use(Kernels(0, 1e-3))
+    use_kernels(Kernels(0, 1e-3))
     assert not auto_takes_triton()
 
 
-def test_products_in_tf32_are_allowed_the_error_of_float16(use, monkeypatch):
-    """A verdict is valid for one setting."""
-    kernels = use(Kernels(0, 1e-3))
+def test_allowed_error_in_tf32(use_kernels, monkeypatch):
+    """A verdict is valid for one setting of TF32."""
+    kernels = use_kernels(Kernels(0, 1e-3))
     monkeypatch.setattr(triton_backend, '_is_tf32_allowed', lambda: True)
     assert auto_takes_triton()
     monkeypatch.setattr(triton_backend, '_is_tf32_allowed', lambda: False)
@@ -170,10 +168,10 @@ def test_products_in_tf32_are_allowed_the_error_of_float16(use, monkeypatch):
     assert not auto_takes_triton()
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(use, monkeypatch, caplog, tmp_path):
+def test_unwritable_cache_is_no_error(use_kernels, monkeypatch, caplog, tmp_path):
     (tmp_path / 'file').touch()
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
-    kernels = use(Kernels())
+    kernels = use_kernels(Kernels())
     assert auto_takes_triton()
     assert auto_takes_triton()
     assert kernels.calls == 1
@@ -181,8 +179,8 @@ def test_a_cache_that_cannot_be_written_is_no_error(use, monkeypatch, caplog, tm
 
 
 @pytest.mark.parametrize('content', [b'{"a', b'\xff', b'[]', b'null', None])
-def test_a_damaged_cache_is_written_anew(use, monkeypatch, content):
-    kernels = use(Kernels())
+def test_damaged_cache_is_replaced(use_kernels, monkeypatch, content):
+    kernels = use_kernels(Kernels())
     assert auto_takes_triton()
     file = selfcheck.cache_file()
     expected = json.loads(file.read_text())
@@ -202,8 +200,8 @@ def test_a_damaged_cache_is_written_anew(use, monkeypatch, content):
         lambda patch: patch.setattr(selfcheck, '_digest', lambda: 'of other kernels'),
     ],
 )
-def test_other_versions_are_checked_anew(use, monkeypatch, change):
-    kernels = use(Kernels())
+def test_verdict_is_of_versions(use_kernels, monkeypatch, change):
+    kernels = use_kernels(Kernels())
     assert auto_takes_triton()
     change(monkeypatch)
     new_process(monkeypatch)
@@ -212,11 +210,11 @@ def test_other_versions_are_checked_anew(use, monkeypatch, change):
     assert len(json.loads(selfcheck.cache_file().read_text())) == 2
 
 
-def test_a_verdict_is_valid_for_a_gpu_a_dtype_and_a_head_size(use, monkeypatch):
+def test_verdict_is_of_gpu_dtype_and_head_dim(use_kernels, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'A GPU')
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
     assert selfcheck.describe(torch.device('cuda:1'), torch.float32, 16).startswith('A GPU (9.0), torch ')
-    kernels = use(Kernels())
+    kernels = use_kernels(Kernels())
     for checked, dtype, head_dim in [
         (1, torch.float32, 16),
         (2, torch.float32, 17),
@@ -228,8 +226,8 @@ def test_a_verdict_is_valid_for_a_gpu_a_dtype_and_a_head_size(use, monkeypatch):
         assert kernels.calls == checked
 
 
-def test_whatever_is_active_where_it_is_called_has_no_effect_and_is_not_affected(use):
-    use(Kernels())
+def test_check_is_isolated_from_active_modes(use_kernels):
+    use_kernels(Kernels())
     former = torch.get_rng_state()
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: 1 / 0, lambda t: t)
     with (
@@ -243,8 +241,8 @@ def test_whatever_is_active_where_it_is_called_has_no_effect_and_is_not_affected
     assert torch.equal(torch.get_rng_state(), former)
 
 
-def test_in_a_backward_pass_or_a_capture_sdpa_is_taken_without_a_verdict(use, monkeypatch):
-    kernels, found = use(Kernels()), []
+def test_no_check_in_backward_or_graph_capture(use_kernels, monkeypatch):
+    kernels, found = use_kernels(Kernels()), []
 
     class Recomputed(torch.autograd.Function):
         @staticmethod
@@ -270,13 +268,13 @@ def test_in_a_backward_pass_or_a_capture_sdpa_is_taken_without_a_verdict(use, mo
     ('size', 'window', 'is_compiled', 'expected'),
     [
         (16, 8, False, [(2, 2)]),
-        (8, 12, False, [(2, 2)]),  # the map shrinks the window to one tile
+        (8, 12, False, [(2, 2)]),  # the feature map clips the window to one tile
         (9, 12, False, [(3, 3)]),
         (16, 8, True, [(2, 2)]),
-        (16, 12, True, [(3, 3), (2, 2)]),  # one graph is for maps of all sizes
+        (16, 12, True, [(3, 3), (2, 2)]),  # one graph for feature maps of all sizes
     ],
 )
-def test_windows_of_one_tile_and_of_several_have_verdicts_of_their_own(use, size, window, is_compiled, expected):
+def test_verdict_is_of_one_tile_or_several(use_kernels, size, window, is_compiled, expected):
     checked = []
 
     class Noted(Kernels):
@@ -284,7 +282,7 @@ def test_windows_of_one_tile_and_of_several_have_verdicts_of_their_own(use, size
             checked.append(inputs[3])
             return super().__call__(*inputs, **options)
 
-    use(Noted())
+    use_kernels(Noted())
     attention = torch.compile(window_attention, backend='eager') if is_compiled else window_attention
     qkv, table = torch.ones(1, size, size, 3, 1, 16, dtype=torch.bfloat16), torch.zeros(1, (2 * window - 1) ** 2)
     assert (attention(qkv, torch.zeros(1, 1, 1), table, (window, window), (0, 0)) == 7).all()
@@ -297,20 +295,20 @@ def test_windows_of_one_tile_and_of_several_have_verdicts_of_their_own(use, size
     ('window', 'dtype', 'number'),
     [((8, 8), torch.bfloat16, 6), ((16, 16), torch.bfloat16, 12), ((9, 9), torch.float32, 12)],
 )
-def test_each_kernel_of_a_check_is_compiled_once_before_it_runs(monkeypatch, window, dtype, number):
+def test_examine_compiles_each_kernel_first(monkeypatch, window, dtype, number):
     def kinds(launches):
         arguments = [[(t.dtype, t.shape) if isinstance(t, torch.Tensor) else t for t in call.args] for call in launches]
         return {str((c.kernel.__name__, c.programs, c.constants, a)) for c, a in zip(launches, arguments, strict=True)}
 
     compiled = []
     monkeypatch.setattr(selfcheck, 'compile_launches', compiled.extend)
-    with recorded() as launches:  # nothing runs, so that results are wrong
+    with recorded() as launches:  # nothing runs: results are wrong
         selfcheck.examine(window, True, 32, dtype, torch.device('cpu'))
     assert kinds(compiled) == kinds(launches)
     assert len(compiled) == number
 
 
-def test_kernels_are_compiled_at_the_same_time_and_errors_are_results(monkeypatch):
+def test_compile_launches_in_threads_returns_errors(monkeypatch):
     """In a process with two CPUs."""
     monkeypatch.setattr(os, 'cpu_count', lambda: 2)
     both = threading.Barrier(2, timeout=600)
@@ -328,7 +326,7 @@ def test_kernels_are_compiled_at_the_same_time_and_errors_are_results(monkeypatc
     assert str(wrong) == 'PTXAS error'
 
 
-def test_other_threads_run_their_kernels_while_launches_are_recorded():
+def test_recorded_is_local_to_its_thread():
     ran = []
 
     class Kernel:
@@ -346,8 +344,8 @@ def test_other_threads_run_their_kernels_while_launches_are_recorded():
 
 @pytest.mark.parametrize('dynamic', [False, True])
 @pytest.mark.parametrize('error', [0.0, 1.0])
-def test_compiled_the_choice_is_a_constant_of_one_graph(use, error, dynamic):
-    kernels = use(Kernels(0, error))
+def test_compile_has_the_choice_as_a_constant(use_kernels, error, dynamic):
+    kernels = use_kernels(Kernels(0, error))
     torch._dynamo.reset()
     compiled = torch.compile(window_attention, fullgraph=True, backend='eager', dynamic=dynamic)
     for _ in range(2):
@@ -360,21 +358,21 @@ def test_compiled_the_choice_is_a_constant_of_one_graph(use, error, dynamic):
 
 
 @pytest.fixture
-def few(use, monkeypatch):
-    """As without a GPU, and with the smallest windows."""
+def use_in_command(use_kernels, monkeypatch):
+    """`use_kernels` for the command in the interpreter, with the smallest windows."""
     monkeypatch.setenv('TRITON_INTERPRET', '1')
     monkeypatch.setattr(command, 'INTERPRETED', (('fp32', 'bf16'), (16,), ((2, 2), (1, 2, 2))))
-    return use
+    return use_kernels
 
 
-def test_the_command_prints_errors_of_all_cases_and_its_verdicts_replace_former_ones(few, monkeypatch, capsys):
-    few(Kernels(0, 1.0))
+def test_command_prints_errors_and_replaces_verdicts(use_in_command, monkeypatch, capsys):
+    use_in_command(Kernels(0, 1.0))
     assert not auto_takes_triton()
-    few(Kernels())
+    use_in_command(Kernels())
     assert command.main([]) == 0
     heading, _, *rows = (line.strip('| ').split(' | ') for line in capsys.readouterr().out.splitlines())
     assert heading == ['type', 'head size', 'window', 'shifted, padded', *selfcheck.RESULTS]
-    *rows, _, _, float32, bfloat16 = rows  # those before are of the post-norm
+    *rows, _, _, float32, bfloat16 = rows  # the two before are of the post-norm
     cases = itertools.product(('fp32', 'bf16'), ('16',), ('2x2', '1x2x2'), ('yes', 'no'))
     assert [tuple(row[:4]) for row in rows] == list(cases)
     assert all(' (allowed ' in deviation for row in rows for deviation in row[4:])
@@ -393,20 +391,20 @@ def test_the_command_prints_errors_of_all_cases_and_its_verdicts_replace_former_
         (triton.TritonError('no such instruction'), 'TritonError: no such instruction'),
     ],
 )
-def test_the_command_fails_if_a_result_is_wrong(few, capsys, error, printed):
-    few(Kernels(0, error))
+def test_command_fails_on_a_wrong_result(use_in_command, capsys, error, printed):
+    use_in_command(Kernels(0, error))
     assert command.main([]) == 1
     verdict = capsys.readouterr().out.splitlines()[-1]
     assert 'wrong on ' in verdict
     assert f'in windows of 2x2: {printed}' in verdict
     assert f'in windows of 1x2x2: {printed}' in verdict
-    few(Kernels())
+    use_in_command(Kernels())
     assert not auto_takes_triton()
 
 
-def test_the_command_gives_no_verdict_on_what_it_could_not_check(few, monkeypatch, capsys):
+def test_command_gives_no_verdict_without_a_check(use_in_command, monkeypatch, capsys):
     full = torch.cuda.OutOfMemoryError('full')
-    few(Kernels(error=full))
+    use_in_command(Kernels(error=full))
     monkeypatch.setattr(post_norm, 'check', Kernels(error=full))
     assert command.main([]) == 0
     assert capsys.readouterr().out.endswith(
@@ -415,11 +413,11 @@ def test_the_command_gives_no_verdict_on_what_it_could_not_check(few, monkeypatc
     assert not selfcheck.cache_file().exists()
 
 
-def test_the_command_goes_on_where_it_was_stopped(few, monkeypatch, capsys, tmp_path):
-    """And checks all again if the kernels have changed."""
+def test_command_resumes(use_in_command, monkeypatch, capsys, tmp_path):
+    """It checks all cases again if the kernels have changed."""
     options = ['--resume', str(tmp_path / 'rows.json')]
     monkeypatch.setattr(post_norm, 'check', lambda device, dtype: {})
-    kernels = few(Kernels())
+    kernels = use_in_command(Kernels())
     former = selfcheck.examine
 
     def examine(*args):
@@ -432,7 +430,7 @@ def test_the_command_goes_on_where_it_was_stopped(few, monkeypatch, capsys, tmp_
         with pytest.raises(KeyboardInterrupt):
             command.main(options)
     capsys.readouterr()
-    kernels = few(Kernels())
+    kernels = use_in_command(Kernels())
     assert command.main(options) == 0
     assert kernels.calls == 8 - 3
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(('| fp32', '| bf16'))]
@@ -445,8 +443,8 @@ def test_the_command_goes_on_where_it_was_stopped(few, monkeypatch, capsys, tmp_
     assert kernels.calls == 2 * 8 - 3
 
 
-def test_rows_that_cannot_be_kept_are_an_error_before_the_check(few, capsys, tmp_path):
-    kernels = few(Kernels())
+def test_command_checks_its_output_first(use_in_command, capsys, tmp_path):
+    kernels = use_in_command(Kernels())
     assert command.main(['--resume', str(tmp_path / 'no' / 'rows.json')]) == 2
     assert f'error: --resume {tmp_path}/no/rows.json cannot be read and written: ' in capsys.readouterr().err
     (tmp_path / 'rows.json').write_text('{"a')
@@ -455,7 +453,7 @@ def test_rows_that_cannot_be_kept_are_an_error_before_the_check(few, capsys, tmp
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='with a GPU it runs')
-def test_the_command_says_that_there_is_no_gpu(monkeypatch, capsys):
+def test_command_without_a_gpu(monkeypatch, capsys):
     monkeypatch.delenv('TRITON_INTERPRET')
     assert command.main([]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -465,7 +463,7 @@ def test_the_command_says_that_there_is_no_gpu(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_command_can_be_tried_without_a_gpu(tmp_path):
+def test_command_in_the_interpreter(tmp_path):
     env = os.environ | dict(TRITON_INTERPRET='1', XDG_CACHE_HOME=str(tmp_path))
     result = subprocess.run(
         [sys.executable, '-m', 'swinv2_mm.ops.selfcheck'], env=env, capture_output=True, text=True, check=False
@@ -478,8 +476,8 @@ def test_the_command_can_be_tried_without_a_gpu(tmp_path):
 @pytest.mark.parametrize(
     ('error', 'fault'), [(0.05, ''), (0.2, 'in post-norm: out is off by 2.0e-01 (allowed 1.0e-01)')]
 )
-def test_the_post_norm_has_a_verdict_of_its_own(use, monkeypatch, caplog, error, fault):
-    use(Kernels())
+def test_verdict_of_the_post_norm(use_kernels, monkeypatch, caplog, error, fault):
+    use_kernels(Kernels())
     monkeypatch.setattr(post_norm, 'check', lambda device, dtype: {'out': (error, 0.1)})
     branch = torch.ones(1, 4, 16)
     for _ in range(2):

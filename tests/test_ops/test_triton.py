@@ -1,7 +1,7 @@
-"""The Triton kernels against the reference in float64: on a GPU where there is one, else in Triton's interpreter.
+"""The Triton kernels compared with the reference in float64: on a GPU if there is one, else in Triton's interpreter.
 
-The interpreter takes some milliseconds for each tile, however small it is: so maps have few windows here, and one tile
-for a window unless several of them are what is tested.
+The interpreter takes some milliseconds per tile of any size. So feature maps have few windows here, and windows have
+one tile unless a test is about several.
 """
 
 import json
@@ -30,7 +30,7 @@ from swinv2_mm.ops.triton import kernels, selfcheck, tiles
 from swinv2_mm.ops.triton.launch import recorded
 
 module = sys.modules['swinv2_mm.ops.window_attention']  # the package shows the function under this name
-COMPILE = Path(__file__).parents[1] / 'helpers/compile_kernels.py'
+COMPILE_KERNELS = Path(__file__).parents[1] / 'helpers/compile_kernels.py'
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 BACKENDS = {
     'reference': reference_window_attention,
@@ -44,34 +44,34 @@ def interpreter(monkeypatch):
     """Without a GPU, the kernels run in Triton's interpreter."""
     if DEVICE == 'cpu':
         triton_interpreter.patch(monkeypatch)
-        triton_interpreter.take_large_tiles(monkeypatch)
+        triton_interpreter.use_large_tiles(monkeypatch)
 
 
 @pytest.fixture
-def take(monkeypatch):
-    """A function that sets the places of boxes, the tiles, and how many programs sum over windows.
+def set_tiles(monkeypatch):
+    """A function that sets the tokens of a box, the tile sizes, and the number of programs that loop over windows.
 
-    Windows of more tokens than a box are taken in tiles.
+    Windows of more tokens than a box are cut into tiles.
     """
 
-    def set_tiles(box: int, block_m: int, block_n: int, programs: int = 1024) -> None:
+    def set_all(box: int, block_m: int, block_n: int, programs: int = 1024) -> None:
         config = tiles.TileConfig(block_m, block_n, warps=4, stages=1)
         monkeypatch.setattr(triton_backend, 'choose_tiles', lambda *_: config)
         monkeypatch.setattr(triton_backend, 'box_tokens', lambda *_: box)
         monkeypatch.setattr(tiles, 'LARGEST_WINDOW', box)
         monkeypatch.setattr(triton_backend, 'PROGRAMS', dict.fromkeys(tiles.KERNELS, programs))
 
-    return set_tiles
+    return set_all
 
 
 def attention(*inputs_and_sizes):
-    """As `window_attention`, without asking whether the backend can run: in the interpreter it can on a CPU."""
+    """As `window_attention`, without `can_run`: the interpreter runs the kernels on a CPU."""
     *inputs, window, shift, backend = inputs_and_sizes
     return BACKENDS[backend](*(t.to(DEVICE) for t in inputs), window, shift).cpu()
 
 
 def assert_as_exact_as_sdpa(inputs, window, shift, dtype=torch.float32):
-    """Error of each result against the reference in float64, beside that of `sdpa` in the same type.
+    """Assert that each error, compared with the reference in float64, is about that of `sdpa` in the same dtype.
 
     Returns:
         The results.
@@ -93,7 +93,7 @@ def assert_as_exact_as_sdpa(inputs, window, shift, dtype=torch.float32):
 
 
 def run(inputs, window, shift, backend, dtype):
-    """Results with the map in `dtype`; scale and table stay in float32, as parameters do, unless all is float64."""
+    """Results with qkv in `dtype`; scale and table are float32, like parameters, unless all is float64."""
     exact = torch.promote_types(dtype, torch.float32)
     qkv, scale, table = (
         t.detach().to(dtype if i == 0 else exact, copy=True).requires_grad_() for i, t in enumerate(inputs)
@@ -103,8 +103,8 @@ def run(inputs, window, shift, backend, dtype):
     return dict(zip(NAMES, (out.detach(), qkv.grad, scale.grad, table.grad), strict=True))
 
 
-# map, window, shift: whole and padded, shifted or not, shrunk on some axes, non-square, 1 to 3 axes
-MAPS = [
+# feature map, window, shift: divisible and padded, shifted or not, smaller than the window, non-square, 1 to 3 axes
+CASES = [
     ((7,), (4,), (1,)),
     ((6, 6), (3, 3), (0, 0)),
     ((5, 7), (3, 3), (1, 1)),
@@ -115,20 +115,20 @@ MAPS = [
 ]
 
 
-@pytest.mark.parametrize(('size', 'window', 'shift'), MAPS)
-def test_equals_a_loop_over_token_pairs(size, window, shift):
+@pytest.mark.parametrize(('size', 'window', 'shift'), CASES)
+def test_triton_window_attention_equals_brute_force(size, window, shift):
     out = attention(*(t.float() for t in draw_small(size, window, batch=2)), window, shift, 'triton')
     torch.testing.assert_close(out.double(), expected_of_pairs(size, window, shift), rtol=1e-4, atol=1e-5)
 
 
 def draw_scaled(size, heads, window, head_dim, dtype):
-    """As `draw`, but in bfloat16 with scales up to 10: at 100, rounding takes the gradients of so few tokens away."""
+    """As `draw`, but for bfloat16 with scales up to 10: at 100, rounding cancels the gradients of so few tokens."""
     qkv, scale, table = draw(size, heads, window, head_dim=head_dim)
     return qkv, scale.clamp(max=2.3) if dtype == torch.bfloat16 else scale, table
 
 
-# Each type, 1 to 3 axes, one or two heads, heads that fill a tile and that do not, windows that fill one and that do
-# not, on maps that are whole, padded, and shrunk to; windows of their own programs or several for one.
+# Each dtype, 1 to 3 axes, one or two heads; head dimensions and windows that fill a tile or not; divisible and padded
+# feature maps, and one smaller than the window; one or several windows per program.
 @pytest.mark.parametrize(
     ('size', 'window', 'dtype', 'heads', 'head_dim', 'programs'),
     [
@@ -140,8 +140,8 @@ def draw_scaled(size, heads, window, head_dim, dtype):
         ((1, 7), (5, 5), torch.bfloat16, 1, 16, 1024),
     ],
 )
-def test_one_tile_is_as_exact_as_sdpa(monkeypatch, size, window, dtype, heads, head_dim, programs):
-    """Windows within the map, at each edge and in the corners, shifted and padded."""
+def test_one_tile_kernels_are_as_exact_as_sdpa(monkeypatch, size, window, dtype, heads, head_dim, programs):
+    """Windows inside the feature map, at each edge and in the corners, shifted and padded."""
     monkeypatch.setattr(triton_backend, 'PROGRAMS', dict.fromkeys(tiles.KERNELS, programs))
     inputs, shift = draw_scaled(size, heads, window, head_dim, dtype), tuple(w // 2 for w in window)
     geometry = triton_backend.Geometry(inputs[0].to(dtype), window, shift)
@@ -151,13 +151,13 @@ def test_one_tile_is_as_exact_as_sdpa(monkeypatch, size, window, dtype, heads, h
 
 
 def most_windows(geometry):
-    """Windows that one launch is for."""
+    """Number of windows of the largest launch."""
     return geometry.batch * max(len(ids) for ids, _ in geometry.window_groups())
 
 
-# The same for windows of several tiles, and of one whose heads are too large for a kernel of all gradients: steps
-# smaller and larger than blocks, first tiles without any key (maps of a window and a bit more, shifted), and boxes of
-# which two or three lie along an axis.
+# The same for windows of several tiles, and of one tile whose heads are too large for the one-tile kernels: BLOCK_N
+# smaller and larger than BLOCK_M, first tiles without any key (shifted feature maps slightly larger than a window), and
+# two or three boxes along an axis.
 @pytest.mark.parametrize(
     ('size', 'window', 'dtype', 'heads', 'head_dim', 'tiles', 'programs'),
     [
@@ -170,8 +170,8 @@ def most_windows(geometry):
         ((7, 33), (4, 16), torch.bfloat16, 1, 32, (32, 32, 32), 1),
     ],
 )
-def test_several_tiles_are_as_exact_as_sdpa(take, size, window, dtype, heads, head_dim, tiles, programs):
-    take(*tiles, programs)
+def test_tiled_kernels_are_as_exact_as_sdpa(set_tiles, size, window, dtype, heads, head_dim, tiles, programs):
+    set_tiles(*tiles, programs)
     inputs, shift = draw_scaled(size, heads, window, head_dim, dtype), tuple(w // 2 for w in window)
     geometry = triton_backend.Geometry(inputs[0].to(dtype), window, shift)
     assert not geometry.is_one_tile
@@ -183,10 +183,10 @@ def test_several_tiles_are_as_exact_as_sdpa(take, size, window, dtype, heads, he
 @pytest.mark.skipif(DEVICE == 'cuda', reason='a GPU rounds as it does')
 @pytest.mark.parametrize('block', [64, 32])
 @pytest.mark.parametrize('side', [0, 1])
-def test_multiply_add_with_one_rounding_gives_no_nan(monkeypatch, take, side, block):
-    """In windows at the edges the first keys that a program takes are all padding: their logits are huge and equal."""
+def test_fused_multiply_add_gives_no_nan(monkeypatch, set_tiles, side, block):
+    """In windows at the edges, the first keys of a program are all padding: their logits are huge and equal."""
     triton_interpreter.fuse_multiply_add(monkeypatch, side)
-    take(block, block, 32)
+    set_tiles(block, block, 32)
     assert_as_exact_as_sdpa(draw((10, 16), heads=1, window=(8, 8), head_dim=16), (8, 8), (4, 4))
 
 
@@ -199,7 +199,7 @@ def test_multiply_add_with_one_rounding_gives_no_nan(monkeypatch, take, side, bl
         pytest.param((32, 32), torch.float32, marks=pytest.mark.slow),
     ],
 )
-def test_is_as_exact_as_sdpa_in_large_windows(window, dtype):
+def test_large_windows_are_as_exact_as_sdpa(window, dtype):
     size, shift = tuple(w + w // 3 for w in window), tuple(w // 2 for w in window)
     assert_as_exact_as_sdpa(draw(size, heads=1, window=window), window, shift, dtype)
 
@@ -207,12 +207,12 @@ def test_is_as_exact_as_sdpa_in_large_windows(window, dtype):
 @pytest.mark.parametrize(
     ('dtype', 'one_tile'), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 )
-def test_they_pass_the_self_check(dtype, one_tile):
+def test_selfcheck_of_the_kernels(dtype, one_tile):
     assert selfcheck.check(torch.device(DEVICE), dtype, 32, one_tile) == ''
 
 
 @pytest.mark.skipif(DEVICE == 'cuda', reason='a GPU has TF32')
-def test_they_pass_the_self_check_in_tf32(monkeypatch):
+def test_selfcheck_of_the_kernels_in_tf32(monkeypatch):
     triton_interpreter.truncate_to_tf32(monkeypatch)
     assert 'grad of qkv is off by' in selfcheck.check(torch.device(DEVICE), torch.float32, 32, one_tile=False)
     monkeypatch.setattr(triton_backend, '_is_tf32_allowed', lambda: True)
@@ -220,11 +220,11 @@ def test_they_pass_the_self_check_in_tf32(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_window_of_4096_tokens():
+def test_window_of_4096_tokens():
     assert_as_exact_as_sdpa(draw((64, 64), heads=1, window=(64, 64), head_dim=16), (64, 64), (0, 0))
 
 
-def test_a_scale_beyond_its_clamp_and_tokens_of_zeros():
+def test_clamped_logit_scale_and_tokens_of_zeros():
     qkv, _, table = draw((4, 6), heads=2, window=(3, 3), head_dim=16)
     qkv[0, :3] = 0
     scale = torch.tensor([5.0, 2.0]).view(-1, 1, 1)
@@ -234,14 +234,14 @@ def test_a_scale_beyond_its_clamp_and_tokens_of_zeros():
 
 @triton.jit
 def store_addresses(numbers, place, window_ids, num_windows, tokens, heads, row, stride, LARGE: tl.constexpr):
-    """Where the sample of a window begins, and how far a row is from there."""
+    """Store the offset of the sample of a window, and that of a row in the sample."""
     _, sample = kernels._window_of(place, window_ids, num_windows, tokens, heads)
     tl.store(numbers, sample)
     tl.store(numbers + 1, kernels._offsets(tl.load(row), stride, LARGE))
 
 
-def test_addresses_that_32_bits_do_not_count():
-    """Sample 9 of a batch of which two are too large, and the last token of a sample that is too large itself."""
+def test_offsets_beyond_32_bits():
+    """Sample 9 where two samples exceed 32 bits, and the last token of a sample that exceeds them itself."""
     numbers = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     ids = torch.zeros(3, dtype=torch.int32, device=DEVICE)
     for size, heads in (((384, 384), 64), ((1500, 1500), 16)):
@@ -254,8 +254,8 @@ def test_addresses_that_32_bits_do_not_count():
         assert is_large == (tokens * stride >= 2**31) == (heads == 16)
 
 
-def test_more_windows_than_a_grid_of_cuda_has_blocks_along_its_other_axes(monkeypatch):
-    """In the interpreter, which takes milliseconds for each of the programs, some of them run."""
+def test_more_than_65535_windows(monkeypatch):
+    """The second axis of a CUDA grid ends at 65535 blocks. The interpreter is slow and runs only some programs."""
     size, window = (257, 257), (1, 1)  # 66,049 windows of one token, which attends to itself
     programs = [0, 1, 256, 257, 40000, 65535, 65536, 257**2 - 1]
     if DEVICE == 'cpu':
@@ -271,9 +271,9 @@ def test_more_windows_than_a_grid_of_cuda_has_blocks_along_its_other_axes(monkey
 
 
 @pytest.mark.parametrize('block', [32, 16])
-def test_results_are_the_same_on_every_run_and_each_of_their_numbers_is_written(take, block):
-    """Where memory is what was left there, and where it is NaN."""
-    take(block, block, block, programs=2)
+def test_results_are_deterministic_and_fully_written(set_tiles, block):
+    """With memory of former contents, and with memory of NaN."""
+    set_tiles(block, block, block, programs=2)
     size, window = ((40, 45), (5, 5)) if DEVICE == 'cuda' else ((6, 9), (5, 5))
     inputs = draw(size, heads=1, window=window, head_dim=24)
     with poisoned_memory():
@@ -283,18 +283,18 @@ def test_results_are_the_same_on_every_run_and_each_of_their_numbers_is_written(
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
 
-def test_inputs_that_are_not_contiguous():
+def test_non_contiguous_inputs():
     qkv, scale, table = draw((3, 4), heads=2, window=(2, 2), head_dim=4)
-    turned = qkv.transpose(1, 2).contiguous().transpose(1, 2)
+    strided = qkv.transpose(1, 2).contiguous().transpose(1, 2)
     table = table.t().contiguous().t()
-    ours = run((turned, scale, table), (2, 2), (1, 1), 'triton', torch.float32)
+    ours = run((strided, scale, table), (2, 2), (1, 1), 'triton', torch.float32)
     expected = run((qkv, scale, table.contiguous()), (2, 2), (1, 1), 'triton', torch.float32)
     assert all(torch.equal(ours[name], expected[name]) for name in NAMES)
 
 
-@pytest.mark.parametrize('head_dim', [16, 40])  # windows that are one tile, and several
+@pytest.mark.parametrize('head_dim', [16, 40])  # windows of one tile, and of several
 @pytest.mark.parametrize('name', ['logit_scale', 'bias_table'])
-def test_nan_in_parameters_is_nan_in_the_output(head_dim, name):
+def test_nan_of_parameters_propagates(head_dim, name):
     qkv, scale, table = draw((4, 4), heads=1, window=(4, 4), head_dim=head_dim)
     (scale if name == 'logit_scale' else table)[:] = math.nan
     ours = run((qkv, scale, table), (4, 4), (0, 0), 'triton', torch.bfloat16)
@@ -303,7 +303,7 @@ def test_nan_in_parameters_is_nan_in_the_output(head_dim, name):
 
 @pytest.mark.parametrize('head_dim', [16, 40])
 @pytest.mark.parametrize(('values', 'gradients'), [(1e6, 1.0), (1.0, 1e-12), (1.0, 1e12)])
-def test_bfloat16_may_be_large_and_gradients_of_any_size(head_dim, values, gradients):
+def test_bfloat16_with_large_values_and_any_gradients(head_dim, values, gradients):
     qkv, scale, table = draw_scaled((5, 6), 1, (4, 4), head_dim, torch.bfloat16)
     qkv[..., 2, :, :] *= values
     inputs = [t.to(DEVICE) for t in (qkv.bfloat16(), scale, table)]
@@ -319,7 +319,7 @@ def test_bfloat16_may_be_large_and_gradients_of_any_size(head_dim, values, gradi
 
 
 @pytest.mark.parametrize('head_dim', [16, 40])
-def test_an_empty_batch_has_gradients_of_zeros(head_dim):
+def test_empty_batch(head_dim):
     qkv, scale, table = draw((5, 6), heads=2, window=(4, 4), head_dim=head_dim)
     ours = run((qkv[:0], scale, table), (4, 4), (2, 2), 'triton', torch.bfloat16)
     assert ours['out'].shape == (0, 5, 6, 2 * head_dim)
@@ -328,7 +328,7 @@ def test_an_empty_batch_has_gradients_of_zeros(head_dim):
 
 @pytest.mark.parametrize('head_dim', [16, 40])
 @pytest.mark.parametrize('types', [(torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)])
-def test_types_of_scale_and_table_need_not_be_those_of_the_map(head_dim, types):
+def test_dtypes_of_logit_scale_and_bias_table(head_dim, types):
     dtype, other = types
     qkv, scale, table = draw((5, 6), heads=1, window=(4, 4), head_dim=head_dim)
     inputs = [
@@ -336,7 +336,7 @@ def test_types_of_scale_and_table_need_not_be_those_of_the_map(head_dim, types):
         for t, d in ((qkv, dtype), (scale.clamp(max=2), other), (table, other))
     ]
     out = triton_backend.triton_window_attention(*inputs, (4, 4), (2, 2))
-    out.sum().backward()  # whose gradient is one number, expanded
+    out.sum().backward()  # its gradient is an expanded scalar
     exact = [t.detach().double().requires_grad_() for t in inputs]
     expected = reference_window_attention(*exact, (4, 4), (2, 2))
     expected.sum().backward()
@@ -346,15 +346,15 @@ def test_types_of_scale_and_table_need_not_be_those_of_the_map(head_dim, types):
 
 
 @pytest.mark.parametrize('block', [32, 16])
-def test_the_operators_keep_their_contract_with_torch(take, block):
-    take(block, block, block)
+def test_opcheck_of_the_operator(set_tiles, block):
+    set_tiles(block, block, block)
     inputs = [t.to(DEVICE).requires_grad_() for t in draw((3, 6), heads=1, window=(4, 6), head_dim=16)]
-    # its numbers are compared elsewhere; here, that what it says of shapes and strides is so, and needs no new graph
+    # values are tested above; this tests the registration: shapes, strides and autograd
     torch.library.opcheck(torch.ops.swinv2_mm.triton_window_attention.default, (*inputs, [4, 6], [2, 2]))
 
 
-def test_compiled_it_is_one_graph_and_gives_the_same():
-    """The operator is kept whole, at a second size too."""
+def test_compile_gives_one_graph():
+    """The operator is one node, and a second size does not recompile."""
     graphs = []
 
     def watched(graph, _):
@@ -370,12 +370,12 @@ def test_compiled_it_is_one_graph_and_gives_the_same():
     torch._dynamo.reset()
 
 
-def test_no_tensor_is_as_large_as_the_attention_weights(monkeypatch, take):
-    """What operators allocate for a window of 1024 tokens, forward and backward: no N x N numbers anywhere.
+def test_memory_is_not_quadratic_in_tokens(monkeypatch, set_tiles):
+    """For a window of 1024 tokens, forward and backward allocate no tensor of N x N elements.
 
-    The kernels, which allocate nothing, do not run.
+    The kernels allocate nothing and do not run.
     """
-    take(64, 128, 64)
+    set_tiles(64, 128, 64)
     sizes = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -392,12 +392,12 @@ def test_no_tensor_is_as_large_as_the_attention_weights(monkeypatch, take):
     names = [launch.kernel.__name__ for launch in launches]
     assert names[:3] == ['expand_bias', 'normalize', 'forward']
     assert names[3:] == ['expand_bias', 'normalize', *tiles.KERNELS[1:4], 'fold_bias']
-    # the gradient of the bias has a tile for each displacement of boxes: it grows with N, not with its square
+    # the gradient of the bias has a tile per displacement of boxes: it grows with N, not with N**2
     assert max(sizes) < 1024**2 / 3
 
 
-def test_a_training_run_follows_that_of_the_reference(monkeypatch):
-    """Losses of a few steps of a backbone, whose map is padded in one stage and fits into a window in the other."""
+def test_training_follows_the_reference(monkeypatch):
+    """Losses of a few steps of a backbone, whose feature map is padded in one stage and fits a window in the other."""
     monkeypatch.setitem(
         module.BACKENDS, 'triton', module.Backend(triton_backend.triton_window_attention, lambda qkv: None)
     )
@@ -425,7 +425,7 @@ def test_a_training_run_follows_that_of_the_reference(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE == 'cuda', reason='on a GPU it can run')
-def test_on_a_cpu_it_says_why_it_cannot_run():
+def test_window_attention_on_a_cpu_is_an_error():
     reason = r"its kernels are for GPUs, and the map is on 'cpu'"
     with pytest.raises(ValueError, match=f"'triton' cannot run: {reason}; 'auto' takes another"):
         window_attention(*draw((8, 8)), (4, 4), (2, 2), 'triton')
@@ -443,14 +443,14 @@ def test_on_a_cpu_it_says_why_it_cannot_run():
         (lambda qkv: qkv[:, :, :, None, None], 'maps of up to 3 axes, and this one has 4'),
     ],
 )
-def test_cases_that_it_cannot_run_are_named(monkeypatch, change, reason):
+def test_can_run_names_the_reason(monkeypatch, change, reason):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
     qkv = torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu)
     assert reason in triton_backend.can_run(change(qkv))
     assert triton_backend.can_run(qkv) is None
 
 
-def test_old_gpus_and_old_triton_are_refused_when_models_are_compiled_too(monkeypatch):
+def test_can_run_needs_a_new_gpu_and_triton(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
     qkv = torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu)
     assert (
@@ -465,7 +465,7 @@ def test_old_gpus_and_old_triton_are_refused_when_models_are_compiled_too(monkey
     assert torch.compile(recorded, fullgraph=True, backend='eager')(torch.zeros(1)) == 7 + len('3.3.1')
 
 
-def test_torch_func_and_forward_mode_cannot_transform_it(monkeypatch):
+def test_can_run_not_in_torch_func_or_forward_mode(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
     qkv, reasons = torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu), []
     torch.func.vmap(lambda x: reasons.append(triton_backend.can_run(qkv)) or x)(torch.zeros(1))
@@ -474,14 +474,14 @@ def test_torch_func_and_forward_mode_cannot_transform_it(monkeypatch):
     assert reasons == ['torch.func and forward-mode AD transform operators of PyTorch alone'] * 2
 
 
-def test_without_triton_it_cannot_run(monkeypatch):
+def test_can_run_needs_triton(monkeypatch):
     monkeypatch.setattr(triton_backend, 'HAS_TRITON', False)
     assert 'triton is not installed' in triton_backend.can_run(torch.empty(1, 4, 4, 3, 2, 32).as_subclass(OnGpu))
 
 
 @pytest.fixture
 def matmul():
-    """Settings of products on GPUs, as they are before anyone sets them."""
+    """Default settings of matrix products on GPUs."""
     settings = torch.backends.cuda.matmul
     former = getattr(settings, 'fp32_precision', None)
     yield settings
@@ -496,7 +496,7 @@ def precision(dtype):
 
 
 @pytest.mark.parametrize('setting', ['high', 'medium', 'allow_tf32', 'fp32_precision'])
-def test_products_of_float32_are_in_tf32_where_torch_has_them_so(matmul, setting):
+def test_tf32_follows_the_settings_of_torch(matmul, setting):
     assert precision(torch.float32) == 'ieee'
     if setting in ('high', 'medium'):
         torch.set_float32_matmul_precision(setting)
@@ -511,12 +511,12 @@ def test_products_of_float32_are_in_tf32_where_torch_has_them_so(matmul, setting
 
 
 @pytest.mark.parametrize('allowed', [False, True])
-def test_torch_before_2_9_has_one_setting_of_tf32(monkeypatch, allowed):
+def test_tf32_before_torch_2_9(monkeypatch, allowed):
     monkeypatch.setattr(torch.backends.cuda, 'matmul', types.SimpleNamespace(allow_tf32=allowed))
     assert precision(torch.float32) == ('tf32' if allowed else 'ieee')
 
 
-def test_kernels_are_interpreted_only_without_a_gpu():
+def test_interpreter_only_without_a_gpu():
     assert type(kernels.forward).__name__ == ('InterpretedFunction' if DEVICE == 'cpu' else 'JITFunction')
 
 
@@ -524,21 +524,21 @@ def test_kernels_are_interpreted_only_without_a_gpu():
     ('head_dim', 'dtype', 'fits'),
     [(16, torch.float32, False), (32, torch.bfloat16, True), (33, torch.bfloat16, False), (16, torch.float16, True)],
 )
-def test_a_window_is_one_tile_only_if_its_heads_are_small(head_dim, dtype, fits):
+def test_is_one_tile_depends_on_head_dim(head_dim, dtype, fits):
     geometry = triton_backend.Geometry(torch.empty(1, 8, 8, 3, 1, head_dim, dtype=dtype), (8, 8), (4, 4))
     assert geometry.is_one_tile == fits
 
 
 @pytest.mark.slow
-def test_all_kernels_compile_for_a_gpu_and_fit_its_shared_memory(tmp_path):
-    """What the interpreter accepts need not compile; the compiler needs no GPU."""
+def test_kernels_compile_and_fit_shared_memory(tmp_path):
+    """Code that the interpreter runs may still not compile; the compiler needs no GPU."""
     env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
-    command = [sys.executable, COMPILE, tmp_path / 'kernels.json']
+    command = [sys.executable, COMPILE_KERNELS, tmp_path / 'kernels.json']
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     kernels = json.loads((tmp_path / 'kernels.json').read_text())
     assert {name for name, *_ in kernels} >= {*tiles.KERNELS, 'post_norm_forward', 'post_norm_backward'}
     assert not [kernel for kernel in kernels if kernel[-1]['programs_per_sm'] < 1]
-    # bytes of registers that a thread spills; a whole window is too much for them on all GPUs but Hopper
+    # bytes of spilled registers per thread; `window_backward` spills on all GPUs but Hopper
     limits = {'window_backward': 160}
     assert not [kernel for kernel in kernels if kernel[-1]['stack'] > limits.get(kernel[0], 64)]

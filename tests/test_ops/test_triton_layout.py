@@ -1,4 +1,4 @@
-"""The tables that the Triton kernels read, against the definitions of windows and of the position bias."""
+"""The tables that the Triton kernels read, compared with the definitions of windows and of the position bias."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ WINDOWS = [(1, 7, 7), (1, 12, 12), (1, 8, 8), (8, 7, 7), (4, 3, 5), (1, 1, 49), 
 
 @pytest.mark.parametrize('window', [*WINDOWS, (1, 24, 24), (1, 64, 64), (8, 20, 20)])
 @pytest.mark.parametrize('tokens', [16, 32, 64, 128])
-def test_boxes_hold_each_token_of_a_window_once(window, tokens):
+def test_tile_window_has_each_token_once(window, tokens):
     box = layout.tile_window(window, tokens)
     slots = 2 * tokens * math.prod(box.counts)
     positions = layout.slot_positions(window, box, slots)
@@ -26,15 +26,15 @@ def test_boxes_hold_each_token_of_a_window_once(window, tokens):
     assert sorted(inside) == list(itertools.product(*map(range, window)))
 
 
-def test_windows_of_released_models_have_no_empty_slots():
-    """They are cut into 8x8 tokens, or 4x4x4 for video."""
+def test_tile_window_of_released_models_has_no_padding():
+    """Boxes of 8x8 tokens, or 4x4x4 for video, divide their windows."""
     for side in (8, 16, 24, 32, 64):
         assert layout.tile_window((1, side, side), 64) == ((1, 8, 8), (1, side // 8, side // 8), 8)
     assert math.prod(layout.tile_window((8, 20, 20), 64).counts) * 64 == 8 * 20 * 20
 
 
-# map, window, shift: whole, padded, both, shifted or not; a window larger than the map along an axis
-MAPS = [
+# feature map, window, shift: divisible, padded, both, shifted or not; a window larger than the map along an axis
+CASES = [
     ((1, 6, 8), (1, 3, 4), (0, 0, 0)),
     ((1, 6, 8), (1, 3, 4), (0, 1, 2)),
     ((1, 7, 5), (1, 3, 4), (0, 1, 2)),
@@ -43,9 +43,9 @@ MAPS = [
 ]
 
 
-@pytest.mark.parametrize(('size', 'window', 'shift'), MAPS)
+@pytest.mark.parametrize(('size', 'window', 'shift'), CASES)
 @pytest.mark.parametrize('in_boxes', [True, False])
-def test_tables_say_where_tokens_lie_and_which_lay_together(size, window, shift, in_boxes):
+def test_token_tables(size, window, shift, in_boxes):
     window, shift = fit_window(size, window, shift)
     tokens = math.prod(window)
     box = layout.tile_window(window, 16) if in_boxes else None
@@ -78,8 +78,8 @@ def test_tables_say_where_tokens_lie_and_which_lay_together(size, window, shift,
 
 @pytest.mark.parametrize('window', WINDOWS)
 @pytest.mark.parametrize(('table', 'tokens'), [((0, 0, 0), 16), ((1, 0, 2), 32)])
-def test_places_of_a_query_and_a_key_add_up_to_that_of_their_bias(window, table, tokens):
-    """Also where the bias table is that of a larger window; keys that are no tokens have no entry."""
+def test_bias_tables(window, table, tokens):
+    """Also for the bias table of a larger window; padding keys have no entry."""
     table = tuple(w + t for w, t in zip(window, table, strict=True))
     box = layout.tile_window(window, tokens)
     keys = math.prod(box.counts) * tokens
@@ -94,7 +94,7 @@ def test_places_of_a_query_and_a_key_add_up_to_that_of_their_bias(window, table,
     expected = relative_position_index(table)[number][:, number]
     assert torch.equal(found[is_token][:, is_token].long(), expected)
     assert (found[is_token][:, ~is_token] == -1).all()
-    # a run of keys is a run of memory, in slots behind the boxes too
+    # a run of keys is contiguous in memory, also in slots after the boxes
     _, q_places, k_places = layout.bias_tables(window, table, box, keys + 128, CPU)
     runs = k_places.view(-1, box.run)
     assert (runs[:, 0] % box.run == 0).all()
@@ -103,7 +103,7 @@ def test_places_of_a_query_and_a_key_add_up_to_that_of_their_bias(window, table,
 
 
 @pytest.mark.parametrize('window', [(1, 7, 7), (2, 3, 4), (1, 1, 5), (1, 8, 8)])
-def test_entries_of_the_bias_of_one_tile(window):
+def test_dense_entries(window):
     table = (window[0], window[1] + 1, window[2])
     tokens, slots = math.prod(window), 64
     found = layout.dense_entries(window, table, slots, CPU).view(slots, slots)
@@ -115,7 +115,7 @@ def test_entries_of_the_bias_of_one_tile(window):
 
 
 @pytest.mark.parametrize('counts', [(1, 3, 3), (1, 1, 1), (2, 1, 3)])
-def test_pairs_of_boxes_by_displacement(counts):
+def test_box_pairs_by_displacement(counts):
     box = layout.Box((1, 4, 4), counts, 4)
     slots, first = layout.box_pairs(box, CPU)
     boxes = list(itertools.product(*map(range, counts)))
@@ -131,12 +131,12 @@ def test_pairs_of_boxes_by_displacement(counts):
     ('window', 'box'), [((1, 7, 6), ((1, 4, 2), (1, 2, 3), 2)), ((3, 4, 5), ((2, 1, 4), (2, 4, 2), 4))]
 )
 @pytest.mark.parametrize('larger', [0, 2])
-def test_members_sum_tiles_of_displacements_to_the_gradient_of_the_bias_table(window, box, larger):
-    """Against the gradient of the whole (N, N) bias, and for a table of a larger window too."""
+def test_bias_members_of_several_tiles(window, box, larger):
+    """Compared with the gradient of the (N, N) bias; also for the table of a larger window."""
     box, table = layout.Box(*box), tuple(w + larger for w in window)
     generator = torch.Generator().manual_seed(0)
     tokens, size = math.prod(window), math.prod(box.size)
-    whole = torch.randn(1, tokens, tokens, generator=generator, dtype=torch.float64)
+    grad_bias = torch.randn(1, tokens, tokens, generator=generator, dtype=torch.float64)
     numbers = {tuple(d): number for number, d in enumerate(layout._displacements(box).tolist())}
     tiles_of = torch.zeros(len(numbers), size, size, dtype=torch.float64)
     for i, query in enumerate(itertools.product(*map(range, window))):
@@ -146,17 +146,17 @@ def test_members_sum_tiles_of_displacements_to_the_gradient_of_the_bias_table(wi
                 ((p[0] % box.size[0]) * box.size[1] + p[1] % box.size[1]) * box.size[2] + p[2] % box.size[2]
                 for p in (query, key)
             ]
-            tiles_of[numbers[at], rows[0], rows[1]] += whole[0, i, j]
+            tiles_of[numbers[at], rows[0], rows[1]] += grad_bias[0, i, j]
     members = layout.bias_members(window, table, box, 0, CPU)
     found = torch.where(members >= 0, tiles_of.flatten()[members], 0.0).sum(1)
-    expected = crop_bias_table_backward(dense_bias_backward(whole.flip(1), window), table, window)
+    expected = crop_bias_table_backward(dense_bias_backward(grad_bias.flip(1), window), table, window)
     torch.testing.assert_close(found, expected[0])
 
 
-def test_members_of_windows_of_one_tile():
+def test_bias_members_of_one_tile():
     window, slots = (2, 3, 4), 32
-    whole = torch.randn(1, 24, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    tile = torch.nn.functional.pad(whole[0], (0, 8, 0, 8), value=math.nan)
+    grad_bias = torch.randn(1, 24, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tile = torch.nn.functional.pad(grad_bias[0], (0, 8, 0, 8), value=math.nan)
     members = layout.bias_members(window, window, None, slots, CPU)
     found = torch.where(members >= 0, tile.flatten()[members], 0.0).sum(1)
-    torch.testing.assert_close(found, dense_bias_backward(whole.flip(1), window)[0])
+    torch.testing.assert_close(found, dense_bias_backward(grad_bias.flip(1), window)[0])

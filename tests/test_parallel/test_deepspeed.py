@@ -1,6 +1,6 @@
-"""ZeRO of DeepSpeed trains as one process does on the joint batch, and its checkpoints load and resume.
+"""Training with DeepSpeed's ZeRO is that of one process on the joint batch, and its checkpoints load and resume.
 
-A detector is trained with it in test_sharded_training.py.
+test_sharded_training.py trains a detector with it.
 """
 
 import copy
@@ -9,7 +9,6 @@ import re
 import shutil
 from pathlib import Path
 
-import nano.training as small
 import pytest
 import torch
 from mmengine.config import Config
@@ -17,7 +16,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
-from nano import NANO_CONFIGS
+from nano import NANO_CONFIGS, training
 from processes import ProcessError, run_processes
 from tool_runs import call, call_together, metrics, run
 
@@ -29,9 +28,9 @@ from swinv2_mm.cli import launch
 from swinv2_mm.parallel import deepspeed
 
 STAGES = (1, 2, 3)
-FROZEN = (2, 3)  # stages that train with frozen parameters
+FROZEN = (2, 3)  # ZeRO stages that are also tested with frozen parameters
 PROCESSES = 2
-TINY = NANO_CONFIGS / 'det.py'
+DET = NANO_CONFIGS / 'det.py'
 CONFIGS = Path(__file__).parents[2] / 'configs'
 
 
@@ -39,11 +38,11 @@ CONFIGS = Path(__file__).parents[2] / 'configs'
 
 
 def config(folder: Path, data: Path, stage: int, **more) -> Config:
-    return small.config(folder, data, f'deepspeed_zero{stage}', **more)
+    return training.config(folder, data, f'deepspeed_zero{stage}', **more)
 
 
 @HOOKS.register_module()
-class Trace(Hook):
+class WeightTrace(Hook):
     """Keeps the weights after each iteration."""
 
     def before_train(self, runner) -> None:
@@ -54,32 +53,36 @@ class Trace(Hook):
 
 
 def train(cfg: Config) -> None:
-    small.finish(small.train(cfg))
+    training.finish(training.train(cfg))
 
 
 def copies(optimizer) -> int:
-    """Bytes of the copies of parameters that this process's optimizer updates."""
+    """Bytes of the fp32 copies of parameters that the optimizer of this process updates."""
     parts = getattr(optimizer, 'single_partition_of_fp32_groups', None) or optimizer.fp32_partitioned_groups_flat
-    return sum(small.nbytes(part) for part in parts)
+    return sum(training.nbytes(part) for part in parts)
 
 
 def predict(model, threshold: float = 0.0) -> torch.Tensor:
-    """What is said of the first image; with a threshold above 1, the last layer does not run."""
+    """The prediction for the first image; with a threshold above 1, the last layer does not run."""
     getattr(model, 'module', model).threshold = threshold
     model.eval()
     with torch.no_grad():
-        (prediction,) = model.val_step(dict(inputs=[small.Pixels()[0]['inputs']]))
+        (prediction,) = model.val_step(dict(inputs=[training.Pixels()[0]['inputs']]))
     return prediction
 
 
 def train_stage(folder: Path, data: Path, stage: int) -> None:
-    """Train; predict where one process runs other modules than the rest; resume; accumulate gradients; freeze."""
-    runner = small.train(config(folder / f'{stage}', data, stage))
+    """Train, predict with other modules in one process than in the rest, resume, accumulate gradients, freeze."""
+    runner = training.train(config(folder / f'{stage}', data, stage))
     found = predict(runner.model, threshold=0.0 if runner.rank == 0 else 2.0)
     after = dict(found=found, copies=copies(runner.optim_wrapper.optimizer))
     torch.save(after, folder / f'{stage}/after{runner.rank}.pth')
-    small.finish(runner)
-    train(small.resumed(config(folder / f'{stage}_resumed', data, stage), folder / f'{stage}/iter_{small.SAVED}.pth'))
+    training.finish(runner)
+    train(
+        training.resumed(
+            config(folder / f'{stage}_resumed', data, stage), folder / f'{stage}/iter_{training.SAVED}.pth'
+        )
+    )
     train(config(folder / f'{stage}_accumulated', data, stage, accumulate=2))
     if stage in FROZEN:
         cfg = config(folder / f'{stage}_frozen', data, stage, steps=2)
@@ -89,89 +92,89 @@ def train_stage(folder: Path, data: Path, stage: int) -> None:
 
 
 def train_in_bf16(folder: Path, data: Path) -> None:
-    """Autocast works on the CPU too; only mmengine's AmpOptimWrapper does not."""
+    """With autocast, which works on a CPU too, but not with mmengine's AmpOptimWrapper."""
     runner = RUNNERS.build(config(folder / 'bf16', data, 2, steps=2))
     runner.train()
     engine = runner.model.model
     assert engine.torch_autocast_dtype() == torch.bfloat16
     assert {p.dtype for p in engine.module.parameters()} == {torch.float32}
     assert set(engine.optimizer.ipg_buckets) == {torch.float32}, 'gradients are exchanged in less than fp32'
-    small.finish(runner)
+    training.finish(runner)
 
 
 def train_averages(folder: Path, data: Path) -> None:
-    """Average weights for four steps, and resume from two."""
+    """Train with EMA for four steps, and resume from step two."""
     for name in ('ema', 'ema_resumed'):
         cfg = config(folder / name, data, 2, steps=4)
         cfg.default_hooks.checkpoint.interval = 2
-        cfg.custom_hooks += [dict(type='EMAHook', momentum=0.25), dict(type='Trace')]
-        runner = small.train(cfg if name == 'ema' else small.resumed(cfg, folder / 'ema/iter_2.pth'))
-        (trace,) = [hook for hook in runner.hooks if isinstance(hook, Trace)]
+        cfg.custom_hooks += [dict(type='EMAHook', momentum=0.25), dict(type='WeightTrace')]
+        runner = training.train(cfg if name == 'ema' else training.resumed(cfg, folder / 'ema/iter_2.pth'))
+        (trace,) = [hook for hook in runner.hooks if isinstance(hook, WeightTrace)]
         if get_rank() == 0:
             torch.save(trace.weights, folder / name / 'trace.pth')
-        small.finish(runner)
+        training.finish(runner)
 
 
-def train_together(folder: Path, data: Path) -> None:
+def train_two_processes(folder: Path, data: Path) -> None:
     for stage in STAGES:
         train_stage(folder, data, stage)
     train_in_bf16(folder, data)
     train_averages(folder, data)
 
 
-def train_alone(folder: Path, data: Path) -> None:
-    """Take the images of all processes in turn."""
-    small.train(small.config(folder / '0', data, accumulate=PROCESSES))
-    small.train(small.config(folder / '0_accumulated', data, accumulate=2 * PROCESSES))
+def train_one_process(folder: Path, data: Path) -> None:
+    """Train on the joint batch of all processes."""
+    training.train(training.config(folder / '0', data, accumulate=PROCESSES))
+    training.train(training.config(folder / '0_accumulated', data, accumulate=2 * PROCESSES))
 
 
-# ---------------------------------------------------------------- tests of what it has left
+# ---------------------------------------------------------------- training
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """Trainings at each stage on two processes, and those of one process under `0`."""
+    """Trainings at each stage on two processes, and of one process in the folders `0...`."""
     folder = tmp_path_factory.mktemp('deepspeed')
     (folder / 'data').mkdir()
-    data = small.write_start(folder / 'data')
-    torch.save(dict(model=backbone(data / small.START)), data / 'backbone.pth')
-    run_processes(train_alone, folder, data, processes=1, folder=folder)
-    run_processes(train_together, folder, data, processes=PROCESSES, folder=folder)
+    data = training.write_start(folder / 'data')
+    torch.save(dict(model=backbone(data / training.START)), data / 'backbone.pth')
+    run_processes(train_one_process, folder, data, processes=1, folder=folder)
+    run_processes(train_two_processes, folder, data, processes=PROCESSES, folder=folder)
     return folder
 
 
 def backbone(path: Path) -> dict[str, torch.Tensor]:
-    """Weights of the backbone as a file of Microsoft's has them: for it alone, and without pre-training windows."""
-    weights = small.weights(path)
+    """Weights of the backbone as in a file of Microsoft: only the backbone, and without pre-training windows."""
+    weights = training.weights(path)
     names = [name for name in weights if name.startswith('backbone.layers.') or '.patch_embed.' in name]
     return {n.removeprefix('backbone.'): weights[n] for n in names if 'window_size' not in n}
 
 
 @pytest.mark.parametrize('stage', STAGES)
 @pytest.mark.parametrize('accumulated', ['', '_accumulated'])
-def test_training_is_that_of_one_process_on_the_joint_batch(trained, stage, accumulated):
-    """Losses, the norm of all gradients before they are clipped, and weights, with layer-wise rates.
+def test_deepspeed_trains_like_one_process(trained, stage, accumulated):
+    """Losses, gradient norms before clipping, and weights, with layer-wise learning rates.
 
-    Two processes that accumulate over two iterations have four images, as one has that takes them in turn.
+    Two processes that accumulate over two iterations train on four images, like one that accumulates over four.
     """
-    start = trained / 'data' / small.START
-    tolerances = dict(first=1e-5, rest=1e-5, norm=1e-5, way=1e-4)
-    small.check_agreement(trained / f'{stage}{accumulated}', trained / f'0{accumulated}', start, **tolerances)
+    start = trained / 'data' / training.START
+    tolerances = dict(first=1e-5, rest=1e-5, norm=1e-5, distance=1e-4)
+    training.check_agreement(trained / f'{stage}{accumulated}', trained / f'0{accumulated}', start, **tolerances)
 
 
 @pytest.mark.parametrize('stage', STAGES)
-def test_resumed_training_reaches_the_same_weights(trained, stage):
+def test_deepspeed_resumes(trained, stage):
     resumed = trained / f'{stage}_resumed'
-    assert small.same_weights(small.last(resumed), small.last(trained / f'{stage}'))
-    assert small.notes(resumed, 'losses').shape == (PROCESSES, small.STEPS - small.SAVED)
+    assert training.same_weights(training.last(resumed), training.last(trained / f'{stage}'))
+    assert training.records(resumed, 'losses').shape == (PROCESSES, training.STEPS - training.SAVED)
 
 
 @pytest.mark.parametrize('stage', STAGES)
-def test_each_process_holds_its_share(trained, stage):
-    """Bytes of two processes against those of the whole model; at stage 3, small parameters stay whole."""
-    start = small.weights(trained / 'data' / small.START)
+def test_deepspeed_shards_parameters_and_states(trained, stage):
+    """Bytes of each of two processes; at stage 3, small parameters are not sharded."""
+    start = training.weights(trained / 'data' / training.START)
     size = sum(4 * w.numel() for name, w in start.items() if 'window_size' not in name)
-    parameters, states = (small.notes(trained / f'{stage}', key).tolist() for key in ('parameters', 'states'))
+    parameters, states = (training.records(trained / f'{stage}', key).tolist() for key in ('parameters', 'states'))
     for rank in range(PROCESSES):
         after = torch.load(trained / f'{stage}/after{rank}.pth', weights_only=True)
         assert after['copies'] == pytest.approx(size / PROCESSES, rel=1e-2)
@@ -183,15 +186,15 @@ def test_each_process_holds_its_share(trained, stage):
 
 
 @pytest.mark.parametrize('stage', STAGES)
-def test_checkpoints_load_in_a_plain_process(trained, tmp_path, stage):
-    """As `load_from`, and for a prediction, which is that of the training's processes."""
-    folder = small.last(trained / f'{stage}')
-    cfg = small.config(tmp_path, trained / 'data')
+def test_deepspeed_checkpoints_load_without_deepspeed(trained, tmp_path, stage):
+    """`load_from` loads the weights, and predictions are those of the training processes."""
+    folder = training.last(trained / f'{stage}')
+    cfg = training.config(tmp_path, trained / 'data')
     cfg.load_from = str(folder)
     launch.adapt_to_cpu(cfg)
     runner = Runner.from_cfg(cfg)
     runner.load_or_resume()
-    expected = small.weights(folder)
+    expected = training.weights(folder)
     assert runner.model.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in runner.model.state_dict().items())
     first, second = (torch.load(trained / f'{stage}/after{rank}.pth', weights_only=True)['found'] for rank in range(2))
@@ -199,49 +202,49 @@ def test_checkpoints_load_in_a_plain_process(trained, tmp_path, stage):
     torch.testing.assert_close(predict(runner.model, threshold=2.0), second)
 
 
-def resume_alone(folder: Path, data: Path) -> None:
-    cfg = small.resumed(config(folder / 'elsewhere', data, 2), small.last(folder / '1'))
+def resume_in_one_process(folder: Path, data: Path) -> None:
+    cfg = training.resumed(config(folder / 'other', data, 2), training.last(folder / '1'))
     cfg.launcher = 'pytorch'
     train(cfg)
 
 
-def test_resuming_elsewhere_is_refused(trained):
+def test_deepspeed_refuses_to_resume_at_another_stage(trained):
     with pytest.raises(ProcessError) as refused:
-        run_processes(resume_alone, trained, trained / 'data', processes=1, folder=trained)
+        run_processes(resume_in_one_process, trained, trained / 'data', processes=1, folder=trained)
     assert 'was written at ZeRO stage 1 by 2 processes, and this is stage 2 with 1' in refused.value.log
 
 
 @pytest.mark.parametrize('stage', FROZEN)
-def test_frozen_parameters_stay_those_of_the_file(trained, stage):
-    """The training started from a backbone alone, as Microsoft's files are; with activation checkpointing."""
-    start, end = backbone(trained / 'data' / small.START), backbone(small.last(trained / f'{stage}_frozen'))
+def test_deepspeed_keeps_frozen_parameters(trained, stage):
+    """The training started from a file of only the backbone, with activation checkpointing."""
+    start, end = backbone(trained / 'data' / training.START), backbone(training.last(trained / f'{stage}_frozen'))
     changed = {name for name in start if not torch.equal(start[name], end[name])}
     assert 'layers.1.blocks.0.norm1.weight' in changed
     assert not any(name.startswith(('patch_embed.', 'layers.0.')) for name in changed)
 
 
-def test_bf16_computes_in_bf16_alone(trained):
-    """Checked further where it runs: parameters and what processes exchange are fp32."""
-    losses, exact = small.notes(trained / 'bf16', 'losses'), small.notes(trained / '2', 'losses')[:, :2]
+def test_deepspeed_bf16(trained):
+    """`train_in_bf16` also checks that parameters and exchanged gradients are fp32."""
+    losses, exact = training.records(trained / 'bf16', 'losses'), training.records(trained / '2', 'losses')[:, :2]
     torch.testing.assert_close(losses, exact, rtol=5e-2, atol=0)
     assert not torch.isclose(losses, exact, rtol=1e-6, atol=0).any()
 
 
-def test_averaged_weights(trained):
-    """EMAHook against the formula; the checkpoint has the average in place of the weights, and resuming swaps back."""
+def test_deepspeed_ema(trained):
+    """EMAHook agrees with the formula; the checkpoint has the average as its weights, and resuming swaps back."""
     first, *others = torch.load(trained / 'ema/trace.pth', weights_only=True)
     averages = dict(first)
     for step in others:
         averages = {name: 0.75 * value + 0.25 * step[name] for name, value in averages.items()}
-    saved = small.weights(trained / 'ema/iter_4.pth')
+    saved = training.weights(trained / 'ema/iter_4.pth')
     for name, average in averages.items():
         torch.testing.assert_close(saved[name], average)
-    assert small.same_weights(trained / 'ema_resumed/iter_4.pth', trained / 'ema/iter_4.pth')
+    assert training.same_weights(trained / 'ema_resumed/iter_4.pth', trained / 'ema/iter_4.pth')
 
 
 @pytest.mark.slow
-def test_tools_train_validate_resume_and_test(shapes, tmp_path):
-    """`--cfg-options` alone turn any config into one for DeepSpeed; a test needs neither it nor processes."""
+def test_tools_with_deepspeed(shapes, tmp_path):
+    """`--cfg-options` turn any config into one for DeepSpeed; testing needs neither DeepSpeed nor processes."""
     strategy = ['strategy.type=swinv2_mm.DeepSpeedStrategy', 'strategy.zero_optimization.stage=3']
     options = ['--cfg-options', f'data_root={shapes}', 'runner_type=swinv2_mm.FlexibleRunner', *strategy]
     train = ['--work-dir', 'work', '--auto-scale-lr', '--seed', 3]
@@ -250,15 +253,15 @@ def test_tools_train_validate_resume_and_test(shapes, tmp_path):
         'train_cfg.max_epochs=2',
         'auto_scale_lr.base_batch_size=8',
     ]
-    log = run(tmp_path, 'dist_train.sh', TINY, 2, *train, *options, *more)
+    log = run(tmp_path, 'dist_train.sh', DET, 2, *train, *options, *more)
     assert 'Scaling the original LR by 0.5' in log
     assert 'Epoch(val) [2][3/3]' in log
     shutil.rmtree(tmp_path / 'work/epoch_2.pth')
     again = ['--resume', 'work/epoch_1.pth', '--no-validate']
-    log = call_together(tmp_path, 'train.py', TINY, *train, *again, *options, *more)
+    log = call_together(tmp_path, 'train.py', DET, *train, *again, *options, *more)
     assert 'resumed epoch: 1, iter: 2' in log
     assert 'Epoch(val)' not in log
-    call(tmp_path, 'test.py', TINY, 'work/epoch_2.pth', '--work-dir', 'tested', *options)
+    call(tmp_path, 'test.py', DET, 'work/epoch_2.pth', '--work-dir', 'tested', *options)
     assert 'coco/bbox_mAP' in metrics(tmp_path / 'tested')
     assert 'state_dict' in read_checkpoint(next((tmp_path / 'work').glob('best_coco_bbox_mAP_epoch_*.pth')))
 
@@ -280,12 +283,12 @@ def with_deepspeed(stage: object = 2, **more) -> Config:
 
 
 @pytest.mark.parametrize('stage', STAGES)
-def test_bases_say_their_stage(stage):
+def test_deepspeed_configs_have_their_stage(stage):
     cfg = Config.fromfile(CONFIGS / f'_base_/memory/deepspeed_zero{stage}.py')
     assert cfg.strategy.zero_optimization.stage == stage
 
 
-def test_recipe_is_translated():
+def test_translate_a_recipe():
     cfg = with_deepspeed()
     cfg.optim_wrapper.clip_grad = dict(max_norm=0.5, norm_type=2)
     recipe, sections = deepspeed.translate(cfg.optim_wrapper)
@@ -311,38 +314,38 @@ def test_recipe_is_translated():
         ({'model_wrapper_cfg': dict(type='MMDistributedDataParallel')}, 'model_wrapper_cfg=None'),
     ],
 )
-def test_what_has_no_counterpart_is_refused(option, message):
+def test_check_runner_refuses_what_deepspeed_does_not_have(option, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         launch.check_runner(with_deepspeed(**option))
 
 
-def test_averaging_parts_of_weights_is_refused():
+def test_check_runner_refuses_ema_at_stage_3():
     hooks = dict(custom_hooks=[dict(type='EMAHook')])
     launch.check_runner(with_deepspeed(2, **hooks))
     with pytest.raises(ValueError, match='use stage 1 or 2'):
         launch.check_runner(with_deepspeed(3, **hooks))
 
 
-def test_missing_package_ends_in_one_line(monkeypatch, capsys):
+def test_build_runner_without_deepspeed(monkeypatch, capsys):
     monkeypatch.setattr(deepspeed, 'deepspeed', None)
     with pytest.raises(SystemExit):
         launch.build_runner(with_deepspeed())
     assert capsys.readouterr().err == 'error: DeepSpeedStrategy needs DeepSpeed: pip install swinv2_mm[deepspeed]\n'
 
 
-def test_a_single_process_needs_a_launcher(tmp_path):
+def test_deepspeed_strategy_needs_a_launcher(tmp_path):
     strategy = deepspeed.DeepSpeedStrategy(zero_optimization=dict(stage=1), work_dir=str(tmp_path))
     with pytest.raises(ValueError, match='tools/dist_train.sh CONFIG 1'):
         strategy.prepare(torch.nn.Linear(1, 1), optim_wrapper=dict(optimizer=dict(type='AdamW')))
 
 
-def test_plain_checkpoint_is_not_resumed(tmp_path):
+def test_deepspeed_strategy_does_not_resume_a_plain_checkpoint(tmp_path):
     strategy = deepspeed.DeepSpeedStrategy(zero_optimization=dict(stage=1), work_dir=str(tmp_path))
     with pytest.raises(ValueError, match='set load_from instead of resume'):
         strategy.resume(str(tmp_path))
 
 
-def test_folders_are_not_written_to_remote_storage(tmp_path):
+def test_deepspeed_strategy_writes_no_folder_to_remote_storage(tmp_path):
     strategy = deepspeed.DeepSpeedStrategy(zero_optimization=dict(stage=1), work_dir=str(tmp_path))
     with pytest.raises(ValueError, match='only local ones'):
         strategy.save_checkpoint('s3://bucket/epoch_1.pth')

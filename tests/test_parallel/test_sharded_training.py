@@ -1,4 +1,4 @@
-"""Optimizer states and parameters in parts on several processes, against one process that has everything."""
+"""Training with sharded optimizer states and parameters on several processes, compared with one process."""
 
 import copy
 import importlib.util
@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nano.training as small
 import pytest
 import torch
 import torch.distributed as dist
 from mmengine.model import BaseModel
+from nano import training
 from processes import ProcessError, run_processes
 from tool_runs import HELPERS, REPOSITORY, environment, free_port
 from torch import nn
@@ -18,108 +18,109 @@ from torch import nn
 from swinv2_mm.models import SwinTransformerV2
 from swinv2_mm.parallel.sharding import FullyShardedModel
 
-SAVERS = ['ddp', 'zero1', 'fsdp']
+STRATEGIES = ['ddp', 'zero1', 'fsdp']
 DEEPSPEED = [f'deepspeed_zero{stage}' for stage in (1, 2, 3)] if importlib.util.find_spec('deepspeed') else []
-# what rounding may do where sums are in another order
-ROUNDING = dict(first=1e-5, rest=1e-5, norm=1e-5, way=1e-4)
-DECISIONS = dict(first=2e-5, rest=2e-2, norm=1e-4, way=2e-2)  # a proposal that is kept here is dropped there
+# tolerances: of rounding in another order of summation
+ROUNDING = dict(first=1e-5, rest=1e-5, norm=1e-5, distance=1e-4)
+DECISIONS = dict(first=2e-5, rest=2e-2, norm=1e-4, distance=2e-2)  # and of proposals that only one of them keeps
 
 
 # ---------------------------------------------------------------- what runs in the processes
 
 
-def train_alone(folder: Path, data: Path) -> None:
-    """Take the images of two and of four processes in turn."""
+def train_one_process(folder: Path, data: Path) -> None:
+    """Train on the joint batch of two and of four processes."""
     for images in (2, 4):
-        small.train(small.config(folder / f'one{images}', data, accumulate=images))
+        training.train(training.config(folder / f'one{images}', data, accumulate=images))
 
 
-def train_together(folder: Path, data: Path) -> None:
-    """Train with each saver, go on from the middle, average weights, and accumulate gradients."""
-    for saver in SAVERS:
-        small.train(small.config(folder / saver, data, saver))
-        checkpoint = folder / saver / f'iter_{small.SAVED}.pth'
-        small.train(small.resumed(small.config(folder / f'{saver}_resumed', data, saver), checkpoint))
-    for saver in ('ddp', 'zero1'):
-        cfg = small.config(folder / f'{saver}_ema', data, saver, steps=2)
+def train_two_processes(folder: Path, data: Path) -> None:
+    """Train with each strategy, resume from the middle, train with EMA, and accumulate gradients."""
+    for strategy in STRATEGIES:
+        training.train(training.config(folder / strategy, data, strategy))
+        checkpoint = folder / strategy / f'iter_{training.SAVED}.pth'
+        training.train(training.resumed(training.config(folder / f'{strategy}_resumed', data, strategy), checkpoint))
+    for strategy in ('ddp', 'zero1'):
+        cfg = training.config(folder / f'{strategy}_ema', data, strategy, steps=2)
         cfg.custom_hooks.append(dict(type='EMAHook', momentum=0.5))
-        small.train(cfg)
-    small.train(small.config(folder / 'fsdp_accumulated', data, 'fsdp', accumulate=2))
+        training.train(cfg)
+    training.train(training.config(folder / 'fsdp_accumulated', data, 'fsdp', accumulate=2))
 
 
-def train_each(folder: Path, data: Path, savers: list[str]) -> None:
-    for saver in savers:
-        small.finish(small.train(small.config(folder / saver, data, saver)))
+def train_each(folder: Path, data: Path, strategies: list[str]) -> None:
+    for strategy in strategies:
+        training.finish(training.train(training.config(folder / strategy, data, strategy)))
 
 
-def train_htc(folder: Path, data: Path, savers: list[str], accumulate: int = 1) -> None:
-    """Train with each saver; after DeepSpeed, predict where one process runs other modules than the rest."""
-    nano = importlib.import_module('nano.htc_training')
-    for saver in savers:
-        runner = small.train(nano.config(folder / saver, data, saver, accumulate))
-        if saver in DEEPSPEED:
-            found = nano.detect(runner, threshold=0.0 if runner.rank == 0 else 2.0)
+def train_htc(folder: Path, data: Path, strategies: list[str], accumulate: int = 1) -> None:
+    """Train with each strategy; with DeepSpeed, then predict, with other modules in one process than in the rest."""
+    htc_training = importlib.import_module('nano.htc_training')
+    for strategy in strategies:
+        runner = training.train(htc_training.config(folder / strategy, data, strategy, accumulate))
+        if strategy in DEEPSPEED:
+            found = htc_training.detect(runner, threshold=0.0 if runner.rank == 0 else 2.0)
             assert bool(len(found)) == (runner.rank == 0)
-            small.finish(runner)
+            training.finish(runner)
 
 
-# ---------------------------------------------------------------- the small model
+# ---------------------------------------------------------------- the nano model
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    return small.write_start(tmp_path_factory.mktemp('data'))
+    return training.write_start(tmp_path_factory.mktemp('data'))
 
 
 @pytest.fixture(scope='module')
 def one_process(data, tmp_path_factory):
     """Trainings of one process on the joint batch of several."""
     folder = tmp_path_factory.mktemp('one')
-    run_processes(train_alone, folder, data, processes=1, folder=folder)
+    run_processes(train_one_process, folder, data, processes=1, folder=folder)
     return folder
 
 
 @pytest.fixture(scope='module')
 def two_processes(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp('two')
-    run_processes(train_together, folder, data, folder=folder)
+    run_processes(train_two_processes, folder, data, folder=folder)
     return folder
 
 
-@pytest.mark.parametrize('saver', SAVERS)
-def test_two_processes_train_like_one(one_process, two_processes, data, saver):
-    # the sum of two numbers is the same in any order
-    tolerances = ROUNDING if saver == 'fsdp' else {}
-    small.check_agreement(two_processes / saver, one_process / 'one2', data / small.START, **tolerances)
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_training_on_two_processes_is_that_of_one(one_process, two_processes, data, strategy):
+    # DDP and ZeRO-1 add two gradients, in whichever order
+    tolerances = ROUNDING if strategy == 'fsdp' else {}
+    training.check_agreement(two_processes / strategy, one_process / 'one2', data / training.START, **tolerances)
 
 
-def test_gradients_accumulate_in_parts(one_process, two_processes, data):
+def test_fsdp_accumulates_gradients(one_process, two_processes, data):
     folder = two_processes / 'fsdp_accumulated'
-    small.check_agreement(folder, one_process / 'one4', data / small.START, **ROUNDING)
+    training.check_agreement(folder, one_process / 'one4', data / training.START, **ROUNDING)
 
 
 @pytest.mark.slow
-def test_four_processes_train_like_one(one_process, data, tmp_path):
-    savers = ['zero1', 'fsdp', *DEEPSPEED[2:]]
-    run_processes(train_each, tmp_path, data, savers, processes=4, folder=tmp_path)
-    for saver in savers:
-        small.check_agreement(tmp_path / saver, one_process / 'one4', data / small.START, **ROUNDING)
+def test_training_on_four_processes_is_that_of_one(one_process, data, tmp_path):
+    strategies = ['zero1', 'fsdp', *DEEPSPEED[2:]]
+    run_processes(train_each, tmp_path, data, strategies, processes=4, folder=tmp_path)
+    for strategy in strategies:
+        training.check_agreement(tmp_path / strategy, one_process / 'one4', data / training.START, **ROUNDING)
 
 
-def test_a_process_holds_its_share(two_processes):
-    whole = {key: small.notes(two_processes / 'ddp', key) for key in ('parameters', 'states')}
-    assert whole['states'][0].item() == pytest.approx(2 * whole['parameters'][0].item(), rel=1e-2)  # two moments
-    for saver, split in (('zero1', ['states']), ('fsdp', ['parameters', 'states'])):
-        for key in whole:
-            shares = small.notes(two_processes / saver, key) / whole[key]
-            # parameters are not cut, or along their first axis
-            assert shares.tolist() == pytest.approx([1 / 2] * 2 if key in split else [1] * 2, rel=1e-1), (saver, key)
-            assert shares.sum().item() == pytest.approx(1 if key in split else 2, rel=1e-3), (saver, key)
+def test_parameters_and_states_are_sharded(two_processes):
+    full = {key: training.records(two_processes / 'ddp', key) for key in ('parameters', 'states')}
+    assert full['states'][0].item() == pytest.approx(2 * full['parameters'][0].item(), rel=1e-2)  # two moments
+    for strategy, sharded in (('zero1', ['states']), ('fsdp', ['parameters', 'states'])):
+        for key in full:
+            shares = training.records(two_processes / strategy, key) / full[key]
+            # ZeRO-1 assigns whole parameters, FSDP cuts them along their first axis: shares are not exactly equal
+            expected = [1 / 2] * 2 if key in sharded else [1] * 2
+            assert shares.tolist() == pytest.approx(expected, rel=1e-1), (strategy, key)
+            assert shares.sum().item() == pytest.approx(1 if key in sharded else 2, rel=1e-3), (strategy, key)
 
 
-@pytest.mark.parametrize('saver', ['zero1', 'fsdp'])
-def test_checkpoints_are_those_of_an_ordinary_training(two_processes, saver):
-    found, expected = (torch.load(small.last(two_processes / name), weights_only=True) for name in (saver, 'ddp'))
+@pytest.mark.parametrize('strategy', ['zero1', 'fsdp'])
+def test_checkpoints_have_the_layout_of_ddp(two_processes, strategy):
+    found, expected = (torch.load(training.last(two_processes / name), weights_only=True) for name in (strategy, 'ddp'))
     assert found.keys() == expected.keys()
     assert all(type(a) is type(b) and a.shape == b.shape for a, b in pairs(found, expected, 'state_dict'))
     states, states_expected = found['optimizer'], expected['optimizer']
@@ -142,74 +143,74 @@ def pairs(a, b, key):
     return [(a[key][name], b[key][name]) for name in b[key]]
 
 
-@pytest.mark.parametrize('saver', SAVERS)
-def test_the_resumed_training_is_the_same(two_processes, saver):
-    resumed = two_processes / f'{saver}_resumed'
-    assert small.notes(resumed, 'losses').shape == (2, small.STEPS - small.SAVED), 'it began anew'
-    assert small.same_weights(small.last(resumed), small.last(two_processes / saver))
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_resumed_training_reaches_the_weights(two_processes, strategy):
+    resumed = two_processes / f'{strategy}_resumed'
+    assert training.records(resumed, 'losses').shape == (2, training.STEPS - training.SAVED), 'it was not resumed'
+    assert training.same_weights(training.last(resumed), training.last(two_processes / strategy))
 
 
-def test_averaged_weights_go_with_split_states(two_processes, data):
+def test_zero1_with_ema(two_processes, data):
     expected, found = (
-        torch.load(small.last(two_processes / f'{saver}_ema'), weights_only=True) for saver in ('ddp', 'zero1')
+        torch.load(training.last(two_processes / f'{strategy}_ema'), weights_only=True) for strategy in ('ddp', 'zero1')
     )
     for key in ('state_dict', 'ema_state_dict'):
         assert all(torch.equal(a, b) for a, b in pairs(found, expected, key))
-    start = small.weights(data / small.START)
+    start = training.weights(data / training.START)
     assert any(not torch.equal(found['state_dict'][name], start[name]) for name in start)
 
 
-def average_parts(folder, data):
-    cfg = small.config(folder, data, 'fsdp')
+def train_fsdp_with_ema(folder, data):
+    cfg = training.config(folder, data, 'fsdp')
     cfg.launcher = 'pytorch'
     cfg.custom_hooks.append(dict(type='EMAHook', momentum=0.5))
-    small.train(cfg)
+    training.train(cfg)
 
 
-def test_averaged_weights_are_refused_for_split_parameters(data, tmp_path):
+def test_fsdp_refuses_ema(data, tmp_path):
     with pytest.raises(ProcessError) as refused:
-        run_processes(average_parts, tmp_path, data, processes=1, folder=tmp_path)
-    way_out = 'leave the hook out, or shard only the optimizer states (configs/_base_/memory/zero1.py)'
-    assert way_out in refused.value.log
+        run_processes(train_fsdp_with_ema, tmp_path, data, processes=1, folder=tmp_path)
+    hint = 'leave the hook out, or shard only the optimizer states (configs/_base_/memory/zero1.py)'
+    assert hint in refused.value.log
 
 
-# ---------------------------------------------------------------- split parameters beside whole ones
+# ---------------------------------------------------------------- FullyShardedModel compared with the full model
 
 
 class Model(BaseModel):
     def __init__(self):
         super().__init__()
         self.backbone = SwinTransformerV2(
-            arch=small.ARCH, window_size=4, with_cp=True, drop_path_rate=0.0, out_indices=(0, 1)
+            arch=training.ARCH, window_size=4, with_cp=True, drop_path_rate=0.0, out_indices=(0, 1)
         )
 
     def forward(self, inputs, mode='loss'):
         return sum(out.square().mean() for out in self.backbone(inputs))
 
 
-def whole_and_split():
+def full_and_sharded():
     torch.manual_seed(0)
-    whole = Model()
-    return whole, FullyShardedModel(copy.deepcopy(whole)), torch.randn(2, 3, 32, 32)
+    full = Model()
+    return full, FullyShardedModel(copy.deepcopy(full)), torch.randn(2, 3, 32, 32)
 
 
 def predict_and_train():
-    whole, split, images = whole_and_split()
+    full, sharded, images = full_and_sharded()
     rank = dist.get_rank()
     for _ in range(2):
-        split.eval()
-        whole.eval()
-        for _ in range(1 + 3 * rank):  # each process at its own pace
+        sharded.eval()
+        full.eval()
+        for _ in range(1 + 3 * rank):  # another number of images in each process
             with torch.no_grad():
-                assert torch.equal(split(images), whole(images))
-        split.train()
-        held = sum(p.to_local().numel() for p in split.parameters())
-        assert held < 0.52 * sum(p.numel() for p in whole.parameters())
-        split(images[rank : rank + 1]).backward()
-        split.zero_grad()
+                assert torch.equal(sharded(images), full(images))
+        sharded.train()
+        local = sum(p.to_local().numel() for p in sharded.parameters())
+        assert local < 0.52 * sum(p.numel() for p in full.parameters())
+        sharded(images[rank : rank + 1]).backward()
+        sharded.zero_grad()
 
 
-def test_processes_test_different_numbers_of_images_and_train_on(tmp_path):
+def test_fully_sharded_model_evaluates_different_numbers_of_images(tmp_path):
     run_processes(predict_and_train, folder=tmp_path)
 
 
@@ -227,41 +228,41 @@ def step_scaled(model, inputs):
 
 
 def compare_scaled_steps():
-    whole, split, images = whole_and_split()
+    full, sharded, images = full_and_sharded()
     rank = dist.get_rank()
-    initial = copy.deepcopy(whole)
-    norm = step_scaled(split, images[rank : rank + 1])
-    expected = step_scaled(nn.parallel.DistributedDataParallel(whole), images[rank : rank + 1])
+    initial = copy.deepcopy(full)
+    norm = step_scaled(sharded, images[rank : rank + 1])
+    expected = step_scaled(nn.parallel.DistributedDataParallel(full), images[rank : rank + 1])
     assert expected > 0.1, 'nothing to clip'
     assert abs(norm - expected) < 1e-5 * expected, (norm, expected)
-    parameters = zip(split.module.named_parameters(), whole.parameters(), initial.parameters(), strict=True)
+    parameters = zip(sharded.module.named_parameters(), full.parameters(), initial.parameters(), strict=True)
     for (name, p), q, start in parameters:
         moved, apart = (q - start).norm(), (p.full_tensor() - q).norm()
         assert apart <= 1e-4 * moved, (name, moved, apart)
         assert p.to_local().dtype == torch.float32
 
 
-def test_split_parameters_train_in_bf16_with_a_gradient_scaler(tmp_path):
-    """What AmpOptimWrapper does, which itself needs a GPU: loss scaled, gradients unscaled, clipped, stepped."""
+def test_fully_sharded_model_in_bf16_with_a_gradient_scaler(tmp_path):
+    """The steps of AmpOptimWrapper, which needs a GPU: scale the loss, unscale and clip the gradients, step."""
     run_processes(compare_scaled_steps, folder=tmp_path)
 
 
-# ---------------------------------------------------------------- launchers: torchrun, and one for each of two machines
+# ---------------------------------------------------------------- torchrun, and dist_train.sh on two machines
 
 
 @pytest.fixture(scope='module')
 def config_files(data, tmp_path_factory):
-    """The training with each saver as a file for tools/train.py; `work_dir` is given on the command line."""
+    """The training with each strategy as a file for tools/train.py, without `work_dir`."""
     folder = tmp_path_factory.mktemp('config')
-    for saver in SAVERS:
-        cfg = small.config(folder, data, saver)
+    for strategy in STRATEGIES:
+        cfg = training.config(folder, data, strategy)
         cfg.custom_imports = dict(imports=['nano.training'])
-        cfg.dump(folder / f'{saver}.py')
+        cfg.dump(folder / f'{strategy}.py')
     return folder
 
 
 def torchrun(*args, **env: str) -> subprocess.CompletedProcess:
-    """Run tools/train.py on two processes, after arguments of torchrun."""
+    """Run tools/train.py on two processes; `args` start with arguments of torchrun."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', 2, *args]
     return subprocess.run(
         [*map(str, command)],
@@ -278,45 +279,43 @@ def train_py(config: Path, work_dir: Path) -> list:
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_others_and_the_resumed_training_is_the_same(
-    two_processes, config_files, data, tmp_path
-):
-    kill = dict(SMALL_KILL=str(small.SAVED + 1))
+def test_fsdp_killed_process_ends_all_and_training_resumes(two_processes, config_files, data, tmp_path):
+    kill = dict(NANO_KILL=str(training.SAVED + 1))
     killed = torchrun('--master_port', free_port(), *train_py(config_files / 'fsdp.py', tmp_path), **kill)
     assert killed.returncode != 0
     report = killed.stdout[killed.stdout.index('Root Cause') :]
     assert 'rank      : 1 ' in report
     assert 'SIGKILL' in report
-    assert (tmp_path / 'last_checkpoint').read_text().endswith(f'iter_{small.SAVED}.pth')
-    assert not (tmp_path / 'notes.pth').exists()
+    assert (tmp_path / 'last_checkpoint').read_text().endswith(f'iter_{training.SAVED}.pth')
+    assert not (tmp_path / 'records.pth').exists()
 
     resumed = torchrun('--master_port', free_port(), *train_py(config_files / 'fsdp.py', tmp_path))
     assert resumed.returncode == 0, resumed.stdout[-3000:]
-    check_went_on(tmp_path, two_processes / 'fsdp')
+    check_resumed(tmp_path, two_processes / 'fsdp')
 
 
-def check_went_on(folder, expected):
-    losses = small.notes(folder, 'losses')
-    assert losses.shape == (2, small.STEPS - small.SAVED), 'it was never killed, or began anew'
-    assert small.same_weights(small.last(folder), small.last(expected))
+def check_resumed(folder, expected):
+    losses = training.records(folder, 'losses')
+    assert losses.shape == (2, training.STEPS - training.SAVED), 'it was not killed, or not resumed'
+    assert training.same_weights(training.last(folder), training.last(expected))
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_training_again(two_processes, config_files, tmp_path):
-    """With `--resume`, the first start takes the weights of `load_from`, the second the last checkpoint."""
+def test_torchrun_restarts_a_killed_training(two_processes, config_files, tmp_path):
+    """With `--resume`, the first start loads `load_from`, the restart the last checkpoint."""
     result = torchrun(
         *('--max-restarts', 1, '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'localhost:{free_port()}'),
         *train_py(config_files / 'zero1.py', tmp_path),
-        SMALL_KILL=str(small.SAVED + 1),
-        TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1',  # else the new processes find the addresses of the old ones
+        NANO_KILL=str(training.SAVED + 1),
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1',  # otherwise the restarted processes find stale addresses
     )
     assert result.returncode == 0, result.stdout[-3000:]
-    check_went_on(tmp_path, two_processes / 'zero1')
+    check_resumed(tmp_path, two_processes / 'zero1')
 
 
 @pytest.mark.slow
-def test_two_machines_train_like_two_processes_of_one(two_processes, config_files, tmp_path):
-    """Each of two launchers believes that it is on a machine of its own."""
+def test_dist_train_on_two_machines(two_processes, config_files, tmp_path):
+    """Two launchers on this machine, with the variables of two machines."""
     place = environment(NNODES='2', MASTER_ADDR='127.0.0.1', PORT=str(free_port()), PYTHONPATH=str(HELPERS))
     machines = [
         subprocess.Popen(
@@ -330,7 +329,7 @@ def test_two_machines_train_like_two_processes_of_one(two_processes, config_file
     ]
     logs = [machine.communicate()[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], logs[0][-2000:] + logs[1][-2000:]
-    assert small.same_weights(small.last(tmp_path), small.last(two_processes / 'ddp'))
+    assert training.same_weights(training.last(tmp_path), training.last(two_processes / 'ddp'))
 
 
 # ---------------------------------------------------------------- a nano HTC
@@ -338,17 +337,17 @@ def test_two_machines_train_like_two_processes_of_one(two_processes, config_file
 
 @pytest.fixture(scope='module')
 def htc(tmp_path_factory):
-    """Trainings of a nano HTC with each saver on two processes, and that of one process on their joint batch."""
+    """Trainings of a nano HTC: with each strategy on two processes, and on the joint batch in one process."""
     pytest.importorskip('mmdet')
     folder = tmp_path_factory.mktemp('htc')
     data = importlib.import_module('nano.htc_training').write_data(folder / 'data')
     run_processes(train_htc, folder / 'one', data, ['ddp'], 2, processes=1, folder=folder)
-    run_processes(train_htc, folder, data, SAVERS + DEEPSPEED, folder=folder)
+    run_processes(train_htc, folder, data, STRATEGIES + DEEPSPEED, folder=folder)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('saver', SAVERS + DEEPSPEED)
-def test_a_detector_on_two_processes_trains_like_on_one(htc, saver):
-    tolerances = {} if saver in ('ddp', 'zero1') else DECISIONS
-    small.check_agreement(htc / saver, htc / 'one/ddp', htc / 'data' / small.START, **tolerances)
+@pytest.mark.parametrize('strategy', STRATEGIES + DEEPSPEED)
+def test_detector_on_two_processes_trains_like_on_one(htc, strategy):
+    tolerances = {} if strategy in ('ddp', 'zero1') else DECISIONS
+    training.check_agreement(htc / strategy, htc / 'one/ddp', htc / 'data' / training.START, **tolerances)

@@ -1,6 +1,6 @@
-"""FLOPs against a formula written from the paper, logs against their own lines, and what the tools print and draw.
+"""FLOPs compared with a formula from the paper, curves with the lines of a log, and what the tools print and draw.
 
-The tools run in this process, and each of them once as users start it (slow, for what a fresh process imports).
+The tools run in this process. One slow test of each starts it as a user does.
 """
 
 import importlib.util
@@ -23,7 +23,6 @@ from tool_runs import REPOSITORY, TOOLS, call, load_tool, refuse, run
 from swinv2_mm.cli import launch
 from swinv2_mm.cli.inputs import input_shape
 
-TINY = NANO_CONFIGS
 AS_USERS = pytest.param(run, marks=pytest.mark.slow, id='as_users')
 HOWS = pytest.mark.parametrize('how', [pytest.param(call, id='called'), AS_USERS])
 NANO = dict(embed_dims=16, depths=(2, 1, 3, 1), num_heads=(1, 2, 4, 8))
@@ -45,8 +44,8 @@ def tool():
 
 
 @pytest.fixture(autouse=True)
-def _plain_surroundings(monkeypatch):
-    """No display, whatever the machine has; and no style of figures that outlives a test."""
+def _no_display(monkeypatch):
+    """Hide the display of the machine, and restore the style of figures after each test."""
     for name in DISPLAYS:
         monkeypatch.delenv(name, raising=False)
     with matplotlib.rc_context():
@@ -57,10 +56,10 @@ def _plain_surroundings(monkeypatch):
 
 
 def multiply_adds(arch, window, size, patch=(4, 4), norm=5, bias=True):
-    """Swin V2 without its output norms: multiply-adds by the sizes of all products.
+    """Multiply-adds of Swin V2 without its output norms, from the sizes of all matrix products.
 
-    `window`, `size` and `patch` have a number per axis; `norm` is what an element counts that is normed, `bias` whether
-    the MLP of the position bias counts.
+    `window`, `size` and `patch` have a number per axis. `norm` is the count per element of a LayerNorm, `bias`
+    whether the MLP of the position bias counts.
     """
     count = 0
     dim = arch['embed_dims']
@@ -94,7 +93,7 @@ def output_norm(arch, tokens):
 
 def backbone_config(arch, window, **others):
     """A segmentor whose head is on the last stage."""
-    cfg = Config.fromfile(TINY / 'seg.py')
+    cfg = Config.fromfile(NANO_CONFIGS / 'seg.py')
     cfg.model.backbone = dict(
         type='swinv2_mm.SwinTransformerV2', arch=arch, window_size=window, out_indices=(3,), **others
     )
@@ -111,12 +110,12 @@ def count_backbone(get_flops, cfg, shape):
     ('window', 'size', 'others'),
     [
         (4, (64, 96), {}),
-        (8, (96, 64), {}),  # windows larger than the last maps
-        (3, (64, 96), {}),  # maps that need padding
+        (8, (96, 64), {}),  # windows larger than the last feature maps
+        (3, (64, 96), {}),  # feature maps that need padding
         (4, (64, 96), dict(sequential_stages=(0, 1), with_cp=True)),  # both hide operations from a tracer
     ],
 )
-def test_the_flops_of_the_backbone_are_those_of_its_products(tool, window, size, others):
+def test_get_flops_of_the_backbone(tool, window, size, others):
     cfg = backbone_config(NANO, window, **others)
     expected = multiply_adds(NANO, (window, window), size) + output_norm(NANO, 2 * 3)
     assert count_backbone(tool('get_flops'), cfg, (3, *size)) == expected
@@ -125,8 +124,8 @@ def test_the_flops_of_the_backbone_are_those_of_its_products(tool, window, size,
 @pytest.mark.parametrize(
     ('arch', 'window', 'published'), [(TINY_ARCH, 8, 5.9), (TINY_ARCH, 16, 6.6), (BASE_ARCH, 8, 20.3)]
 )
-def test_the_formula_gives_the_flops_at_256_pixels_that_microsoft_publishes(arch, window, published):
-    """Microsoft's figures leave the position bias out and count 1 for a normed element; they are less by up to 2%."""
+def test_multiply_adds_are_the_flops_of_microsoft(arch, window, published):
+    """Microsoft leaves out the position bias and counts 1 per element of a LayerNorm, which is up to 2% less."""
     windows, size = (window, window), (256, 256)
     assert round(multiply_adds(arch, windows, size, norm=1, bias=False) / 1e9, 1) == published
     flops = multiply_adds(arch, windows, size) + output_norm(arch, 8 * 8)
@@ -150,14 +149,14 @@ def video_config(arch, window, **others):
         ((4, 4, 4), (4, 64, 96), (1, 4, 4), dict(sequential_stages=(0, 1), with_cp=True)),
     ],
 )
-def test_the_flops_of_the_backbone_for_video_are_those_of_its_products(tool, window, size, patch, others):
+def test_get_flops_of_the_video_backbone(tool, window, size, patch, others):
     cfg = video_config(NANO, window, patch_size=patch, **others)
     tokens = math.ceil(size[0] / patch[0]) * 2 * 3  # only height and width are merged
     expected = multiply_adds(NANO, window, size, patch) + output_norm(NANO, tokens)
     assert count_backbone(tool('get_flops'), cfg, (1, 3, *size)) == expected
 
 
-def test_all_views_of_a_video_share_one_position_bias(tool):
+def test_get_flops_shares_the_position_bias_between_views(tool):
     window, size, patch = (2, 4, 4), (4, 32, 32), (2, 4, 4)
     one, two = (count_backbone(tool('get_flops'), video_config(ARCH, window), (views, 3, *size)) for views in (1, 2))
     assert two - one == multiply_adds(ARCH, window, size, patch, bias=False) + output_norm(ARCH, 2)
@@ -167,12 +166,12 @@ def test_all_views_of_a_video_share_one_position_bias(tool):
     ('arch', 'published'),
     [(TINY_ARCH, 88), (SMALL_ARCH, 166), (BASE_ARCH, 282), (LARGE_ARCH, 604)],
 )
-def test_the_formula_gives_the_flops_that_video_swin_publishes(arch, published):
-    """In mmaction's metafile too, for 32x224x224; Swin V1 has no MLP for its position bias."""
+def test_multiply_adds_are_the_flops_of_video_swin(arch, published):
+    """At 32x224x224, as in mmaction's metafile. Swin V1 has no MLP for its position bias."""
     assert round(multiply_adds(arch, (8, 7, 7), (32, 224, 224), (2, 4, 4), bias=False) / 1e9) == published
 
 
-def test_get_flops_counts_a_view_of_a_video(clips, tmp_path):
+def test_get_flops_of_a_view_of_a_video(clips, tmp_path):
     output = call(tmp_path, FLOPS, clips / 'config.py', '--shape', 8, 64, 64)
     assert 'Input shape: 1 3 8 64 64' in output
     flops = multiply_adds(ARCH, (8, 7, 7), (8, 64, 64), (2, 4, 4)) + output_norm(ARCH, 4 * 2 * 2)
@@ -181,8 +180,8 @@ def test_get_flops_counts_a_view_of_a_video(clips, tmp_path):
 
 
 def two_stage_config(proposals, masks):
-    """Mask R-CNN with the smallest of heads."""
-    cfg = Config.fromfile(TINY / 'det.py')
+    """Mask R-CNN with small heads."""
+    cfg = Config.fromfile(NANO_CONFIGS / 'det.py')
     extractor = dict(
         type='SingleRoIExtractor',
         roi_layer=dict(type='RoIAlign', output_size=4, sampling_ratio=0),
@@ -218,8 +217,8 @@ def two_stage_config(proposals, masks):
     return cfg
 
 
-def test_a_roi_head_is_counted_for_the_regions_that_the_config_keeps(tool):
-    """More proposals than it is traced with, and fewer masks."""
+def test_get_flops_of_a_roi_head(tool):
+    """With more proposals than in the trace, and fewer masks."""
     proposals, masks = 300, 7
     result = tool('get_flops').complexity(two_stage_config(proposals, masks), (3, 64, 64))
     flops = {name: flops for name, flops, _ in result.parts}
@@ -230,8 +229,8 @@ def test_a_roi_head_is_counted_for_the_regions_that_the_config_keeps(tool):
     assert result.regions == dict(proposals=proposals, masks=masks)
 
 
-def test_the_extra_attention_of_a_neck_is_counted(tool):
-    cfg = Config.fromfile(TINY / 'det.py')
+def test_get_flops_of_global_attention(tool):
+    cfg = Config.fromfile(NANO_CONFIGS / 'det.py')
     attention = dict(type='swinv2_mm.GlobalAttention', in_channels=128, num_heads=4)
     without = {name: flops for name, flops, _ in tool('get_flops').complexity(cfg, (3, 64, 96)).parts}
     cfg.model.neck = [attention, cfg.model.neck]
@@ -243,17 +242,17 @@ def test_the_extra_attention_of_a_neck_is_counted(tool):
     assert not result.uncounted
 
 
-def test_a_segmentor_is_counted_without_its_auxiliary_head(tool):
-    cfg = Config.fromfile(TINY / 'seg.py')
-    alone = tool('get_flops').complexity(cfg, (3, 64, 64)).parts
+def test_get_flops_without_the_auxiliary_head(tool):
+    cfg = Config.fromfile(NANO_CONFIGS / 'seg.py')
+    expected = tool('get_flops').complexity(cfg, (3, 64, 64)).parts
     cfg.model.auxiliary_head = dict(cfg.model.decode_head)
-    assert tool('get_flops').complexity(cfg, (3, 64, 64)).parts == alone
-    head = next(flops for name, flops, _ in alone if name == 'decode_head')
+    assert tool('get_flops').complexity(cfg, (3, 64, 64)).parts == expected
+    head = next(flops for name, flops, _ in expected if name == 'decode_head')
     assert head == 16 * 16 * (8 * 16 * 9 + 8 * 2 + 8 * 2)  # convolution, batch norm at 2 for each element, classes
 
 
-def test_a_head_that_cannot_be_traced_is_left_out_and_named(tool):
-    """Mask2Former's wants annotations in its forward pass."""
+def test_get_flops_names_a_head_that_cannot_be_traced(tool):
+    """The head of Mask2Former needs annotations in its forward pass."""
     get_flops = tool('get_flops')
     configs = Path(importlib.util.find_spec('mmseg').origin).parent / '.mim/configs'
     cfg = Config.fromfile(configs / 'mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py')
@@ -275,21 +274,21 @@ def test_a_head_that_cannot_be_traced_is_left_out_and_named(tool):
         ('NCTHW', [2, 3, 8, 64, 96], (2, 3, 8, 64, 96)),
     ],
 )
-def test_the_numbers_of_a_shape_fit_the_kind_of_video_model(tool, format_shape, numbers, shape):
-    cfg = Config.fromfile(TINY / 'video.py')
+def test_input_shape_of_video_models(tool, format_shape, numbers, shape):
+    cfg = Config.fromfile(NANO_CONFIGS / 'video.py')
     cfg.model.data_preprocessor.format_shape = format_shape
     assert input_shape(cfg, numbers) == shape
 
 
-def test_a_video_model_on_frames_costs_as_often_as_there_are_frames(tool):
-    cfg = Config.fromfile(TINY / 'video.py')
+def test_get_flops_of_a_model_of_single_frames(tool):
+    cfg = Config.fromfile(NANO_CONFIGS / 'video.py')
     one, eight = (tool('get_flops').complexity(cfg, (frames, 3, 64, 64)) for frames in (1, 8))
     assert dict((p[0], p[1]) for p in eight.parts)['backbone'] == 8 * dict((p[0], p[1]) for p in one.parts)['backbone']
 
 
 @HOWS
-def test_get_flops_prints_every_part_and_its_convention(tmp_path, how):
-    output = how(tmp_path, FLOPS, TINY / 'det.py', '--shape', 64, 96)
+def test_get_flops_prints_every_part(tmp_path, how):
+    output = how(tmp_path, FLOPS, NANO_CONFIGS / 'det.py', '--shape', 64, 96)
     rows = [line.split()[0] for line in output.splitlines() if line]
     assert {'backbone', 'neck', 'bbox_head', 'total'} <= set(rows)
     assert 'Input shape: 3 64 96' in output
@@ -304,22 +303,22 @@ def test_get_flops_prints_every_part_and_its_convention(tmp_path, how):
         ('video.py', [1, 2, 3, 4, 5], 'all 4 axes'),
     ],
 )
-def test_a_shape_that_does_not_fit_is_refused(tool, config, numbers, text):
+def test_input_shape_refuses_a_wrong_number_of_axes(tool, config, numbers, text):
     with pytest.raises(ValueError, match=text):
-        input_shape(Config.fromfile(TINY / config), numbers)
+        input_shape(Config.fromfile(NANO_CONFIGS / config), numbers)
 
 
 # ---------------------------------------------------------------- benchmark
 
 
-def test_the_median_of_an_image_is_not_moved_by_one_slow_iteration(tool):
+def test_benchmark_median_ignores_a_slow_iteration(tool):
     figures = tool('benchmark').Figures(seconds=[0.2, 0.2, 0.4, 9.0, 0.4], images=[1, 1, 2, 1, 2], memory=0)
     median, fastest, rate = figures.rates()
     assert (median, fastest, rate) == pytest.approx((200, 200, 5))
 
 
-def test_warm_up_is_not_timed_and_data_are_not_either(tool, monkeypatch):
-    """By a clock of our own: the first two steps and every batch take 5 s, the steps that count 1 s."""
+def test_benchmark_times_neither_warmup_nor_data(tool, monkeypatch):
+    """With a fake clock: the first two steps and every batch take 5 s, the measured steps 1 s."""
     benchmark = tool('benchmark')
     clock, seen = [0.0], []
     monkeypatch.setattr(benchmark, 'time', SimpleNamespace(perf_counter=lambda: clock[0]))
@@ -339,7 +338,7 @@ def test_warm_up_is_not_timed_and_data_are_not_either(tool, monkeypatch):
     assert figures.seconds == [1.0] * 4
 
 
-def test_each_view_of_a_video_counts_as_a_clip(tool):
+def test_benchmark_counts_views_as_clips(tool):
     assert tool('benchmark').count([torch.zeros(12, 3, 4, 8, 8), torch.zeros(3, 3, 4, 8, 8)]) == 15
     assert tool('benchmark').count([torch.zeros(8, 3, 8, 8)]) == 1  # frames of one clip
 
@@ -349,8 +348,8 @@ def test_each_view_of_a_video_counts_as_a_clip(tool):
     [('det.py', call), ('seg.py', call), ('video.py', call), pytest.param('det.py', run, marks=pytest.mark.slow)],
     ids=['det', 'seg', 'video', 'as_users'],
 )
-def test_inference_on_random_inputs_is_timed(tmp_path, config, how):
-    output = how(tmp_path, BENCHMARK, TINY / config, '--shape', 64, '--max-iter', 3, '--repeat-num', 2)
+def test_benchmark_inference_on_random_inputs(tmp_path, config, how):
+    output = how(tmp_path, BENCHMARK, NANO_CONFIGS / config, '--shape', 64, '--max-iter', 3, '--repeat-num', 2)
     rows = [line.split() for line in output.splitlines() if line[:5].strip().isdigit()]
     assert [row[:2] for row in rows] == [['1', '3'], ['2', '3']]
     for row in rows:
@@ -359,31 +358,31 @@ def test_inference_on_random_inputs_is_timed(tmp_path, config, how):
     assert 'Memory: ' in output
 
 
-def test_inference_and_training_on_the_data_of_the_config_are_timed(shapes, tmp_path):
+def test_benchmark_on_the_data_of_the_config(shapes, tmp_path):
     for task in ('inference', 'train'):
         options = ['--task', task, '--max-iter', 9, '--num-warmup', 1]  # more batches than there are
-        output = call(tmp_path, BENCHMARK, TINY / 'det.py', *options, '--cfg-options', f'data_root={shapes}')
+        output = call(tmp_path, BENCHMARK, NANO_CONFIGS / 'det.py', *options, '--cfg-options', f'data_root={shapes}')
         assert ' img/s' in output
 
 
-def test_inference_and_training_of_a_recognizer_are_timed_by_the_clip(clips, tmp_path):
-    """On a random clip, for which no data are needed, and on the data of the config, whose test has 12 views."""
+def test_benchmark_of_a_recognizer(clips, tmp_path):
+    """On a random clip, which needs no data, and on the test data of the config, with 12 views."""
     for task, data in (('train', ['--shape', 32, 28, 28]), ('inference', [])):
         options = ['--task', task, '--max-iter', 2, '--num-warmup', 1]
         assert 'median ms/clip' in call(tmp_path, BENCHMARK, clips / 'config.py', *options, *data)
 
 
-def test_loading_data_is_timed_by_the_script_of_mmdet(shapes, tmp_path):
+def test_benchmark_data_loading(shapes, tmp_path):
     options = ['--task', 'dataloader', '--max-iter', 2, '--num-warmup', 0, '--cfg-options', f'data_root={shapes}']
-    assert 'batch/s' in call(tmp_path, BENCHMARK, TINY / 'det.py', *options)
+    assert 'batch/s' in call(tmp_path, BENCHMARK, NANO_CONFIGS / 'det.py', *options)
 
 
-# ---------------------------------------------------------------- pictures of data
+# ---------------------------------------------------------------- browse_dataset
 
 
 @pytest.fixture(autouse=True)
-def _mend_no_further(monkeypatch):
-    """The toolboxes' own visualizers for each test: browse_dataset.py mends them for its process."""
+def _restore_visualizers(monkeypatch):
+    """Restore the visualizers of the toolboxes after each test: browse_dataset.py patches them."""
     from mmaction.visualization import ActionVisualizer
     from mmdet.visualization import DetLocalVisualizer
     from mmseg.visualization import SegLocalVisualizer
@@ -420,20 +419,20 @@ def assert_not_blank(path):
     assert cv2.imread(str(path)).std() > 1, path
 
 
-def test_every_training_sample_of_a_detector_is_drawn_once_with_its_boxes(shapes, tmp_path):
-    """The data set of the config is a RepeatDataset, in which the script of mmdet alone goes round for ever."""
+def test_browse_dataset_of_a_detector(shapes, tmp_path):
+    """The data set of the config is a RepeatDataset, over which the script of mmdet loops forever."""
     options = ['--not-show', '--output-dir', tmp_path, '--cfg-options', f'data_root={shapes}']
-    call(tmp_path, BROWSE, TINY / 'det.py', *options)
-    pictures = sorted(tmp_path.glob('*.jpg'))
-    assert [path.name for path in pictures] == sorted(path.name for path in (shapes / 'train2017').iterdir())
-    for path in pictures:
+    call(tmp_path, BROWSE, NANO_CONFIGS / 'det.py', *options)
+    images = sorted(tmp_path.glob('*.jpg'))
+    assert [path.name for path in images] == sorted(path.name for path in (shapes / 'train2017').iterdir())
+    for path in images:
         plain, drawn = (cv2.imread(str(p)).astype(int) for p in (shapes / 'train2017' / path.name, path))
         drawn = cv2.resize(drawn.astype(np.uint8), (64, 64)).astype(int)
         assert_not_blank(path)
-        assert all(abs(drawn - image).max() > 60 for image in (plain, plain[:, ::-1]))  # as it is, or flipped
+        assert all(abs(drawn - image).max() > 60 for image in (plain, plain[:, ::-1]))  # original or flipped
 
 
-def test_semantic_maps_are_drawn_with_values_that_no_instance_has(shapes, tmp_path):
+def test_browse_dataset_of_semantic_maps(shapes, tmp_path):
     options = ['--not-show', '--output-dir', tmp_path, '--cfg-options', f'data_root={shapes}/']
     options += ['train_dataloader.dataset.indices=2']
     call(tmp_path, BROWSE, REPOSITORY / 'configs/det/htc_swinv2_demo.py', *options)
@@ -441,36 +440,36 @@ def test_semantic_maps_are_drawn_with_values_that_no_instance_has(shapes, tmp_pa
 
 
 @HOWS
-def test_every_training_sample_of_a_segmentor_is_drawn(segments, tmp_path, how):
+def test_browse_dataset_of_a_segmentor(segments, tmp_path, how):
     options = ['--not-show', '--output-dir', tmp_path / 'out', '--cfg-options', f'data_root={segments}']
-    how(tmp_path, BROWSE, TINY / 'seg.py', *options)
-    pictures = sorted((tmp_path / 'out').iterdir())
-    assert [path.name for path in pictures] == [f'{i}.png' for i in range(4)]
-    for path in pictures:
+    how(tmp_path, BROWSE, NANO_CONFIGS / 'seg.py', *options)
+    images = sorted((tmp_path / 'out').iterdir())
+    assert [path.name for path in images] == [f'{i}.png' for i in range(4)]
+    for path in images:
         assert_not_blank(path)
 
 
-def test_clips_are_drawn_with_the_arguments_of_mmaction(frames, tmp_path):
+def test_browse_dataset_with_the_arguments_of_mmaction(frames, tmp_path):
     options = ['--show-number', 2, '--cfg-options', f'data_root={frames}/']
-    call(tmp_path, BROWSE, TINY / 'video.py', 'out', *options)
+    call(tmp_path, BROWSE, NANO_CONFIGS / 'video.py', 'out', *options)
     drawn = [path for path in (tmp_path / 'out').rglob('*') if path.is_file()]
     assert len({path.relative_to(tmp_path / 'out').parts[0] for path in drawn}) == 2
     for path in drawn:
-        if path.suffix == '.png':  # not films, which moviepy writes where it is installed
+        if path.suffix == '.png':  # not the videos that moviepy writes where it is installed
             assert_not_blank(path)
 
 
-def test_training_clips_of_a_recognizer_are_drawn(clips, tmp_path):
-    """Through the script of mmaction, with our own arguments: as many frames as a clip has, of both videos."""
+def test_browse_dataset_of_a_recognizer(clips, tmp_path):
+    """With our arguments for the script of mmaction: all frames of a clip of both videos."""
     call(tmp_path, BROWSE, clips / 'config.py', '--not-show', '--output-dir', tmp_path)
-    pictures = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*.png'))
-    if importlib.util.find_spec('moviepy') is None:  # else they are films
-        assert pictures == sorted(f'video_{video}/frames_0/{frame}.png' for video in range(2) for frame in range(32))
+    images = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*.png'))
+    if importlib.util.find_spec('moviepy') is None:  # otherwise they are videos
+        assert images == sorted(f'video_{video}/frames_0/{frame}.png' for video in range(2) for frame in range(32))
     for path in tmp_path.rglob('*.png'):
         assert_not_blank(path)
 
 
-# ---------------------------------------------------------------- logs
+# ---------------------------------------------------------------- analyze_logs
 
 EPOCHS = [  # two epochs of six iterations, logged every second one, as mmdet does
     dict(loss=6.0, time=9.0, epoch=1, iter=2, step=2),
@@ -482,7 +481,7 @@ EPOCHS = [  # two epochs of six iterations, logged every second one, as mmdet do
     dict(loss=1.0, time=0.7, epoch=2, iter=12, step=12),
     {'coco/bbox_mAP': 0.3, 'coco/segm_mAP': 0.15, 'time': 7.0, 'step': 2},
 ]
-ITERATIONS = [  # as mmseg does: no epochs, and metrics without a prefix
+ITERATIONS = [  # as in mmseg: no epochs, and metrics without a prefix
     dict(loss=2.0, time=0.5, iter=50, step=50),
     dict(loss=1.0, time=0.1, iter=100, step=100),
     {'aAcc': 60.0, 'mIoU': 30.0, 'time': 7.0, 'step': 100},
@@ -498,7 +497,7 @@ def log_file(tmp_path):
     return write
 
 
-def test_curves_have_the_values_of_the_log_at_their_iterations(tool, log_file):
+def test_analyze_logs_curves_are_those_of_the_log(tool, log_file):
     analyze_logs = tool('analyze_logs')
     log = analyze_logs.read_log(log_file(EPOCHS))
     assert analyze_logs.curve(log, 'loss') == ([2, 4, 6, 8, 10, 12], [6, 5, 4, 3, 2, 1], False)
@@ -510,7 +509,7 @@ def test_curves_have_the_values_of_the_log_at_their_iterations(tool, log_file):
     assert analyze_logs.curve(log, 'time') == ([50, 100], [0.5, 0.1], False)
 
 
-def test_the_time_of_an_iteration_leaves_out_validation_and_the_start_of_an_epoch(tool, log_file):
+def test_analyze_logs_time_of_an_iteration(tool, log_file):
     analyze_logs = tool('analyze_logs')
     log = analyze_logs.read_log(log_file(EPOCHS))
     assert analyze_logs.train_times(log) == pytest.approx({1: 0.3, 2: 0.6})
@@ -519,14 +518,14 @@ def test_the_time_of_an_iteration_leaves_out_validation_and_the_start_of_an_epoc
 
 
 @HOWS
-def test_a_figure_is_drawn_from_several_logs(log_file, tmp_path, how):
+def test_analyze_logs_plots_several_logs(log_file, tmp_path, how):
     logs = [log_file(EPOCHS), log_file(EPOCHS[:4], 'other.json')]
     keys = ['--keys', 'bbox_mAP', 'loss', '--legend', 'a', 'b', 'c', 'd', '--title', 'title']
     how(tmp_path, LOGS, 'plot_curve', *logs, *keys, '--out', tmp_path / 'curves.png')
     assert_not_blank(tmp_path / 'curves.png')
 
 
-def test_the_times_of_a_log_are_printed(log_file, tmp_path):
+def test_analyze_logs_prints_times(log_file, tmp_path):
     output = call(tmp_path, LOGS, 'cal_train_time', log_file(EPOCHS))
     assert 'slowest epoch 2, average time is 0.6000 s/iter' in output
     assert 'average iter time: 0.4500 s/iter' in output
@@ -543,31 +542,43 @@ def test_the_times_of_a_log_are_printed(log_file, tmp_path):
         ([dict(mIoU=1.0)], ['--out', 'a.png'], 'log.json holds no line of a training or validation'),
     ],
 )
-def test_a_mistake_with_a_log_gives_one_line(log_file, tmp_path, lines, args, text):
+def test_analyze_logs_errors(log_file, tmp_path, lines, args, text):
     log_file(lines)
     assert refuse(tmp_path, LOGS, 'plot_curve', 'log.json', *args).startswith(f'error: {text}')
 
 
-# ---------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
     ('script', 'args', 'text'),
     [
         ('get_flops.py', ['no.py'], 'config no.py does not exist'),
-        ('get_flops.py', [TINY / 'det.py', '--shape', 1, 2, 3], '--shape of an image takes one or two numbers'),
-        ('benchmark.py', [TINY / 'det.py', '--shape', 64, '--checkpoint', 'no.pth'], '--checkpoint: checkpoint no.pth'),
-        ('benchmark.py', [TINY / 'det.py', '--task', 'train', '--shape', 64], '--shape makes inputs without labels'),
-        ('benchmark.py', [TINY / 'det.py', '--max-iter', 0], '--max-iter must be at least 1, got 0'),
+        ('get_flops.py', [NANO_CONFIGS / 'det.py', '--shape', 1, 2, 3], '--shape of an image takes one or two numbers'),
         (
             'benchmark.py',
-            [TINY / 'det.py', '--task', 'dataset'],
+            [NANO_CONFIGS / 'det.py', '--shape', 64, '--checkpoint', 'no.pth'],
+            '--checkpoint: checkpoint no.pth',
+        ),
+        (
+            'benchmark.py',
+            [NANO_CONFIGS / 'det.py', '--task', 'train', '--shape', 64],
+            '--shape makes inputs without labels',
+        ),
+        ('benchmark.py', [NANO_CONFIGS / 'det.py', '--max-iter', 0], '--max-iter must be at least 1, got 0'),
+        (
+            'benchmark.py',
+            [NANO_CONFIGS / 'det.py', '--task', 'dataset'],
             'test data: data/shapes/annotations/instances_val2017',
         ),
-        ('browse_dataset.py', [TINY / 'det.py'], 'there is no display for windows: use --not-show --output-dir DIR'),
-        ('browse_dataset.py', [TINY / 'seg.py', '--not-show'], 'train data: data/seg/images does not exist'),
+        (
+            'browse_dataset.py',
+            [NANO_CONFIGS / 'det.py'],
+            'there is no display for windows: use --not-show --output-dir DIR',
+        ),
+        ('browse_dataset.py', [NANO_CONFIGS / 'seg.py', '--not-show'], 'train data: data/seg/images does not exist'),
         ('analyze_logs.py', ['cal_train_time', 'no.json'], 'log no.json does not exist'),
     ],
 )
-def test_a_mistake_gives_one_line(tmp_path, script, args, text):
+def test_analysis_tools_errors(tmp_path, script, args, text):
     assert refuse(tmp_path, f'analysis_tools/{script}', *args).startswith(f'error: {text}')

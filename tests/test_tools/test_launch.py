@@ -1,4 +1,4 @@
-"""The checks before a start: each mistake gives one line and exit code 2. What the scripts for processes start."""
+"""The checks before a launch: each error is one line, with exit code 2. The commands that the launch scripts start."""
 
 import runpy
 import socket
@@ -14,7 +14,6 @@ from tool_runs import TOOLS, call, environment, folder_on_path, free_port, refus
 
 from swinv2_mm.cli import checks, classes, launch
 
-TINY = NANO_CONFIGS
 DET = Path(__file__).parents[2] / 'configs/det'
 SCRIPTS = sorted(
     str(path.relative_to(TOOLS)) for path in TOOLS.rglob('*.py') if 'def main(' in path.read_text(encoding='utf-8')
@@ -24,7 +23,7 @@ SHAPES = ('annotations/instances_train2017.json', 'annotations/instances_val2017
 
 @pytest.fixture
 def data(tmp_path):
-    """The files of a data set, empty: the checks look at names alone."""
+    """A data set of empty files: the checks read only their names."""
     for name in SHAPES:
         path = tmp_path / 'shapes' / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,19 +32,19 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def complain(tmp_path):
-    """Call train.py or test.py on arguments; returns the one line that it prints before it leaves with code 2."""
+def error_of(tmp_path):
+    """Call train.py or test.py with invalid arguments; returns the line that it prints before it exits with code 2."""
     return lambda tool, *args: refuse(tmp_path, f'{tool}.py', *args)
 
 
-def test_missing_toolbox(complain, tmp_path):
+def test_load_config_names_a_missing_toolbox(error_of, tmp_path):
     config = tmp_path / 'config.py'
     config.write_text("_base_ = 'mmpose::_base_/default_runtime.py'")
-    assert 'mmpose is not installed' in complain('train', config)
+    assert 'mmpose is not installed' in error_of('train', config)
 
 
-def test_missing_config(complain):
-    assert 'config no_such.py does not exist (seen from ' in complain('train', 'no_such.py')
+def test_load_config_names_a_missing_config(error_of):
+    assert 'config no_such.py does not exist (seen from ' in error_of('train', 'no_such.py')
 
 
 @pytest.mark.parametrize(
@@ -57,57 +56,59 @@ def test_missing_config(complain):
         ('test', SHAPES[3], 'test_dataloader.dataset.data_prefix.img', 'test'),
     ],
 )
-def test_missing_data(complain, data, tmp_path, tool, missing, option, split):
+def test_check_data_names_a_missing_path(error_of, data, tmp_path, tool, missing, option, split):
     path = data / missing
     path.rmdir() if path.is_dir() else path.unlink()
     (tmp_path / 'a.pth').touch()
-    arguments = [TINY / 'det.py', *([tmp_path / 'a.pth'] if tool == 'test' else [])]
-    line = complain(tool, *arguments, '--cfg-options', f'data_root={data}')
+    arguments = [NANO_CONFIGS / 'det.py', *([tmp_path / 'a.pth'] if tool == 'test' else [])]
+    line = error_of(tool, *arguments, '--cfg-options', f'data_root={data}')
     assert f'{split} data: {data}/{missing} does not exist; it is set by {option}.' in line
     assert '--cfg-options data_root=DIR' in line
 
 
-def test_missing_annotations_of_an_evaluator(complain, data, tmp_path):
-    line = complain('train', TINY / 'det.py', '--cfg-options', f'data_root={data}', 'val_evaluator.ann_file=gone.json')
+def test_check_data_of_an_evaluator(error_of, data, tmp_path):
+    line = error_of(
+        'train', NANO_CONFIGS / 'det.py', '--cfg-options', f'data_root={data}', 'val_evaluator.ann_file=gone.json'
+    )
     assert 'gone.json' in line
     assert 'val_evaluator.ann_file=PATH' in line
 
 
-def test_missing_stuff_maps_of_the_semantic_branch(complain, data):
-    line = complain('train', DET / 'htc_swinv2_t.py', '--cfg-options', f'data_root={data}')
+def test_check_data_of_stuff_maps(error_of, data):
+    line = error_of('train', DET / 'htc_swinv2_t.py', '--cfg-options', f'data_root={data}')
     assert f'{data}/stuffthingmaps/train2017/ does not exist' in line
     assert 'it is set by train_dataloader.dataset.data_prefix.seg' in line
 
 
 @pytest.mark.parametrize('package', ['instaboostfast', 'skimage'])
-def test_instaboost_without_its_packages(complain, data, monkeypatch, package):
+def test_check_transforms_of_instaboost(error_of, data, monkeypatch, package):
     (data / 'stuffthingmaps/train2017').mkdir(parents=True)
     for name in [name for name in sys.modules if name.split('.')[0] == 'instaboostfast']:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    line = complain('train', DET / 'htc_swinv2_t.py', '--cfg-options', f'data_root={data}')
+    line = error_of('train', DET / 'htc_swinv2_t.py', '--cfg-options', f'data_root={data}')
     assert 'InstaBoost needs the package instaboostfast' in line
     assert 'pip install' in line
 
 
 @pytest.mark.parametrize('evaluator', ['test_evaluator.metric=[bbox,segm]', 'test_evaluator.metric=segm'])
-def test_masks_asked_of_a_detector_of_boxes(complain, tmp_path, monkeypatch, evaluator):
+def test_check_metrics_masks_of_a_box_detector(error_of, tmp_path, monkeypatch, evaluator):
     (tmp_path / 'a.pth').touch()
     monkeypatch.setattr(checks, 'check_data', lambda cfg, splits: None)
     config = DET / 'htc_swinv2_g_objects365.py'
-    line = complain('test', config, tmp_path / 'a.pth', '--cfg-options', evaluator)
+    line = error_of('test', config, tmp_path / 'a.pth', '--cfg-options', evaluator)
     assert line.startswith('error: test_evaluator.metric=')
     assert 'the model predicts boxes alone: --cfg-options test_evaluator.metric=bbox' in line
 
 
-def test_remote_data_are_left_alone():
+def test_check_data_skips_remote_storage():
     dataset = dict(ann_file='s3://bucket/a.json', data_prefix=dict(img='s3://bucket/images'))
     checks.check_data(Config(dict(train_dataloader=dict(dataset=dataset))), ['train'])
     dataset = dict(data_root='data/', ann_file='a.json', backend_args=dict(backend='petrel'))
     checks.check_data(Config(dict(train_dataloader=dict(dataset=dataset))), ['train'])
 
 
-def test_each_part_of_a_concatenation_is_checked(data):
+def test_check_data_of_concatenated_data_sets(data):
     good = dict(data_root=str(data), ann_file=SHAPES[0])
     cfg = Config(dict(train_dataloader=dict(dataset=dict(datasets=[good, dict(good, ann_file='gone.json')]))))
     with pytest.raises(FileNotFoundError, match='train_dataloader.dataset.datasets.1.ann_file'):
@@ -115,15 +116,15 @@ def test_each_part_of_a_concatenation_is_checked(data):
 
 
 @pytest.mark.parametrize(('split', 'missing'), [('train', 'images'), ('val', 'labels')])
-def test_missing_folder_of_a_segmentation_set(tmp_path, split, missing):
+def test_check_data_of_segmentation(tmp_path, split, missing):
     (tmp_path / ({'images', 'labels'} - {missing}).pop()).mkdir()
-    cfg = launch.load_config(str(TINY / 'seg.py'), dict(data_root=str(tmp_path)))
+    cfg = launch.load_config(str(NANO_CONFIGS / 'seg.py'), dict(data_root=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match=f'{tmp_path}/{missing}'):
         checks.check_data(cfg, [split])
 
 
-def test_missing_list_of_a_video_set(tmp_path):
-    cfg = launch.load_config(str(TINY / 'video.py'), dict(data_root=str(tmp_path)))
+def test_check_data_of_videos(tmp_path):
+    cfg = launch.load_config(str(NANO_CONFIGS / 'video.py'), dict(data_root=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match='train_dataloader.dataset.ann_file=PATH'):
         checks.check_data(cfg, ['train'])
 
@@ -137,8 +138,8 @@ def test_missing_list_of_a_video_set(tmp_path):
         ('model.backbone.window_size=-3', 'window_size'),
     ],
 )
-def test_wrong_backbone(complain, data, option, text):
-    line = complain('train', TINY / 'det.py', '--cfg-options', f'data_root={data}', option)
+def test_check_classes_wrong_backbone_arguments(error_of, data, option, text):
+    line = error_of('train', NANO_CONFIGS / 'det.py', '--cfg-options', f'data_root={data}', option)
     assert any(word in line for word in text.split('|'))
 
 
@@ -178,10 +179,10 @@ def test_wrong_backbone(complain, data, option, text):
     ],
 )
 @pytest.mark.parametrize('tool', ['train', 'test'])
-def test_wrong_names_of_classes_and_arguments(complain, data, tmp_path, tool, option, text):
+def test_check_classes_wrong_names(error_of, data, tmp_path, tool, option, text):
     (tmp_path / 'a.pth').touch()
-    arguments = [TINY / 'det.py', *([tmp_path / 'a.pth'] if tool == 'test' else [])]
-    assert text in complain(tool, *arguments, '--cfg-options', f'data_root={data}', option)
+    arguments = [NANO_CONFIGS / 'det.py', *([tmp_path / 'a.pth'] if tool == 'test' else [])]
+    assert text in error_of(tool, *arguments, '--cfg-options', f'data_root={data}', option)
 
 
 @pytest.mark.parametrize(
@@ -197,8 +198,8 @@ def test_wrong_names_of_classes_and_arguments(complain, data, tmp_path, tool, op
     ('option', 'text'),
     [('model.backbone.windowsize=3', 'did you mean window_size?'), ('model.type=A', 'there is no A')],
 )
-def test_wrong_names_in_the_analysis_tools(tmp_path, tool, arguments, option, text):
-    line = refuse(tmp_path, f'analysis_tools/{tool}.py', TINY / 'det.py', *arguments, '--cfg-options', option)
+def test_check_classes_in_analysis_tools(tmp_path, tool, arguments, option, text):
+    line = refuse(tmp_path, f'analysis_tools/{tool}.py', NANO_CONFIGS / 'det.py', *arguments, '--cfg-options', option)
     assert text in line
 
 
@@ -211,32 +212,32 @@ def test_wrong_names_in_the_analysis_tools(tmp_path, tool, arguments, option, te
         (['type=Pretrained', 'checkpoint=gone.pth'], 'init_cfg.checkpoint: checkpoint gone.pth does not exist'),
     ],
 )
-def test_wrong_initialisation(complain, data, options, text):
+def test_check_init_cfg(error_of, data, options, text):
     options = [f'data_root={data}', *(f'model.backbone.init_cfg.{option}' for option in options)]
-    assert text in complain('train', TINY / 'det.py', '--cfg-options', *options)
+    assert text in error_of('train', NANO_CONFIGS / 'det.py', '--cfg-options', *options)
 
 
-def test_the_tools_for_models_need_no_package_for_data(monkeypatch, tmp_path):
+def test_get_flops_needs_no_package_of_the_data(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, 'swinv2_mm.datasets.video', raising=False)
     monkeypatch.setitem(sys.modules, 'decord', None)
     config = tmp_path / 'config.py'
     dataset = "dict(type='swinv2_mm.datasets.video.VideoDataset', ann_file='a', pipeline=[])"
     config.write_text(
-        f"_base_ = '{TINY / 'det.py'}'\ntrain_dataloader = dict(dataset=dict(_delete_=True, **{dataset}))"
+        f"_base_ = '{NANO_CONFIGS / 'det.py'}'\ntrain_dataloader = dict(dataset=dict(_delete_=True, **{dataset}))"
     )
     printed = call(tmp_path, 'analysis_tools/get_flops.py', config, '--shape', '64', '64')
     assert 'Params' in printed
 
 
-def test_settings_of_the_optimizer_are_checked_before_anything_starts(complain, data):
+def test_check_classes_of_the_optimizer_constructor(error_of, data):
     options = ['optim_wrapper.constructor=swinv2_mm.SwinV2OptimWrapperConstructor']
     options.append('optim_wrapper.paramwise_cfg.decay_rate=0.9')
-    line = complain('train', TINY / 'det.py', '--cfg-options', f'data_root={data}', *options)
+    line = error_of('train', NANO_CONFIGS / 'det.py', '--cfg-options', f'data_root={data}', *options)
     assert 'but not decay_rate (write layer_decay_rate=0.9' in line
 
 
-def test_a_priority_of_a_hook_and_the_model_of_a_wrapper_are_no_arguments(data, tmp_path):
-    cfg = Config.fromfile(TINY / 'det.py')
+def test_check_classes_allows_hook_priority_and_wrapped_model(data, tmp_path):
+    cfg = Config.fromfile(NANO_CONFIGS / 'det.py')
     cfg.custom_hooks[0].priority = 'LOW'
     cfg.model_wrapper_cfg = dict(type='swinv2_mm.ZeroDistributedDataParallel', bucket_cap_mb=5)
     classes.check_classes(cfg)
@@ -245,7 +246,7 @@ def test_a_priority_of_a_hook_and_the_model_of_a_wrapper_are_no_arguments(data, 
         classes.check_classes(cfg)
 
 
-def test_parts_are_looked_up_in_the_scope_that_holds_them():
+def test_check_classes_in_the_scope_of_a_part():
     cfg = Config(dict(default_scope='mmaction', model=dict(type='FastRCNN', _scope_='mmdet', neck=dict(type='FPN'))))
     classes.check_classes(cfg)
     cfg.model.pop('_scope_')
@@ -253,7 +254,7 @@ def test_parts_are_looked_up_in_the_scope_that_holds_them():
         classes.check_classes(cfg)
 
 
-def test_a_class_whose_package_is_missing_is_no_wrong_name(monkeypatch):
+def test_check_classes_names_a_missing_package(monkeypatch):
     monkeypatch.delitem(sys.modules, 'swinv2_mm.datasets.video', raising=False)
     monkeypatch.setitem(sys.modules, 'decord', None)
     dataset = dict(type='swinv2_mm.datasets.video.VideoDataset', ann_file='a', pipeline=[])
@@ -286,8 +287,8 @@ def test_a_class_whose_package_is_missing_is_no_wrong_name(monkeypatch):
         ),
     ],
 )
-def test_wrong_flags_of_train(complain, data, flags, text):
-    assert text in complain('train', TINY / 'det.py', '--cfg-options', f'data_root={data}', *flags)
+def test_train_wrong_flags(error_of, data, flags, text):
+    assert text in error_of('train', NANO_CONFIGS / 'det.py', '--cfg-options', f'data_root={data}', *flags)
 
 
 @pytest.mark.parametrize(
@@ -307,23 +308,25 @@ def test_wrong_flags_of_train(complain, data, flags, text):
         ),
     ],
 )
-def test_wrong_flags_of_test(complain, monkeypatch, tmp_path, config, flags, text):
+def test_test_wrong_flags(error_of, monkeypatch, tmp_path, config, flags, text):
     (tmp_path / 'a.pth').touch()
     monkeypatch.setattr(checks, 'check_data', lambda cfg, splits: None)
-    assert text in complain('test', TINY / f'{config}.py', tmp_path / 'a.pth', *flags)
+    assert text in error_of('test', NANO_CONFIGS / f'{config}.py', tmp_path / 'a.pth', *flags)
 
 
-def test_missing_checkpoint(complain):
-    assert 'CHECKPOINT: checkpoint gone.pth does not exist' in complain('test', TINY / 'det.py', 'gone.pth')
+def test_check_checkpoint_missing(error_of):
+    assert 'CHECKPOINT: checkpoint gone.pth does not exist' in error_of('test', NANO_CONFIGS / 'det.py', 'gone.pth')
 
 
-def test_last_checkpoint_that_is_gone(complain, data, tmp_path):
+def test_check_last_checkpoint_missing(error_of, data, tmp_path):
     (tmp_path / 'last_checkpoint').write_text('/elsewhere/epoch_3.pth')
-    line = complain('train', TINY / 'det.py', '--work-dir', tmp_path, '--resume', '--cfg-options', f'data_root={data}')
+    line = error_of(
+        'train', NANO_CONFIGS / 'det.py', '--work-dir', tmp_path, '--resume', '--cfg-options', f'data_root={data}'
+    )
     assert 'names /elsewhere/epoch_3.pth, which does not exist' in line
 
 
-def test_more_gpus_than_the_machine_has(monkeypatch):
+def test_check_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     checks.check_gpus(2)
@@ -331,7 +334,7 @@ def test_more_gpus_than_the_machine_has(monkeypatch):
         checks.check_gpus(3)
 
 
-def test_port_in_use_matters_on_the_first_machine_alone(monkeypatch):
+def test_check_port_only_on_the_first_machine(monkeypatch):
     with taken_port() as port:
         monkeypatch.setenv('PORT', str(port))
         with pytest.raises(ValueError, match=f'port {port} cannot be used .*PORT={port + 1}'):
@@ -339,63 +342,65 @@ def test_port_in_use_matters_on_the_first_machine_alone(monkeypatch):
         checks.check_processes(preflight=None)  # torchrun's processes: it has opened the port by then
         monkeypatch.setenv('NODE_RANK', '1')
         checks.check_processes(preflight=1)
-    with socket.socket() as holder:  # not the port above, which a process that was started meanwhile may still hold
-        holder.bind(('', 0))
-        port = holder.getsockname()[1]
+    with socket.socket() as probe:  # not the port above: a process that was started meanwhile may still use it
+        probe.bind(('', 0))
+        port = probe.getsockname()[1]
     checks.check_port(port)
 
 
-def test_without_a_port_of_its_own_a_run_minds_no_other(monkeypatch):
+def test_check_processes_without_a_configured_port(monkeypatch):
     monkeypatch.delenv('PORT', raising=False)
     with taken_port(29500):
         checks.check_processes(preflight=2)
 
 
 @pytest.mark.parametrize('port', ['abc', '0', '-1', '65536', '1.5'])
-def test_a_port_that_is_none_is_an_error_that_names_the_variable(monkeypatch, port):
+def test_check_processes_invalid_port(monkeypatch, port):
     monkeypatch.setenv('PORT', port)
     with pytest.raises(ValueError, match=f"PORT must be a number from 1 to 65535, got '{port}'"):
         checks.check_processes(preflight=2)
 
 
-def test_only_the_first_process_complains(monkeypatch, capsys):
+def test_one_line_errors_only_in_the_first_process(monkeypatch, capsys):
     monkeypatch.setenv('RANK', '1')
     with pytest.raises(SystemExit), launch.one_line_errors(ValueError):
         raise ValueError('one')
     assert capsys.readouterr().err == ''
 
 
-def test_other_errors_keep_their_traceback():
+def test_one_line_errors_keeps_other_tracebacks():
     with pytest.raises(KeyError), launch.one_line_errors(ValueError):
         raise KeyError('a bug')
 
 
-def test_data_root_moves_what_was_copied_from_it():
-    cfg = launch.load_config(str(TINY / 'det.py'), {'data_root': '/new', 'val_dataloader.dataset.data_root': '/other'})
+def test_load_config_data_root_moves_copied_paths():
+    cfg = launch.load_config(
+        str(NANO_CONFIGS / 'det.py'), {'data_root': '/new', 'val_dataloader.dataset.data_root': '/other'}
+    )
     assert cfg.train_dataloader.dataset.dataset.data_root == '/new/'
     assert cfg.val_dataloader.dataset.data_root == '/other'
     assert cfg.test_evaluator.ann_file == '/new/annotations/instances_val2017.json'
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')
-def test_mixed_precision_becomes_fp32_on_a_cpu():
-    cfg = Config.fromfile(TINY / 'det.py')
+def test_adapt_to_cpu_mixed_precision():
+    cfg = Config.fromfile(NANO_CONFIGS / 'det.py')
     launch.adapt_to_cpu(cfg)
     assert dict(cfg.optim_wrapper) == dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')
 @pytest.mark.parametrize(('rank', 'times'), [('0', 1), ('1', 0)])
-def test_the_first_process_says_alone_what_it_has_adapted(monkeypatch, rank, times):
-    said = []
-    monkeypatch.setattr(launch, 'print_log', lambda text, **_: said.append(text))
+def test_adapt_to_cpu_logs_only_in_the_first_process(monkeypatch, rank, times):
+    logged = []
+    monkeypatch.setattr(launch, 'print_log', lambda text, **_: logged.append(text))
     monkeypatch.setenv('RANK', rank)
-    launch.adapt_to_cpu(Config.fromfile(TINY / 'det.py'))
-    assert said == ['No GPU: training in fp32 (OptimWrapper) instead of mixed precision (AmpOptimWrapper).'] * times
+    launch.adapt_to_cpu(Config.fromfile(NANO_CONFIGS / 'det.py'))
+    assert logged == ['No GPU: training in fp32 (OptimWrapper) instead of mixed precision (AmpOptimWrapper).'] * times
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')
-def test_norms_over_all_processes_become_norms_of_each_on_a_cpu():
+def test_adapt_to_cpu_sync_bn():
     cfg = Config.fromfile(DET / 'cascade_mask_rcnn_swinv2_t.py')
     assert 'SyncBN' in str(cfg.model)
     launch.adapt_to_cpu(cfg)
@@ -403,18 +408,18 @@ def test_norms_over_all_processes_become_norms_of_each_on_a_cpu():
     assert [head.norm_cfg for head in cfg.model.roi_head.bbox_head] == [dict(type='BN', requires_grad=True)] * 3
 
 
-# ---------------------------------------------------------------- the scripts for several processes
+# ---------------------------------------------------------------- the launch scripts
 
 
 @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'])
-def test_scripts_explain_themselves_without_arguments(script):
+def test_launch_scripts_print_usage(script):
     result = subprocess.run([TOOLS / script], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith('usage: ')
 
 
-def imitate(program: Path, lines: str) -> Path:
-    """Write a program, in place of one that is not to start, or that this machine does not have."""
+def write_program(program: Path, lines: str) -> Path:
+    """Write a program that replaces one that must not start, or that this machine does not have."""
     program.write_text(f'#!/usr/bin/env bash\n{lines}\n')
     program.chmod(0o755)
     return program
@@ -422,8 +427,8 @@ def imitate(program: Path, lines: str) -> Path:
 
 @pytest.fixture
 def start(tmp_path):
-    """Run a script with an interpreter that only says how it was called; returns its lines."""
-    python = imitate(tmp_path / 'python', 'echo "${PORT:-none}: $*"')
+    """Run a script with an interpreter that only prints its arguments; returns the lines."""
+    python = write_program(tmp_path / 'python', 'echo "${PORT:-none}: $*"')
     return lambda *args, **env: run(tmp_path, *args, PYTHON=str(python), **env).splitlines()
 
 
@@ -444,37 +449,37 @@ FREE_PORT = '--standalone --nnodes=1 --local_addr=127.0.0.1'
         ),
     ],
 )
-def test_dist_train_takes_a_free_port_unless_it_is_told_one_or_machines_have_to_meet(start, env, port, rendezvous):
+def test_dist_train_port_and_rendezvous(start, env, port, rendezvous):
     checked, started = start('dist_train.sh', 'a b.py', '2', '--resume', **env)
     command = f'{TOOLS}/train.py a b.py --resume --launcher pytorch'
     assert checked == f'{port}: {command} --preflight 2'
     assert started == f'{port}: -m torch.distributed.run {rendezvous} --nproc_per_node=2 {command}'
 
 
-def test_dist_test_starts_processes_in_the_same_way(start):
+def test_dist_test_starts_processes(start):
     checked, started = start('dist_test.sh', 'a.py', 'b.pth', '3', '--out', 'c d')
     command = f'{TOOLS}/test.py a.py b.pth --out c d --launcher pytorch'
     assert checked == f'none: {command} --preflight 3'
     assert started == f'none: -m torch.distributed.run {FREE_PORT} --nproc_per_node=3 {command}'
 
 
-def test_slurm_scripts_ask_for_the_processes_of_the_job(start, tmp_path):
-    imitate(tmp_path / 'srun', 'printf "<%s>" "$@"')
+def test_slurm_scripts_request_processes(start, tmp_path):
+    write_program(tmp_path / 'srun', 'printf "<%s>" "$@"')
     path = dict(PATH=f'{tmp_path}:{environment()["PATH"]}')
     (line,) = start('slurm_train.sh', 'part', 'job', 'a b.py', 'work', '--resume', **path, SRUN_ARGS='--time=5 --qos=a')
     python = f'<{tmp_path}/python><-u>'
-    asked = '<--gres=gpu:8><--ntasks=8><--ntasks-per-node=8><--cpus-per-task=5><--kill-on-bad-exit=1>'
+    resources = '<--gres=gpu:8><--ntasks=8><--ntasks-per-node=8><--cpus-per-task=5><--kill-on-bad-exit=1>'
     command = f'<{TOOLS}/train.py><a b.py><--work-dir><work><--launcher><slurm><--resume>'
-    assert line == f'<-p><part><--job-name=job>{asked}<--time=5><--qos=a>{python}{command}'
+    assert line == f'<-p><part><--job-name=job>{resources}<--time=5><--qos=a>{python}{command}'
     size = dict(GPUS='16', GPUS_PER_NODE='4', CPUS_PER_TASK='3')
     (line,) = start('slurm_test.sh', 'part', 'job', 'a.py', 'b c.pth', '--tta', **path, **size)
-    asked = '<--gres=gpu:4><--ntasks=16><--ntasks-per-node=4><--cpus-per-task=3><--kill-on-bad-exit=1>'
+    resources = '<--gres=gpu:4><--ntasks=16><--ntasks-per-node=4><--cpus-per-task=3><--kill-on-bad-exit=1>'
     command = f'<{TOOLS}/test.py><a.py><b c.pth><--launcher><slurm><--tta>'
-    assert line == f'<-p><part><--job-name=job>{asked}{python}{command}'
+    assert line == f'<-p><part><--job-name=job>{resources}{python}{command}'
 
 
-def refuse_to_start(folder: Path, *args, **env: str) -> str:
-    """Run a script on a mistake; returns the one line that it prints."""
+def script_error(folder: Path, *args, **env: str) -> str:
+    """Run a script with invalid arguments; returns its line of the error."""
     command = [TOOLS / args[0], *map(str, args[1:])]
     result = subprocess.run(command, cwd=folder, env=environment(**env), capture_output=True, text=True, check=False)
     assert result.returncode == 2, result.stdout + result.stderr
@@ -484,51 +489,52 @@ def refuse_to_start(folder: Path, *args, **env: str) -> str:
 
 
 @pytest.mark.parametrize('gpus', ['two', '0'])
-def test_dist_train_wants_a_number(tmp_path, gpus):
-    line = refuse_to_start(tmp_path, 'dist_train.sh', 'a.py', gpus, PYTHON='false')
+def test_dist_train_invalid_gpus(tmp_path, gpus):
+    line = script_error(tmp_path, 'dist_train.sh', 'a.py', gpus, PYTHON='false')
     assert line == f"error: GPUS must be a positive number, got '{gpus}'"
 
 
 @pytest.mark.parametrize('variable', ['NNODES', 'NODE_RANK'])
-def test_dist_train_wants_numbers_of_machines(tmp_path, variable):
-    line = refuse_to_start(tmp_path, 'dist_train.sh', 'a.py', '2', PYTHON='false', **{variable: '1:2'})
+def test_dist_train_invalid_nodes(tmp_path, variable):
+    line = script_error(tmp_path, 'dist_train.sh', 'a.py', '2', PYTHON='false', **{variable: '1:2'})
     assert line.startswith(f'error: {variable} must be a')
     assert line.endswith(", got '1:2'")
 
 
-def test_dist_train_may_be_called_by_a_link_to_it(tmp_path):
+def test_dist_train_through_a_symlink(tmp_path):
     (tmp_path / 'train.sh').symlink_to(TOOLS / 'dist_train.sh')
-    python = imitate(tmp_path / 'python', 'echo "$1"')
+    python = write_program(tmp_path / 'python', 'echo "$1"')
     result = subprocess.run(
         [tmp_path / 'train.sh', 'a.py', '2'], env=environment(PYTHON=str(python)), capture_output=True, text=True
     )
     assert result.stdout.splitlines()[0] == str(TOOLS / 'train.py')
 
 
-def test_dist_train_starts_nothing_after_a_complaint(tmp_path):
-    python = imitate(tmp_path / 'python', 'echo "error: $*" >&2\nexit 2')
-    assert refuse_to_start(tmp_path, 'dist_train.sh', 'a.py', '2', PYTHON=str(python)).endswith('--preflight 2')
+def test_dist_train_stops_if_preflight_fails(tmp_path):
+    python = write_program(tmp_path / 'python', 'echo "error: $*" >&2\nexit 2')
+    assert script_error(tmp_path, 'dist_train.sh', 'a.py', '2', PYTHON=str(python)).endswith('--preflight 2')
 
 
-def test_dist_train_complains_in_one_line_about_a_port_in_use(data, tmp_path):
-    """A process as users start it; the other mistakes are those of train.py, above."""
+def test_dist_train_port_in_use(data, tmp_path):
+    """As users start it. The other errors are tested above with train.py."""
     options = ['--cfg-options', f'data_root={data}']
     with taken_port() as port:
-        line = refuse_to_start(tmp_path, 'dist_train.sh', TINY / 'det.py', 2, *options, PORT=str(port))
+        line = script_error(tmp_path, 'dist_train.sh', NANO_CONFIGS / 'det.py', 2, *options, PORT=str(port))
     assert line.startswith(f'error: port {port} cannot be used')
 
 
-def test_preflight_finds_what_gets_no_gradient(data, tmp_path):
+def test_preflight_unused_outputs(data, tmp_path):
     options = [f'data_root={data}', 'model.neck.start_level=1', 'model.neck.num_outs=2']
-    arguments = [TINY / 'det.py', '--launcher', 'pytorch', '--preflight', '2', '--cfg-options', *options]
+    arguments = [NANO_CONFIGS / 'det.py', '--launcher', 'pytorch', '--preflight', '2', '--cfg-options', *options]
     line = refuse(tmp_path, 'train.py', *arguments)
     assert 'nothing uses output 1 of model.backbone.out_indices=(1, 2, 3)' in line
     assert ' model.backbone.out_indices="[2,3]" model.neck.in_channels="[64,128]" model.neck.start_level=0' in line
 
 
-def test_preflight_checks_and_leaves(data, tmp_path, monkeypatch):
+def test_preflight_only_checks(data, tmp_path, monkeypatch):
     monkeypatch.setenv('PORT', str(free_port()))
-    arguments = [TINY / 'det.py', '--launcher', 'pytorch', '--preflight', '2', '--cfg-options', f'data_root={data}']
+    flags = ['--launcher', 'pytorch', '--preflight', '2']
+    arguments = [NANO_CONFIGS / 'det.py', *flags, '--cfg-options', f'data_root={data}']
     call(tmp_path, 'train.py', *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ['shapes']
     (data / SHAPES[0]).unlink()
@@ -539,8 +545,8 @@ def test_preflight_checks_and_leaves(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_each_tool_is_a_script_that_explains_itself(script, monkeypatch, capsys):
-    """As Python runs a script, but in this process, which has imported everything already."""
+def test_tools_print_usage(script, monkeypatch, capsys):
+    """As Python runs a script, but in this process, which has imported everything."""
     monkeypatch.setattr(sys, 'argv', [script, '--help'])
     with folder_on_path(TOOLS / script), pytest.raises(SystemExit) as end:
         runpy.run_path(str(TOOLS / script), run_name='__main__')
@@ -554,16 +560,18 @@ def test_each_tool_is_a_script_that_explains_itself(script, monkeypatch, capsys)
 @pytest.mark.parametrize('how', [call, pytest.param(run, marks=pytest.mark.slow)], ids=['called', 'as_users'])
 def test_print_config(tmp_path, how):
     options = ['--cfg-options', 'train_cfg.max_iters=7']
-    assert 'max_iters=7' in how(tmp_path, 'misc/print_config.py', TINY / 'seg.py', '--save-path', 'a.py', *options)
+    assert 'max_iters=7' in how(
+        tmp_path, 'misc/print_config.py', NANO_CONFIGS / 'seg.py', '--save-path', 'a.py', *options
+    )
     assert Config.fromfile(tmp_path / 'a.py').train_cfg.max_iters == 7
 
 
 def test_print_config_refuses_an_unknown_suffix(tmp_path):
-    line = refuse(tmp_path, 'misc/print_config.py', TINY / 'seg.py', '--save-path', 'a.txt')
+    line = refuse(tmp_path, 'misc/print_config.py', NANO_CONFIGS / 'seg.py', '--save-path', 'a.txt')
     assert line == 'error: --save-path a.txt: the file must end in .py, .json or .yml'
 
 
-# ---------------------------------------------------------------- the end
+# ---------------------------------------------------------------- process_group
 
 
 @pytest.fixture
@@ -576,21 +584,21 @@ def meet(tmp_path):
         group.destroy_process_group()
 
 
-def test_the_group_of_processes_ends_with_the_work(meet):
+def test_process_group_is_destroyed(meet):
     with launch.process_group():
         meet()
     assert not torch.distributed.is_initialized()
 
 
-def test_the_group_of_processes_of_a_caller_stays(meet):
+def test_process_group_of_the_caller_stays(meet):
     meet()
     with launch.process_group():
         pass
     assert torch.distributed.is_initialized()
 
 
-def test_after_an_error_nobody_waits_for_the_others(meet):
-    """A barrier, or the end of the group, could wait for processes that wait for this one."""
+def test_process_group_after_an_error(meet):
+    """A barrier or the end of the group could deadlock with processes that wait for this one."""
 
     def fail():
         meet()

@@ -1,4 +1,4 @@
-"""The clips of the video demo, by what a player sees of them, and what the demo makes of its figures."""
+"""The decoded clips of the video demo, and the checks and drawings of the demo."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def read_list(data, split):
 
 @functools.cache
 def read_clips(data, split):
-    """(clips, frames, height, width, 3) and the classes; read once, and written by nobody after that."""
+    """Clips (clips, frames, height, width, 3) and classes. The arrays are cached: do not change them."""
     clips = []
     for name, _ in read_list(data, split):
         video = decord.VideoReader(str(data / split / name))
@@ -59,11 +59,11 @@ def find_shapes(data, split):
 
 
 def find_shape(frames):
-    """Where the shape is in each frame: (eighths of the width, row), from what is not in all frames."""
+    """Position of the shape in each frame, (eighths of the width, row), from the pixels that change."""
     background = np.median(frames, axis=0)
     mask = np.abs(frames - background).max(axis=-1) > 40
     assert np.all(mask.sum(axis=(1, 2)) >= 10)
-    columns = mask.sum(axis=1) @ np.exp(2j * np.pi * (np.arange(SIZE) + 0.5) / SIZE)  # the row is closed to a circle
+    columns = mask.sum(axis=1) @ np.exp(2j * np.pi * (np.arange(SIZE) + 0.5) / SIZE)  # positions wrap around
     rows = mask.sum(axis=2) @ (np.arange(SIZE) + 0.5) / mask.sum(axis=(1, 2))
     return np.angle(columns) / (2 * np.pi) * 8 % 8, rows
 
@@ -81,7 +81,7 @@ def place_in(frames, frame):
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
-def test_every_clip_visits_the_same_eight_places_in_steps_of_its_class(data, split):
+def test_clips_move_in_steps_of_their_class(data, split):
     clips, labels = read_clips(data, split)
     assert clips.shape == (dict(train=TRAIN, val=VAL)[split], 8, SIZE, SIZE, 3)
     for places, rows, label in zip(*find_shapes(data, split), labels, strict=True):
@@ -92,15 +92,15 @@ def test_every_clip_visits_the_same_eight_places_in_steps_of_its_class(data, spl
         assert np.all(np.abs(steps - EIGHTHS[label]) < 0.3), (label, steps)
 
 
-def test_clips_start_anywhere(data):
-    """A first frame at the same place in all clips would let the second one tell the class."""
+def test_clips_start_at_random_places(data):
+    """If the first frame had the same position in all clips, the second one would reveal the class."""
     labels = read_clips(data, 'train')[1]
     starts = find_shapes(data, 'train')[0][:, 0]
     for label in EIGHTHS:
         assert np.all(np.histogram(starts[labels == label], 4, (0, 8))[0] >= 5)
 
 
-def test_the_class_has_no_part_in_the_frames(tool, data, tmp_path, monkeypatch):
+def test_frames_do_not_depend_on_the_class(tool, data, tmp_path, monkeypatch):
     """With other classes, the same random numbers give the same frames in another order, and the same controls."""
     monkeypatch.setattr(tool, 'STEPS', (7, 5, 1, 3))
     other = make(tool, tmp_path / 'other', train=16, val=16)
@@ -115,7 +115,7 @@ def test_the_class_has_no_part_in_the_frames(tool, data, tmp_path, monkeypatch):
 
 
 def nearest_neighbour_accuracy(train, train_labels, val, val_labels):
-    """Of features of (clips, ...), each scaled by its spread."""
+    """Of features of shape (clips, ...), each divided by its standard deviation."""
     train, val = (features.reshape(len(features), -1).astype(float) for features in (train, val))
     scale = train.std(axis=0) + 1e-9
     train, val = train / scale, val / scale
@@ -123,7 +123,7 @@ def nearest_neighbour_accuracy(train, train_labels, val, val_labels):
     return (train_labels[distances.argmin(axis=1)] == val_labels).mean()
 
 
-def test_only_the_order_of_the_frames_tells_the_class(data):
+def test_class_depends_only_on_the_order_of_frames(data):
     train, train_labels = read_clips(data, 'train')
     val, val_labels = read_clips(data, 'val')
     small = [clips[:, :, 2::4, 2::4] for clips in (train, val)]
@@ -139,17 +139,17 @@ def test_only_the_order_of_the_frames_tells_the_class(data):
         'mean of the frames': [clips.mean(axis=1) for clips in small],
         'frames from left to right': [sorted_by_place(*pair) for pair in zip(places, small, strict=True)],
     }
-    for name, (known, asked) in blind.items():
-        accuracy = nearest_neighbour_accuracy(known, train_labels, asked, val_labels)
+    for name, (known, unknown) in blind.items():
+        accuracy = nearest_neighbour_accuracy(known, train_labels, unknown, val_labels)
         assert 0.25 - 0.12 < accuracy < 0.25 + 0.12, name  # three standard deviations
-    turns = [np.exp(1j * p * np.pi / 4) for p in places]
-    moves = [(t[:, 1:] * t[:, :-1].conj()).mean(axis=1) for t in turns]
-    known, asked = (np.stack([m.real, m.imag], axis=1) for m in moves)
-    assert nearest_neighbour_accuracy(known, train_labels, asked, val_labels) == 1
+    phases = [np.exp(1j * p * np.pi / 4) for p in places]
+    moves = [(t[:, 1:] * t[:, :-1].conj()).mean(axis=1) for t in phases]
+    known, unknown = (np.stack([m.real, m.imag], axis=1) for m in moves)
+    assert nearest_neighbour_accuracy(known, train_labels, unknown, val_labels) == 1
 
 
-def test_controls_are_the_validation_clips_shuffled_and_frozen(data):
-    """Frames equal to the last bit: no trace of the other frames is left in any by its coding."""
+def test_controls_are_shuffled_and_frozen_validation_clips(data):
+    """Frames are bitwise equal: the codec leaves no trace of other frames in them."""
     clips, labels = read_clips(data, 'val')
     shuffled, frozen = (read_clips(data, f'val_{control}') for control in ('shuffled', 'frozen'))
     assert np.array_equal(shuffled[1], labels)
@@ -190,7 +190,7 @@ def test_training_and_validation_share_nothing(data):
 
 
 def test_same_arguments_give_same_bytes_and_another_seed_other_clips(tool, data, tmp_path):
-    """The first time in a process as users start it, then in this one, with as many threads as a small machine has."""
+    """First as users start it, then in this process with one thread, as on a small machine."""
     again = tmp_path / 'again'
     output = run(tmp_path, MAKER, again, '--train', 8, '--val', 8, '--size', SIZE, '--seed', 3)
     assert f'{again}: clips of 8 frames of 64 x 64 pixels' in output
@@ -203,7 +203,7 @@ def test_same_arguments_give_same_bytes_and_another_seed_other_clips(tool, data,
     finally:
         cv2.setNumThreads(threads)
     assert hashes(again, '**/*.*') == first
-    assert hashes(again).items() <= hashes(data).items()  # the number of clips has no part in them either
+    assert hashes(again).items() <= hashes(data).items()  # clips do not depend on their number either
     make(tool, again, train=4, val=4, seed=4)
     replaced = hashes(again)
     assert len(replaced) == 4 * 4
@@ -229,7 +229,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(tool, tmp_path, ca
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_a_data_set_of_the_tool_is_not_touched(tool, tmp_path, capsys):
+def test_other_folders_are_not_overwritten(tool, tmp_path, capsys):
     (tmp_path / 'precious.txt').write_text('mine')
     for out in (tmp_path, tmp_path / 'precious.txt'):
         with pytest.raises(SystemExit):
@@ -245,7 +245,7 @@ def load_config(data):
     return launch.load_config(str(CONFIG), {'data_root': str(data)})
 
 
-def test_the_config_reads_the_clips_frame_by_frame_and_unchanged(data):
+def test_demo_config_reads_clips_unchanged(data):
     pytest.importorskip('mmaction')
     from mmengine.registry import DATASETS, DefaultScope
 
@@ -261,7 +261,7 @@ def test_the_config_reads_the_clips_frame_by_frame_and_unchanged(data):
             assert sample['data_samples'].gt_label == clips[split][1][index]
 
 
-def test_the_config_trains_and_is_tested_on_the_controls(tool, tmp_path):
+def test_demo_config_trains_and_tests_on_the_controls(tool, tmp_path):
     data = make(tool, tmp_path / 'clips', train=16, val=8)
     work_dir = tmp_path / 'work'
     options = ['--cfg-options', f'data_root={data}', 'default_hooks.logger.interval=1']
@@ -288,7 +288,7 @@ def write_metric(folder: Path, value: float) -> Path:
 
 
 @pytest.mark.parametrize(
-    ('test', 'shuffled', 'frozen', 'complaints'),
+    ('test', 'shuffled', 'frozen', 'messages'),
     [
         (0.9, 0.35, 0.1, []),
         (0.89, 0.25, 0.25, ['too poor']),
@@ -296,20 +296,20 @@ def write_metric(folder: Path, value: float) -> Path:
         (0.5, 0.4, 0.4, ['too poor', 'frames shuffled', 'one frame repeated']),
     ],
 )
-def test_the_demo_fails_below_its_bound_and_above_chance(demo, tmp_path, capsys, test, shuffled, frozen, complaints):
+def test_demo_fails_below_its_bound_and_above_chance(demo, tmp_path, capsys, test, shuffled, frozen, messages):
     task = demo.TASKS['video']
     controls = {
         name: write_metric(tmp_path / name, value)
         for name, value in zip(task.controls, (shuffled, frozen), strict=True)
     }
     wrong = demo.judge(task, write_metric(tmp_path / 'test', test), controls)
-    assert len(wrong) == len(complaints)
-    assert all(part in line for part, line in zip(complaints, wrong, strict=True))
+    assert len(wrong) == len(messages)
+    assert all(part in line for part, line in zip(messages, wrong, strict=True))
     printed = capsys.readouterr().out
     assert all(f'{value:.3f}' in printed for value in (test, shuffled, frozen))
 
 
-def test_the_demo_draws_each_frame_and_marks_what_is_wrong(demo, data, monkeypatch):
+def test_demo_draws_frames_and_marks_errors(demo, data, monkeypatch):
     monkeypatch.setattr(demo, 'ROOT', data.parent)
     task = dataclasses.replace(demo.TASKS['video'], data=data.name)
     classes = [torch.tensor([label]) for _, label in read_list(data, 'val')]
@@ -319,8 +319,8 @@ def test_the_demo_draws_each_frame_and_marks_what_is_wrong(demo, data, monkeypat
     assert len(strips) == 8
     clips = read_clips(data, 'val')[0]
     for index, strip in enumerate(strips):
-        heading, pictures = strip[:-SIZE], strip[-SIZE:]
-        shown = pictures.reshape(SIZE, 8, -1, 3)[:, :, :SIZE, ::-1].transpose(1, 0, 2, 3)
+        heading, frames = strip[:-SIZE], strip[-SIZE:]
+        shown = frames.reshape(SIZE, 8, -1, 3)[:, :, :SIZE, ::-1].transpose(1, 0, 2, 3)
         assert np.abs(shown.astype(int) - clips[index]).mean() < 2  # OpenCV's and decord's decoders round differently
         red = (heading[..., 2] > 200) & (heading[..., 0] < 60)
         assert red.any() == (index == 0)

@@ -62,7 +62,7 @@ def independent_instances(shapes, size):
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
-def test_masks_boxes_areas_and_stuff_are_exactly_what_was_drawn(tool, data, split):
+def test_annotations_are_those_of_the_scene(tool, data, split):
     coco = splits(data)[split]
     assert [c['name'] for c in coco.loadCats(coco.getCatIds())] == list(tool.THINGS)
     for number, image_id in enumerate(coco.getImgIds()):
@@ -86,7 +86,7 @@ def test_masks_boxes_areas_and_stuff_are_exactly_what_was_drawn(tool, data, spli
             assert np.array_equal(labels == label, stuff == value), names[label]
 
 
-def test_a_mask_is_the_part_of_the_image_with_the_objects_colour(tool, data):
+def test_mask_has_the_colour_of_its_object(tool, data):
     coco = splits(data)['val']
     for image_id, info in coco.imgs.items():
         image = read(data, 'val2017', info).astype(float)
@@ -94,11 +94,11 @@ def test_a_mask_is_the_part_of_the_image_with_the_objects_colour(tool, data):
             inner = cv2.erode(coco.annToMask(annotation), np.ones((5, 5), np.uint8))  # JPEG blurs the edges
             pixels = image[inner > 0]
             assert len(pixels)
-            far = np.abs(pixels - np.median(pixels, axis=0)).max(axis=1) > 40  # one colour and a little noise
+            far = np.abs(pixels - np.median(pixels, axis=0)).max(axis=1) > 40  # one colour with little noise
             assert far.mean() < 0.01
 
 
-def test_occluded_objects_exist_and_keep_their_visible_part_only(tool, data):
+def test_masks_of_occluded_objects(tool, data):
     occluded = 0
     for number in range(VAL):
         scene = tool.make_scene(np.random.default_rng((3, 1, number)), SIZE)
@@ -110,7 +110,7 @@ def test_occluded_objects_exist_and_keep_their_visible_part_only(tool, data):
     assert occluded >= VAL // 5
 
 
-def test_classes_and_stuff_are_balanced(tool, data):
+def test_shapes_classes_are_balanced(tool, data):
     for split, coco in splits(data).items():
         counts = Counter(a['category_id'] for a in coco.anns.values())
         share = np.array([counts[i] for i in (1, 2, 3)]) / sum(counts.values())
@@ -160,7 +160,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(tool, tmp_path, ca
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_something_else_is_not_touched(tool, tmp_path, capsys):
+def test_other_folders_are_not_overwritten(tool, tmp_path, capsys):
     (tmp_path / 'precious.txt').write_text('mine')
     with pytest.raises(SystemExit):
         tool.main([str(tmp_path), '--train', '1', '--val', '1'])

@@ -1,4 +1,4 @@
-"""The picture of the position bias: the maps behind it against timm's attention, then the tool as users run it."""
+"""The plot of the position bias: its values compared with timm's attention, then the tool as users run it."""
 
 import matplotlib.image
 import numpy as np
@@ -28,7 +28,7 @@ def state_dict():
 
 @pytest.fixture
 def checkpoint(state_dict, tmp_path):
-    """A file in the official layout, which says nothing about windows."""
+    """A file in the official layout, without windows."""
     path = tmp_path / 'weights.pth'
     torch.save({'model': {k: v for k, v in state_dict.items() if is_official(k)}}, path)
     return path
@@ -39,7 +39,7 @@ def is_official(key):
 
 
 def timm_bias(state_dict, stage, window):
-    """What timm's attention adds to the logits: those that its softmax sees when all queries and keys are zero."""
+    """The position bias of timm's attention: the input of its softmax when all queries and keys are zero."""
     find_peers()
     from timm.models.swin_transformer_v2 import WindowAttention
 
@@ -58,7 +58,7 @@ def timm_bias(state_dict, stage, window):
 
 
 @pytest.mark.parametrize(('stage', 'window'), [(0, 12), (1, 5), (2, 16), (3, 7), (3, 1)])
-def test_a_map_holds_the_bias_that_timm_adds_to_every_pair_of_tokens(tool, state_dict, stage, window):
+def test_bias_maps_are_the_bias_of_timm(tool, state_dict, stage, window):
     maps = tool.bias_maps(state_dict, stage, window)
     assert maps.shape == (ARCH['num_heads'][stage], 2 * window - 1, 2 * window - 1)
     tokens = torch.arange(window)
@@ -68,13 +68,13 @@ def test_a_map_holds_the_bias_that_timm_adds_to_every_pair_of_tokens(tool, state
 
 
 @pytest.mark.parametrize('stage', range(4))
-def test_the_middle_of_a_larger_windows_map_is_the_map_of_the_smaller_window(tool, state_dict, stage):
+def test_bias_maps_of_two_windows_agree(tool, state_dict, stage):
     small, large = (tool.bias_maps(state_dict, stage, window) for window in (8, 20))
     assert small.std() > 0.1
     torch.testing.assert_close(large[:, 12:27, 12:27], small, rtol=1e-6, atol=1e-6)
 
 
-def test_a_mosaic_holds_every_map_once_with_gaps_between_them(tool):
+def test_mosaic_has_every_map_once(tool):
     maps = np.arange(5 * 7 * 7, dtype=np.float32).reshape(5, 7, 7)
     canvas, corners = tool.mosaic(maps)
     assert canvas.shape == (15, 23)  # two rows of three, one pixel apart
@@ -83,7 +83,7 @@ def test_a_mosaic_holds_every_map_once_with_gaps_between_them(tool):
     assert np.isfinite(canvas).sum() == maps.size
 
 
-def test_the_picture_shows_every_stage_and_its_range_is_printed(tool, state_dict, checkpoint, tmp_path):
+def test_plot_position_bias_draws_every_stage(tool, state_dict, checkpoint, tmp_path):
     out = tmp_path / 'bias.png'
     output = run(tmp_path, TOOL, checkpoint, '--windows', 4, 8, '--out', out, '--pretrained-window-sizes', *PRETRAINED)
     assert output.splitlines()[-1] == str(out)
@@ -94,12 +94,12 @@ def test_the_picture_shows_every_stage_and_its_range_is_printed(tool, state_dict
         assert f'{maps.min():.2f} to {maps.max():.2f} at 8' in line
     pixels = matplotlib.image.imread(out)[..., :3]
     height = len(pixels)
-    for stage in range(4):  # each quarter of the height holds colours, not white, grey or black alone
+    for stage in range(4):  # each quarter of the height has colours, not only white, grey or black
         row = pixels[stage * height // 4 : (stage + 1) * height // 4]
         assert (np.ptp(row, axis=-1) > 0.2).mean() > 0.1
 
 
-def test_our_own_checkpoints_know_their_windows(state_dict, tmp_path):
+def test_plot_position_bias_of_our_checkpoint(state_dict, tmp_path):
     path = tmp_path / 'ours.pth'
     torch.save({'state_dict': {f'backbone.{k}': v for k, v in state_dict.items()}, 'meta': {}}, path)
     output = call(tmp_path, TOOL, path, '--windows', 2, '--out', tmp_path / 'a.png')
@@ -117,11 +117,11 @@ def test_our_own_checkpoints_know_their_windows(state_dict, tmp_path):
         (['--out', 'a.txt'], 'the file must end in one of .'),
     ],
 )
-def test_mistakes_give_one_line(checkpoint, tmp_path, args, message):
+def test_plot_position_bias_errors(checkpoint, tmp_path, args, message):
     assert message in refuse(tmp_path, TOOL, checkpoint, '--windows', 8, *args)
 
 
-def test_pretrained_window_sizes_fill_in_unknown_windows_only(tool, state_dict):
+def test_write_windows_only_fills_in_unknown_windows(tool, state_dict):
     mixed = dict(state_dict)
     mixed['layers.3.blocks.1.attn.cpb_mlp.pretrained_window_size'] = torch.tensor([0, 6])
     with pytest.raises(ValueError, match='pre-training window of stage 3 is not in'):
@@ -132,11 +132,11 @@ def test_pretrained_window_sizes_fill_in_unknown_windows_only(tool, state_dict):
         tool.write_windows(state_dict, [12, 12, 12, 8])
 
 
-def test_a_video_backbones_maps_are_those_within_one_frame(tool):
+def test_bias_maps_of_a_video_backbone(tool):
     mlp = LogCPB((2, 5, 5), (8, 7, 7), 3)
     state_dict = {f'layers.0.blocks.0.attn.cpb_mlp.{k}': v for k, v in mlp.state_dict().items()}
     torch.testing.assert_close(tool.bias_maps(state_dict, 0, 5), mlp().view(3, 3, 9, 9)[:, 1])
 
 
-def test_a_missing_checkpoint_gives_one_line(tmp_path):
+def test_plot_position_bias_of_a_missing_checkpoint(tmp_path):
     assert 'gone.pth' in refuse(tmp_path, TOOL, tmp_path / 'gone.pth', '--windows', 8)

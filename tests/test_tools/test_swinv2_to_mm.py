@@ -1,4 +1,4 @@
-"""The converter: what it writes is what the source holds, and it says what it cannot do."""
+"""The converter: it writes the weights of its source, and its errors name what is wrong."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def source() -> SwinTransformerV2:
 
 @pytest.fixture
 def timm_file(source, tmp_path) -> Path:
-    """Weights under the names of timm, which say nothing about windows."""
+    """Weights under the names of timm, without windows."""
     weights = {oracles.timm_name(name): value for name, value in source.named_parameters()}
     torch.save(weights | {'head.fc.weight': torch.ones(1)}, tmp_path / 'timm.pth')
     return tmp_path / 'timm.pth'
@@ -33,7 +33,7 @@ def timm_file(source, tmp_path) -> Path:
     [('.pth', call), ('.safetensors', call), pytest.param('.pth', run, marks=pytest.mark.slow)],
     ids=['pth', 'safetensors', 'as_users'],
 )
-def test_the_result_holds_the_weights_and_the_windows_that_were_given(source, timm_file, tmp_path, suffix, how):
+def test_swinv2_to_mm_writes_weights_and_windows(source, timm_file, tmp_path, suffix, how):
     target = tmp_path / f'ours{suffix}'
     output = how(tmp_path, TOOL, timm_file, target, '--pretrained-window-sizes', *WINDOWS)
     assert 'pre-training windows: (12, 12), (12, 12), (12, 12), (6, 6)' in output
@@ -45,7 +45,7 @@ def test_the_result_holds_the_weights_and_the_windows_that_were_given(source, ti
     assert backbone.layers[3].blocks[0].attn.cpb_mlp.pretrained_window_size.tolist() == [6, 6]
 
 
-def test_windows_that_nobody_knows_are_said_to_be_missing(timm_file, tmp_path):
+def test_swinv2_to_mm_unknown_windows(timm_file, tmp_path):
     assert 'unknown: pass --pretrained-window-sizes' in call(tmp_path, TOOL, timm_file, tmp_path / 'a.pth')
 
 
@@ -57,12 +57,12 @@ def test_windows_that_nobody_knows_are_said_to_be_missing(timm_file, tmp_path):
         ('a.pth', ['--pretrained-window-sizes', 8, 8], 'must be 4 positive numbers, got (8, 8)'),
     ],
 )
-def test_mistakes_give_one_line(timm_file, tmp_path, target, options, message):
+def test_swinv2_to_mm_errors(timm_file, tmp_path, target, options, message):
     assert message in refuse(tmp_path, TOOL, timm_file, tmp_path / target, *options)
     assert not (tmp_path / target).exists()
 
 
-def test_a_part_that_is_missing_is_named(source, tmp_path):
+def test_swinv2_to_mm_names_a_missing_key(source, tmp_path):
     weights = dict(source.named_parameters())
     del weights['layers.1.blocks.0.mlp.fc2.bias']
     torch.save(weights, tmp_path / 'a.pth')

@@ -1,4 +1,4 @@
-"""Training and testing by the tools: in this process, in two, and as users start them. Tiny models, generated data."""
+"""Training and testing with the tools: in this process, in two, and as users start them. Nano models and data sets."""
 
 import contextlib
 import json
@@ -35,12 +35,11 @@ from tool_runs import (
 import swinv2_mm  # noqa: F401  lets torch.load read checkpoints of mmengine
 from swinv2_mm.cli import launch
 
-TINY = NANO_CONFIGS
-DET = TINY / 'det.py'
+DET = NANO_CONFIGS / 'det.py'
 VIDEO = REPOSITORY / 'configs/video/swinv2_t_k400_224x224x32.py'
-CLIP, FILM = 8, 40  # frames of a clip, every second of the film, and of a film
+CLIP, FRAMES = 8, 40  # frames of a clip (every second one of the video) and of a video
 PLOT = 'analysis_tools/analyze_logs.py'
-# torchrun's own choice, so that processes add up in the same order, whoever has started them
+# the default of torchrun, for the same order of summation with every launcher
 ONE_THREAD = dict(OMP_NUM_THREADS='1')
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='tests what happens without a GPU')
@@ -51,7 +50,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='tests what ha
 
 @pytest.fixture(scope='module')
 def trained(shapes, tmp_path_factory):
-    """A training of four epochs on two processes, never interrupted."""
+    """An uninterrupted training of four epochs on two processes."""
     folder = tmp_path_factory.mktemp('trained')
     options = ['--work-dir', 'work', '--seed', 3, '--cfg-options', f'data_root={shapes}']
     log = call_together(folder, 'train.py', DET, *options, **ONE_THREAD)
@@ -61,7 +60,7 @@ def trained(shapes, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def tested(shapes, trained, tmp_path_factory):
-    """A test of that training in one process, with predictions saved and drawn."""
+    """A test of `trained` in one process, with predictions saved and drawn."""
     folder = tmp_path_factory.mktemp('tested')
     options = ['--out', 'a.pkl', '--show-dir', 'drawn', '--cfg-options', f'data_root={shapes}']
     call(folder, 'test.py', DET, trained / 'epoch_4.pth', '--work-dir', 'work', *options)
@@ -77,7 +76,7 @@ def weights(path):
 
 
 def predictions(path: Path) -> list[dict]:
-    """What a test has saved."""
+    """The predictions that a test has saved."""
     return pickle.loads(path.read_bytes())
 
 
@@ -87,10 +86,10 @@ def scores(work_dir):
 
 
 def check_same_test(one: Path, two: Path) -> None:
-    """Two folders with a.pkl and work/: five images on two processes, one of which is seen twice, and counts once."""
-    alone, together = predictions(one / 'a.pkl'), predictions(two / 'a.pkl')
-    assert len(alone) == len(together) == 5
-    for left, right in zip(alone, together, strict=True):
+    """Compare a.pkl and work/ of two folders: of five images, two processes test one twice, which must count once."""
+    ours, theirs = predictions(one / 'a.pkl'), predictions(two / 'a.pkl')
+    assert len(ours) == len(theirs) == 5
+    for left, right in zip(ours, theirs, strict=True):
         assert left['img_id'] == right['img_id']
         assert len(left['pred_instances']['scores']) > 0
         for key, value in left['pred_instances'].items():
@@ -98,14 +97,14 @@ def check_same_test(one: Path, two: Path) -> None:
     assert scores(one / 'work') == pytest.approx(scores(two / 'work'), abs=1e-3)
 
 
-def test_one_and_two_processes_predict_and_score_the_same(shapes, trained, tested, tmp_path):
+def test_test_on_one_and_two_processes(shapes, trained, tested, tmp_path):
     options = ['--work-dir', 'work', '--out', 'a.pkl', '--cfg-options', f'data_root={shapes}']
     call_together(tmp_path, 'test.py', DET, trained / 'epoch_4.pth', *options)
     check_same_test(tested, tmp_path)
 
 
 @pytest.mark.slow
-def test_dist_test_predicts_and_scores_like_one_process(shapes, trained, tested, tmp_path):
+def test_dist_test_predicts_like_one_process(shapes, trained, tested, tmp_path):
     """As users start it."""
     options = ['--work-dir', 'work', '--out', 'a.pkl', '--cfg-options', f'data_root={shapes}']
     run(tmp_path, 'dist_test.sh', DET, trained / 'epoch_4.pth', 2, *options)
@@ -114,8 +113,8 @@ def test_dist_test_predicts_and_scores_like_one_process(shapes, trained, tested,
 
 @pytest.mark.slow
 @pytest.mark.smoke
-def test_killed_training_resumes_to_the_same_weights(shapes, trained, tmp_path):
-    """As users start it, beside something that has torchrun's usual port. The resumed run is not told the seed."""
+def test_train_resumes_after_kill_to_the_same_weights(shapes, trained, tmp_path):
+    """As users start it, while torchrun's default port is in use. The resumed run does not set the seed."""
     (tmp_path / 'config.py').write_text(f"""
 _base_ = '{DET}'
 custom_imports = dict(imports=['nano.training'], allow_failed_imports=False)
@@ -130,21 +129,21 @@ custom_hooks = [dict(type='swinv2_mm.ReproducibleResumeHook'), dict(type='StallI
         log = run(tmp_path, 'dist_train.sh', DET, 2, '--resume', *options, **ONE_THREAD)
     assert 'resumed epoch' in log
     assert log.count('training in fp32 (OptimWrapper)') == 1
-    whole, resumed = weights(trained / 'epoch_4.pth'), weights(tmp_path / 'work/epoch_4.pth')
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    expected, resumed = weights(trained / 'epoch_4.pth'), weights(tmp_path / 'work/epoch_4.pth')
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
 
 
 def kill_in_second_epoch(folder: Path, *options) -> None:
-    """Train with config.py, and SIGKILL the launcher alone: its processes and their data workers have to end too."""
+    """Train with config.py, and SIGKILL only the launcher: its processes and their data workers must end too."""
     program, args = command('dist_train.sh', 'config.py', 2, *options)
     env = environment(**ONE_THREAD, PYTHONPATH=str(HELPERS))
     with (folder / 'log').open('w') as log:
         process = subprocess.Popen([*program, *args], cwd=folder, env=env, stdout=log, stderr=log)
     children = []
     try:
-        signs = [folder / f'stalled_{rank}' for rank in range(2)]
-        wait_for(lambda: all(sign.exists() for sign in signs) or process.poll() is not None, 600)
+        stall_files = [folder / f'stalled_{rank}' for rank in range(2)]
+        wait_for(lambda: all(file.exists() for file in stall_files) or process.poll() is not None, 600)
         children = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -154,7 +153,7 @@ def kill_in_second_epoch(folder: Path, *options) -> None:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+    with contextlib.suppress(psutil.NoSuchProcess):  # it may end between the calls
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
 
@@ -167,8 +166,8 @@ def wait_for(condition, seconds):
 
 
 @pytest.mark.slow
-def test_slurm_starts_the_processes(shapes, trained, tmp_path):
-    """SLURM itself cannot run here; in its place a program sets the same variables and starts the same command."""
+def test_slurm_train_starts_processes(shapes, trained, tmp_path):
+    """SLURM cannot run here: a fake `srun` sets its variables and starts the same command."""
     (tmp_path / 'srun').write_text("""#!/usr/bin/env bash
         while [[ $1 == -* ]]; do [[ $1 == -p ]] && shift; shift; done
         export SLURM_NTASKS=2 SLURM_NODELIST=here
@@ -186,37 +185,38 @@ def test_slurm_starts_the_processes(shapes, trained, tmp_path):
 # ---------------------------------------------------------------- a segmentor
 
 
-def test_segmentation_trains_and_tests(tmp_path):
-    """mmseg: iterations, labels saved as pictures, flips merged, curves."""
+def test_train_and_test_segmentation(tmp_path):
+    """With mmseg: iterations, saved label images, merged flips, curves."""
     write_segments(tmp_path / 'seg')
     options = ['--work-dir', 'work', '--cfg-options', 'data_root=seg', 'default_hooks.logger.type=LoggerHook']
     options += ['default_hooks.logger.interval=1']
-    call(tmp_path, 'train.py', TINY / 'seg.py', *options)
+    call(tmp_path, 'train.py', NANO_CONFIGS / 'seg.py', *options)
     assert (tmp_path / 'work/last_checkpoint').read_text().endswith('iter_4.pth')
     check_curves(next(tmp_path.glob('work/*/vis_data/2*.json')), tmp_path / 'miou.png')
     saved = ['--tta', '--out', 'labels', '--dump', 'a.pkl']
-    call(tmp_path, 'test.py', TINY / 'seg.py', 'work/iter_4.pth', *saved, *options)
+    call(tmp_path, 'test.py', NANO_CONFIGS / 'seg.py', 'work/iter_4.pth', *saved, *options)
     assert {path.name for path in (tmp_path / 'labels').iterdir()} == {f'{i}.png' for i in range(4)}
     assert len(predictions(tmp_path / 'a.pkl')) == 4
 
 
-def check_curves(log: Path, picture: Path, *options: str) -> None:
-    """A log is read: without `--keys`, the curve is that of the toolbox's own metric."""
-    call(log.parent, PLOT, 'plot_curve', log, '--out', picture)
-    assert cv2.imread(str(picture)).std() > 1
+def check_curves(log: Path, figure: Path, *options: str) -> None:
+    """analyze_logs reads a log; without `--keys`, the curve is that of the toolbox's metric."""
+    call(log.parent, PLOT, 'plot_curve', log, '--out', figure)
+    assert cv2.imread(str(figure)).std() > 1
     assert 's/iter' in call(log.parent, PLOT, 'cal_train_time', log, *options)
 
 
 # ---------------------------------------------------------------- recognizers
 
 
-def test_video_trains_and_tests(tmp_path):
-    """mmaction: with the mends that its wheel needs, and with pictures where the config names its hook, which fails."""
+def test_train_and_test_video(tmp_path):
+    """With mmaction, the workarounds for its wheel, and frames drawn in place of its broken visualization hook."""
     write_frames(tmp_path / 'video')
     options = ['--work-dir', 'work', '--cfg-options', 'data_root=video']
-    call(tmp_path, 'train.py', TINY / 'video.py', *options)
+    call(tmp_path, 'train.py', NANO_CONFIGS / 'video.py', *options)
     options += ['test_dataloader.dataset.indices=3']  # in batches of two
-    call(tmp_path, 'test.py', TINY / 'video.py', 'work/epoch_1.pth', '--dump', 'a.pkl', '--show-dir', 'drawn', *options)
+    saved = ['--dump', 'a.pkl', '--show-dir', 'drawn']
+    call(tmp_path, 'test.py', NANO_CONFIGS / 'video.py', 'work/epoch_1.pth', *saved, *options)
     assert len(predictions(tmp_path / 'a.pkl')) == 3
     assert 0 <= scores(tmp_path / 'work')['acc/top1'] <= 1
     drawn = sorted(path.relative_to(tmp_path / 'drawn').as_posix() for path in tmp_path.glob('drawn/**/*.png'))
@@ -225,9 +225,9 @@ def test_video_trains_and_tests(tmp_path):
 
 @pytest.fixture(scope='module')
 def recognizer(tmp_path_factory):
-    """A nano recognizer after an epoch on two processes, and its predictions; a larger head makes these differ."""
+    """A nano recognizer after an epoch on two processes, and its predictions; a random head makes them differ."""
     folder = tmp_path_factory.mktemp('recognizer')
-    write_kinetics400(folder / 'kinetics400', FILM)
+    write_kinetics400(folder / 'kinetics400', FRAMES)
     cfg = shrink(launch.load_config(str(VIDEO), dict(data_root=str(folder / 'kinetics400'))))
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         next(step for step in loader.dataset.pipeline if step.type == 'SampleFrames').clip_len = CLIP
@@ -243,8 +243,8 @@ def recognizer(tmp_path_factory):
     return folder
 
 
-def test_one_and_two_processes_recognize_the_same(recognizer, tmp_path):
-    """Three videos on two processes. The list has the first prediction's class, and the second best of the others."""
+def test_test_of_videos_on_one_and_two_processes(recognizer, tmp_path):
+    """Three videos on two processes. Labels: the best class of the first prediction, the second best of others."""
     config, checkpoint = recognizer / 'config.py', recognizer / 'model.pth'
     first = predictions(recognizer / 'predictions.pkl')
     labels = [video['pred_score'].topk(2).indices[min(i, 1)].item() for i, video in enumerate(first)]
@@ -255,20 +255,20 @@ def test_one_and_two_processes_recognize_the_same(recognizer, tmp_path):
     two = ['--work-dir', 'two', '--dump', 'two.pkl', '--show-dir', 'drawn_by_two', *options]
     call_together(tmp_path, 'test.py', config, checkpoint, *two)
     one, two = predictions(tmp_path / 'one.pkl'), predictions(tmp_path / 'two.pkl')
-    for alone, left, right, label in zip(first, one, two, labels, strict=True):
+    for prediction, left, right, label in zip(first, one, two, labels, strict=True):
         assert left['gt_label'].item() == right['gt_label'].item() == label
         assert_close(left['pred_score'], right['pred_score'])
-        assert_close(left['pred_score'], alone['pred_score'])
+        assert_close(left['pred_score'], prediction['pred_score'])
     one, two = scores(tmp_path / 'one'), scores(tmp_path / 'two')
     assert one == two
     assert one['acc/top1'] == pytest.approx(1 / 3, abs=1e-4)
     assert one['acc/top5'] == 1
-    check_pictures(tmp_path / 'drawn', [0, 1, 2])
-    check_pictures(tmp_path / 'drawn_by_two', [0, 2])  # by the first process
+    check_frames(tmp_path / 'drawn', [0, 1, 2])
+    check_frames(tmp_path / 'drawn_by_two', [0, 2])  # by the first process
 
 
-def check_pictures(folder: Path, videos: list[int]) -> None:
-    """There are the frames of a clip of each video, in which something moves, and which is that video's."""
+def check_frames(folder: Path, videos: list[int]) -> None:
+    """Each video has the frames of a clip of its own, in which something moves."""
     assert {path.name for path in folder.iterdir()} == {f'{video}_0' for video in videos}
     for video in videos:
         paths = [folder / f'{video}_0/frames_0/{frame}.png' for frame in range(CLIP)]
@@ -279,8 +279,8 @@ def check_pictures(folder: Path, videos: list[int]) -> None:
         assert abs(frames[0, 16:] - frames[-1, 16:]).max() > 50
 
 
-def test_the_views_of_a_video_are_averaged_as_the_head_says(recognizer):
-    """4 clips x 3 crops, each of them predicted alone and averaged by hand: as probabilities, and as logits."""
+def test_test_averages_the_views_of_a_video(recognizer):
+    """4 clips x 3 crops, predicted one by one and averaged by hand: as probabilities, and as logits."""
     from mmaction.apis import init_recognizer
     from mmaction.registry import DATASETS
 
@@ -289,11 +289,11 @@ def test_the_views_of_a_video_are_averaged_as_the_head_says(recognizer):
     with DefaultScope.overwrite_default_scope('mmaction'):
         videos = list(DATASETS.build(cfg.test_dataloader.dataset))
     for video, saved in zip(videos, predictions(recognizer / 'predictions.pkl'), strict=True):
-        logits = predict_views_alone(model, video)
+        logits = predict_each_view(model, video)
         mean = logits.softmax(1).mean(0)
         assert (mean - logits.mean(0).softmax(0)).abs().max() > 1e-3  # the order matters
         assert_close(saved['pred_score'], mean)
-        model.test_cfg = dict(max_testing_views=5)  # as the configs with many views have it
+        model.test_cfg = dict(max_testing_views=5)  # as in the configs with many views
         assert_close(predict(model, video), mean)
         model.test_cfg = None
         model.cls_head.average_clips = 'score'
@@ -301,8 +301,8 @@ def test_the_views_of_a_video_are_averaged_as_the_head_says(recognizer):
         model.cls_head.average_clips = 'prob'
 
 
-def predict_views_alone(model, video: dict) -> torch.Tensor:
-    """Logits (12, 400) of the views of a video, each of which is a video of its own for the model."""
+def predict_each_view(model, video: dict) -> torch.Tensor:
+    """Logits (12, 400) of the views of a video, each passed to the model as one video."""
     assert video['inputs'].shape == (12, 3, CLIP, 28, 28)
     logits = []
     for view in video['inputs']:
@@ -319,12 +319,12 @@ def predict(model, video: dict) -> torch.Tensor:
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Scores are equal apart from rounding."""
+    """Assert that scores are equal up to rounding."""
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_the_apis_of_mmaction_recognize_as_the_tools_do(recognizer):
-    """A video by its path: with all views, or with the one that mmaction's inferencers take."""
+def test_mmaction_apis_predict_like_test(recognizer):
+    """A video by its path: with all views, or with the single view of mmaction's inferencers."""
     from mmaction.apis import inference_recognizer, init_recognizer
     from mmaction.apis.inferencers import ActionRecogInferencer, MMAction2Inferencer
 
@@ -337,7 +337,7 @@ def test_the_apis_of_mmaction_recognize_as_the_tools_do(recognizer):
         ActionRecogInferencer(config, checkpoint, device='cpu')(video)['predictions'][0]['pred_scores'],
         MMAction2Inferencer(config, checkpoint, device='cpu')(video)['predictions'][0]['rec_scores'][0],
     ]
-    start = (FILM - 2 * CLIP) // 2
+    start = (FRAMES - 2 * CLIP) // 2
     clip = VideoReader(video).get_batch([start + 2 * i for i in range(CLIP)]).asnumpy()
     frames = np.stack([cv2.resize(frame, (37, 28), interpolation=cv2.INTER_LINEAR)[:, 4:32] for frame in clip])
     view = torch.from_numpy(frames).permute(3, 0, 1, 2)[None]
@@ -348,5 +348,5 @@ def test_the_apis_of_mmaction_recognize_as_the_tools_do(recognizer):
         assert_close(torch.tensor(answer), expected)
 
 
-def test_curves_of_a_recognizer_are_plotted(recognizer, tmp_path):
+def test_analyze_logs_of_a_recognizer(recognizer, tmp_path):
     check_curves(next(recognizer.glob('work/2*/vis_data/2*.json')), tmp_path / 'top1.png', '--include-outliers')

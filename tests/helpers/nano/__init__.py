@@ -28,7 +28,7 @@ def shrink_sizes(value, factor: int, key: str = ''):
 
 
 def shrink_inputs(cfg: Config, factor: int) -> None:
-    """Divide the sizes of images, and load them in the process itself; log every step."""
+    """Divide the sizes of images, load data without workers, and log every step."""
     cfg.model.data_preprocessor = shrink_sizes(cfg.model.data_preprocessor, factor)
     for split in ('train', 'val', 'test'):
         loader = cfg[f'{split}_dataloader']
@@ -40,7 +40,7 @@ def shrink_inputs(cfg: Config, factor: int) -> None:
 
 
 def train_a_step(cfg: Config) -> Runner:
-    """Train one step and validate; every parameter must have been updated, and be finite."""
+    """Train one step and validate; assert that every parameter was updated and is finite."""
     runner = Runner.from_cfg(cfg)
     runner.train()
     trainable = [p for p in runner.model.parameters() if p.requires_grad]
@@ -50,24 +50,24 @@ def train_a_step(cfg: Config) -> Runner:
     return runner
 
 
-# Numbers that change the result of a training, but not which code runs; the tests of the recipes check their values.
+# Numbers that change results but not which code runs; the tests of the recipes check their values.
 NUMBERS = {
     *('window_size', 'pretrained_window_sizes', 'patch_size', 'drop_path_rate'),
     *('lr', 'weight_decay', 'batch_size', 'base_batch_size', 'indices', 'begin', 'end', 'T_max', 'interval'),
     *('scale', 'crop_size', 'size', 'clip_len', 'frame_interval'),
 }
-MEMORY_OPTIONS = {'with_cp', 'sequential_stages'}  # they do not change what the backbone computes
+MEMORY_OPTIONS = {'with_cp', 'sequential_stages'}  # they do not change the output of the backbone
 
 
 def closest(cfg: Config, trained: list[Config]) -> list[str]:
-    """Entries in which a config differs from the most similar of these, without `NUMBERS` and `MEMORY_OPTIONS`."""
+    """Entries in which a config differs from the most similar trained one, without `NUMBERS` and `MEMORY_OPTIONS`."""
     mine = runner_entries(cfg)
     others = [runner_entries(other) for other in trained]
     return min((sorted(key for key in mine | other if mine.get(key) != other.get(key)) for other in others), key=len)
 
 
 def runner_entries(cfg: Config) -> dict:
-    """The entries of a config that `Runner` takes, by their dotted names."""
+    """The entries of a config that `Runner` reads, by their dotted names."""
     read = inspect.signature(Runner).parameters
     return dict(entry for key in cfg if key in read for entry in entries(cfg[key], key))
 

@@ -1,4 +1,4 @@
-"""Detection: the recipes with few channels and small images, and tiny data sets as COCO and Objects365 have them."""
+"""Detection: the recipes with few channels and small images, and tiny data sets like COCO and Objects365."""
 
 import copy
 import json
@@ -25,20 +25,20 @@ def shrink_model(model: dict) -> dict:
 
 
 def shrink_heads(model: dict) -> dict:
-    """The model's config with few RoIs, which take most of a CPU's time, and few channels of their features."""
+    """The model's config with few RoIs, and few channels of their features: these take most of a CPU's time."""
     model = copy.deepcopy(model)
     for stage in model.train_cfg.rcnn:
         stage.sampler.num = 16
     model.train_cfg.rpn_proposal.max_per_img = 50
     model.test_cfg.rpn.max_per_img = 5
-    model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=5)  # an untrained model is sure of nothing
+    model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=5)  # the scores of an untrained model are low
     for head in model.roi_head.bbox_head:
         head.fc_out_channels = 64
     return model
 
 
 def narrow(value, channels: int = 32, key: str = ''):
-    """A model's config with fewer channels of features than 256, where a CPU's time goes."""
+    """A model's config with fewer channels instead of 256, which take most of a CPU's time."""
     if isinstance(value, dict):
         return type(value)({k: narrow(v, channels, k) for k, v in value.items()})
     if isinstance(value, (list, tuple)):
@@ -53,7 +53,7 @@ def shrink(cfg: Config) -> Config:
 
 
 def shrink_data(cfg: Config) -> Config:
-    """The config with small images, and with as many as one process takes for one step."""
+    """The config with small images, as many as one process needs for one step."""
     shrink_inputs(cfg, FACTOR)
     if 'tta_model' in cfg:
         cfg.tta_model.tta_cfg.max_per_img = 5
@@ -64,7 +64,7 @@ def shrink_data(cfg: Config) -> Config:
 
 
 def write_shapes(folder: Path) -> Path:
-    """Two images for training and one for validation, in `coco` and `objects365`, with classes of these data sets."""
+    """Write two images for training and one for validation to `coco` and `objects365`, with their classes."""
     coco, objects365 = folder / 'coco', folder / 'objects365'
     make_shapes(coco, train=2, val=1, size=96)
     for split in ('train', 'val'):
@@ -75,7 +75,7 @@ def write_shapes(folder: Path) -> Path:
 
 
 def write_objects365(coco: Path, folder: Path) -> None:
-    """The images of a data set as in Objects365: without masks, in other folders, with its first classes."""
+    """Write the images of `coco` in the layout of Objects365, without masks and with its first classes."""
     (folder / 'annotations').mkdir(parents=True)
     for split in ('train', 'val'):
         (folder / split).mkdir()
@@ -90,7 +90,7 @@ def write_objects365(coco: Path, folder: Path) -> None:
 
 
 def rename(data: dict, classes: tuple[str, ...]) -> dict:
-    """Annotations with the categories of another data set: the first takes the place of the first, and so on."""
+    """Annotations with the categories of another data set, in their order."""
     ids = {category['id']: i for i, category in enumerate(data['categories'], 1)}
     return data | dict(
         categories=[dict(id=i, name=name) for i, name in enumerate(classes, 1)],

@@ -1,7 +1,7 @@
-"""Trainings of a nano HTC on one or several processes, as `nano.training` has them for a smaller model.
+"""Trainings of a nano HTC on one or several processes, like those of a smaller model in `nano.training`.
 
-mmdet divides most losses by numbers of its own process. So one process trains on the joint batch as there: it takes the
-images of all processes one by one and accumulates the gradients.
+mmdet normalizes most losses by counts of the local process. So one process trains on the joint batch as there: it takes
+the images of all processes one by one and accumulates the gradients.
 """
 
 import copy
@@ -20,7 +20,7 @@ SIZE, CHANNELS = 96, 64
 
 
 def write_data(folder: Path) -> Path:
-    """Write the training images and the initial weights, so that all trainings start from the same ones."""
+    """Write the training images and the initial weights of all trainings."""
     make_shapes(folder, train=IMAGES, val=1, size=SIZE)
     torch.manual_seed(0)
     model = MODELS.build(config(folder, folder).model)
@@ -29,14 +29,14 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def config(folder: Path, data: Path, saver: str = 'ddp', accumulate: int = 1, steps: int = STEPS) -> Config:
-    """The HTC of SwinV2-T at a nano size with what `configs/_base_/memory/{saver}.py` adds; see `training.config`."""
+def config(folder: Path, data: Path, strategy: str = 'ddp', accumulate: int = 1, steps: int = STEPS) -> Config:
+    """A nano HTC of SwinV2-T with what `configs/_base_/memory/{strategy}.py` adds; see `training.config`."""
     cfg = Config.fromfile(HTC)
-    cfg.model = without_chance(shrink_model(narrow(cfg.model, CHANNELS)))
+    cfg.model = without_randomness(shrink_model(narrow(cfg.model, CHANNELS)))
     dataset = cfg.train_dataloader.dataset
     dataset.update(data_root=str(data), pipeline=[dict(step, _scope_='mmdet') for step in pipeline()])
     dataset.metainfo = dict(classes=('disk', 'square', 'triangle'))
-    prepare(cfg, folder, data, saver, accumulate, steps)
+    prepare(cfg, folder, data, strategy, accumulate, steps)
     return cfg
 
 
@@ -53,7 +53,7 @@ def detect(runner, threshold: float) -> torch.Tensor:
 
 
 def pipeline() -> list[dict]:
-    """Images and their annotations as they are."""
+    """Images and their annotations without augmentation."""
     return [
         dict(type='LoadImageFromFile'),
         dict(type='LoadAnnotations', with_bbox=True, with_mask=True, with_seg=True),
@@ -61,8 +61,8 @@ def pipeline() -> list[dict]:
     ]
 
 
-def without_chance(model: dict) -> dict:
-    """The model's config without drop path, with as many samples as there are, and for small images."""
+def without_randomness(model: dict) -> dict:
+    """The model's config without drop path, with all RoIs as samples, and for small images."""
     model.backbone.update(drop_path_rate=0.0, window_size=4, with_cp=False)
     model.neck[0].drop_path_rate = 0.0
     for stage in (model.train_cfg.rpn, *model.train_cfg.rcnn):

@@ -28,7 +28,7 @@ def shrink_data(cfg: Config) -> Config:
 
 
 def write_ade20k(folder: Path) -> Path:
-    """Two images for training and two for validation, with labels of 0 to 150 in blocks."""
+    """Write two images for training and two for validation, with labels of 0 to 150 in blocks."""
     generator = np.random.default_rng(0)
     for split in ('training', 'validation'):
         for kind in ('images', 'annotations'):
@@ -42,7 +42,7 @@ def write_ade20k(folder: Path) -> Path:
 
 
 def write_segments(folder: Path) -> Path:
-    """Four images of 32 pixels and their label maps of two classes, for configs/seg.py."""
+    """Write four images of 32 pixels and their label maps of two classes, for configs/seg.py."""
     generator = np.random.default_rng(0)
     for kind in ('images', 'labels'):
         (folder / kind).mkdir(parents=True)

@@ -8,8 +8,8 @@ from mmengine.config import Config
 
 from nano import ARCH, CHANNELS, shrink_inputs
 
-FACTOR = 8  # 224 pixels become 28, of which a patch has 4
-LABELS = dict(train=(6, 129), val=(6, 129, 399))  # three do not go into two processes
+FACTOR = 8  # 224 pixels become 28, seven patches
+LABELS = dict(train=(6, 129), val=(6, 129, 399))  # three videos on two processes
 
 
 def shrink(cfg: Config) -> Config:
@@ -24,7 +24,7 @@ def shrink_data(cfg: Config) -> Config:
     shrink_inputs(cfg, FACTOR)
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].batch_size = 2 if split == 'train' else 1
-    cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline  # which mmaction's inference_recognizer takes
+    cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline  # read by mmaction's inference_recognizer
     cfg.train_cfg.update(max_epochs=1, val_interval=1)
     return cfg
 
@@ -32,7 +32,7 @@ def shrink_data(cfg: Config) -> Config:
 def write_video(path: Path, frames: int = 12, size: tuple[int, int] = (64, 48), seed: int = 0) -> Path:
     """Write a video, .avi or .mp4: a bright square moves over a random background.
 
-    decord reads none that is narrower than 64 pixels.
+    decord cannot read videos narrower than 64 pixels.
     """
     generator = np.random.default_rng(seed)
     width, height = size
@@ -64,7 +64,7 @@ def write_kinetics400(folder: Path, frames: int = 12) -> Path:
 
 
 def write_frames(folder: Path) -> Path:
-    """Four clips of three frames and their list with two classes, for configs/video.py."""
+    """Write four clips of three frames and their list with two classes, for configs/video.py."""
     for i in range(4):
         (folder / str(i)).mkdir(parents=True)
         for frame in (1, 2, 3):

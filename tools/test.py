@@ -126,7 +126,7 @@ def use_tta(cfg: Config) -> None:
         cfg.tta_pipeline = cfg.get('tta_pipeline') or flipped_pipeline(dataset.pipeline)
         if cfg.tta_model.type.split('.')[-1] == 'DetTTAModel' and checks.has_masks(cfg.model):
             raise ValueError(
-                '--tta: DetTTAModel of mmdet merges boxes alone, and this model predicts masks too; set '
+                '--tta: DetTTAModel of mmdet merges only boxes, but this model also predicts masks; set '
                 f'tta_model.type={with_masks}'
             )
     missing = [name for name in ('tta_model', 'tta_pipeline') if name not in cfg]

@@ -45,7 +45,7 @@ def test_missing_toolbox(complain, tmp_path):
 
 
 def test_missing_config(complain):
-    assert 'config no_such.py does not exist (seen from ' in complain('train', 'no_such.py')
+    assert 'config no_such.py does not exist (relative to ' in complain('train', 'no_such.py')
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_masks_asked_of_a_detector_of_boxes(complain, tmp_path, monkeypatch, eva
     config = DET / 'htc_swinv2_g_objects365.py'
     line = complain('test', config, tmp_path / 'a.pth', '--cfg-options', evaluator)
     assert line.startswith('error: test_evaluator.metric=')
-    assert 'the model predicts boxes alone: --cfg-options test_evaluator.metric=bbox' in line
+    assert 'the model predicts only boxes: --cfg-options test_evaluator.metric=bbox' in line
 
 
 def test_remote_data_are_left_alone():
@@ -205,7 +205,7 @@ def test_wrong_names_in_the_analysis_tools(tmp_path, tool, arguments, option, te
 @pytest.mark.parametrize(
     ('options', 'text'),
     [
-        (['checkpoint=gone.pth'], 'init_cfg.type: there is no None; to load weights it is Pretrained'),
+        (['checkpoint=gone.pth'], 'init_cfg.type: there is no None; to load weights, set it to Pretrained'),
         (['type=pretrained', 'checkpoint=gone.pth'], 'there is no pretrained (did you mean Pretrained?)'),
         (['type=Pretrained'], 'init_cfg.checkpoint must be a file, an address or swinv2://NAME, got None'),
         (['type=Pretrained', 'checkpoint=gone.pth'], 'init_cfg.checkpoint: checkpoint gone.pth does not exist'),
@@ -274,11 +274,11 @@ def test_a_class_whose_package_is_missing_is_no_wrong_name(monkeypatch):
         (['--cfg-options', 'model_wrapper_cfg.type=Split'], 'model_wrapper_cfg.type: there is no Split'),
         (
             ['--cfg-options', 'model_wrapper_cfg.type=swinv2_mm.FullyShardedModel'],
-            'needs runner_type=swinv2_mm.ShardedRunner, and it is Runner',
+            'needs runner_type=swinv2_mm.ShardedRunner, but it is Runner',
         ),
         (
             ['--cfg-options', 'optim_wrapper.optimizer.type=ZeroRedundancyOptimizer'],
-            'split its states by configs/_base_/memory/zero1.py',
+            'shard its state with configs/_base_/memory/zero1.py',
         ),
         (['--auto-scale-lr'], '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...)'),
         pytest.param(
@@ -297,7 +297,7 @@ def test_wrong_flags_of_train(complain, data, flags, text):
         (
             'det',
             ['--tta', '--cfg-options', 'model.mask_head.type=FCNMaskHead', 'tta_model.type=DetTTAModel'],
-            'DetTTAModel of mmdet merges boxes alone',
+            'DetTTAModel of mmdet merges only boxes',
         ),
         ('video', ['--tta'], '--tta: the config has no tta_model and no tta_pipeline'),
         (

@@ -31,6 +31,7 @@ EXTENSIONS = {
     'cli/inputs.py': {'mmdet'},
     'datasets/transforms.py': {'mmdet'},
     'datasets/video.py': {'mmaction'},
+    'engine/det_visualization.py': {'mmdet'},
     'engine/video_visualization.py': {'mmaction'},
     'models/det_tta.py': {'mmdet'},
     'models/detection.py': {'mmdet'},

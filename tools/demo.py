@@ -1,14 +1,13 @@
-"""Trains a nano Swin Transformer V2 from scratch, without a GPU, and shows what it has learnt.
+"""Trains a nano Swin Transformer V2 from scratch, without a GPU, and draws its predictions.
 
     python tools/demo.py               # HTC++ for detection
     python tools/demo.py --task seg    # UperNet for segmentation
-    python tools/demo.py --task video  # a recognizer of motion
+    python tools/demo.py --task video  # motion recognition
 
-Runs the tools that a real training uses, one after the other: makes a small data set, trains
-configs/det/htc_swinv2_demo.py, configs/seg/upernet_swinv2_demo.py or configs/video/swinv2_demo.py, evaluates it, and
-draws predictions beside the ground truth. The recognizer is also tested on the same clips without their motion: with
-their frames in a random order, and with one frame all the time. Fails if a step fails, if the result is too poor, or if
-it is better than chance where nothing can be seen.
+Runs the same tools as a real training: makes a small data set, trains configs/det/htc_swinv2_demo.py,
+configs/seg/upernet_swinv2_demo.py or configs/video/swinv2_demo.py, evaluates it, and draws predictions next to the
+ground truth. The video model is also tested on two controls, the same clips without their motion: with shuffled frames,
+and with one frame repeated. Fails if a step fails, if a metric is too low, or if a control is better than chance.
 """
 
 import argparse
@@ -28,29 +27,28 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_PICTURES = 8  # on the contact sheet
+NUM_PICTURES = 8  # in the overview image
 WHITE = (255, 255, 255)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What differs between the demos.
+    """Settings of one demo.
 
     Attributes:
-        title: What is trained.
-        maker: The tool that makes its data.
-        data: Where these lie, and where the config looks for them.
-        config: Its config.
-        metrics: Title of each figure in what mmengine logs after a test.
-        full_score: The best value of these.
-        least: Smallest share of it that is a success.
-        loss_parts: What the names of the parts of the loss contain; a cascade's stages have several of each.
-        seconds: What training and each test take on two idle cores.
-        drawings: Where the toolbox puts its pictures, below the folder of --show-dir.
-        classes: Names of the classes of clips, which are drawn here and not by the toolbox.
-        controls: Further validation lists that the same checkpoint is tested on, where nothing can do better than
-            chance, by what they are.
-        most: Largest share of the best value that is still chance there.
+        title: Name of the model.
+        maker: The tool that makes its data set.
+        data: Folder of the data set, also in the config.
+        config: Path of the config.
+        metrics: Name of each metric -> its key in mmengine's log of a test.
+        full_score: Best possible value of the metrics.
+        least: Smallest fraction of it that passes.
+        loss_parts: Label of each part of the loss -> substring of its keys; each stage of a cascade has such a key.
+        seconds: Duration of the training and of a test on two idle cores.
+        drawings: Folder of the toolbox's drawings inside that of --show-dir.
+        classes: Class names of clips, which this script draws itself; empty if the toolbox draws.
+        controls: Description -> validation list of each control, on which no model can do better than chance.
+        most: Largest fraction of the best value that passes for chance on a control.
     """
 
     title: str
@@ -101,16 +99,16 @@ TASKS = dict(
     video=Task(
         maker='tools/misc/make_motion_clips.py',
         data='data/motion_clips',
-        title='Recognizer of motion',
+        title='Motion recognition',
         config='configs/video/swinv2_demo.py',
         metrics={'top-1': 'acc/top1'},
         full_score=1,
         least=0.9,
         loss_parts={},
         seconds=(100, 15),
-        classes=('1/8 right', '3/8 right', '3/8 left', '1/8 left'),  # 5/8 and 7/8 right come out as these
+        classes=('1/8 right', '3/8 right', '3/8 left', '1/8 left'),  # 5/8 and 7/8 right look like these
         controls={'frames shuffled': 'val_shuffled', 'one frame repeated': 'val_frozen'},
-        # One in four, and 4.6 standard deviations of it on 400 clips.
+        # chance is 1/4; 4.6 standard deviations above it for 400 clips
         most=0.35,
     ),
 )
@@ -121,7 +119,7 @@ class DemoError(RuntimeError):
 
 
 class Steps:
-    """Announces each step with the time that has passed and what is left on two idle cores."""
+    """Prints a heading for each step, with the elapsed time and an estimate of the remaining time."""
 
     def __init__(self, title: str, seconds: dict[str, int]):
         self.title = title
@@ -129,7 +127,7 @@ class Steps:
         self.start = time.monotonic()
 
     def announce(self) -> None:
-        """Says what will happen."""
+        """Prints the list of steps."""
         print(
             f'Demo: {self.title} with a nano Swin Transformer V2, from scratch. '
             f'About {minutes(sum(self.seconds.values()))} on two idle cores:'
@@ -152,8 +150,8 @@ def minutes(seconds: float) -> str:
 
 
 def run(*command: str | Path) -> None:
-    """Runs a tool from the repository's root with its live output."""
-    # No GPUs, so that the demo is the same on every machine; one thread per process, as the processes share the cores.
+    """Runs a tool in the root of the repository and prints its output."""
+    # no GPU, so that the demo is the same on every machine; one thread per process, because processes share the cores
     env = dict(
         os.environ,
         PYTHON=sys.executable,
@@ -170,10 +168,10 @@ def run(*command: str | Path) -> None:
 
 
 def newest(folder: Path, pattern: str) -> Path:
-    """The newest of the files that a run left: mmengine names its folders by their time."""
+    """The newest matching file of a run: mmengine names its folders by the time of their start."""
     files = sorted(folder.glob(pattern))
     if not files:
-        raise DemoError(f'{folder} holds no {pattern}')
+        raise DemoError(f'{folder} contains no {pattern}')
     return files[-1]
 
 
@@ -183,13 +181,13 @@ def checkpoint_of(train_dir: Path) -> Path:
 
 
 def read_scalars(path: Path) -> list[dict]:
-    """The training records of mmengine's log, which has one JSON object a line."""
+    """The training records of mmengine's log, which has one JSON object per line."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return [record for record in records if 'loss' in record]
 
 
 def plot_loss(records: list[dict], task: Task, path: Path) -> None:
-    """Plots the loss and its parts, each summed over the stages of a cascade."""
+    """Plots the total loss and its parts, each summed over the stages of a cascade."""
     steps = [record['step'] for record in records]
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.subplots()
@@ -204,7 +202,7 @@ def plot_loss(records: list[dict], task: Task, path: Path) -> None:
 
 
 def join(pictures: list[np.ndarray], path: Path, heading: tuple[str, str] | None = None, columns: int = 2) -> None:
-    """Puts pictures of equal size on one sheet, with a heading over both halves of each column if asked for."""
+    """Joins images of equal size into one, with an optional heading above each half of each column."""
     gap = 8
     padded = [cv2.copyMakeBorder(picture, 0, gap, 0, gap, cv2.BORDER_CONSTANT, value=WHITE) for picture in pictures]
     padded += [np.full_like(padded[0], 255)] * (-len(padded) % columns)
@@ -224,7 +222,7 @@ def write(image: np.ndarray, text: str, position: tuple[int, int], colour: tuple
 
 
 def film_strip(path: Path, truth: str, prediction: str) -> np.ndarray:
-    """The frames of a clip from left to right below its class and its prediction, which is red if it is wrong."""
+    """The frames of a clip from left to right, below the true and the predicted class; a wrong prediction is red."""
     frames = []
     video = cv2.VideoCapture(str(path))
     while (frame := video.read()[1]) is not None:
@@ -239,7 +237,12 @@ def film_strip(path: Path, truth: str, prediction: str) -> np.ndarray:
 
 
 def film_strips(task: Task, predictions: list[dict]) -> list[np.ndarray]:
-    """Strips of the first validation clips. The predictions are those of mmaction, in the order of the list."""
+    """Strips of the first validation clips.
+
+    Args:
+        task: The demo.
+        predictions: Predictions that mmaction dumped, in the order of the validation list.
+    """
     folder = ROOT / task.data / 'val'
     strips = []
     lines = folder.with_suffix('.txt').read_text().splitlines()
@@ -252,25 +255,25 @@ def film_strips(task: Task, predictions: list[dict]) -> list[np.ndarray]:
 
 
 def draw_predictions(task: Task, test_dir: Path, path: Path) -> dict[str, Path]:
-    """Draws the contact sheet. Returns what else there is to look at, by what it is."""
+    """Draws the overview image. Returns further output files, by their description."""
     if task.classes:
         dump = test_dir / 'predictions.pkl'
         join(film_strips(task, pickle.loads(dump.read_bytes())), path)
         return {'all predictions': dump}
     pictures = test_dir / 'pictures' / task.drawings
-    # The toolbox puts ground truth and prediction side by side.
+    # the toolbox draws ground truth and prediction side by side
     join([cv2.imread(str(p)) for p in sorted(pictures.iterdir())[:NUM_PICTURES]], path, ('ground truth', 'prediction'))
     return {'more pictures': pictures}
 
 
 def read_metrics(task: Task, test_dir: Path) -> dict[str, float]:
-    """The metrics of a test as shares of the best value, by their titles."""
+    """The metrics of a test as fractions of the best value, by their names."""
     logged = json.loads(newest(test_dir, '*/[0-9]*.json').read_text())
     return {title: logged[key] / task.full_score for title, key in task.metrics.items()}
 
 
 def draw_summaries(task: Task, work_dir: Path, train_dir: Path, test_dir: Path) -> dict[str, Path]:
-    """Draws predictions and loss curve. Returns all that there is to look at, by what it is."""
+    """Draws predictions and loss curve. Returns all output files, by their description."""
     files = {'predictions': work_dir / 'predictions.png', 'loss curve': work_dir / 'loss.png'}
     files |= draw_predictions(task, test_dir, files['predictions'])
     plot_loss(read_scalars(newest(train_dir, '*/vis_data/scalars.json')), task, files['loss curve'])
@@ -278,23 +281,23 @@ def draw_summaries(task: Task, work_dir: Path, train_dir: Path, test_dir: Path) 
 
 
 def judge(task: Task, test_dir: Path, control_dirs: dict[str, Path]) -> list[str]:
-    """Prints the metrics of the test and of the controls. Returns what is wrong with them."""
+    """Prints the metrics of the test and of the controls. Returns a message for each that does not pass."""
     wrong = []
     metrics = read_metrics(task, test_dir)
     for title, value in metrics.items():
         print(f'{title:<8} {value:.3f}')
     if any(value < task.least for value in metrics.values()):
-        wrong.append(f'The result is too poor: at least {task.least} was expected of each.')
+        wrong.append(f'The result is too low: each metric must be at least {task.least}.')
     for name, folder in control_dirs.items():
         for title, value in read_metrics(task, folder).items():
             print(f'{title:<8} {value:.3f} with {name}: chance is {1 / len(task.classes)}, at most {task.most} passes')
             if value > task.most:
-                wrong.append(f'With {name} the result is better than chance: at most {task.most} was expected.')
+                wrong.append(f'With {name} the result is better than chance: it must be at most {task.most}.')
     return wrong
 
 
 def demo(task: Task, work_dir: Path, processes: int) -> list[str]:
-    """Runs all steps. Returns what is wrong with the result."""
+    """Runs all steps. Returns the messages of `judge`."""
     train_dir, test_dir = work_dir / 'train', work_dir / 'test'
     control_dirs = {name: work_dir / f'test_{split}' for name, split in task.controls.items()}
 
@@ -348,7 +351,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Runs the demo. Returns the exit status."""
     args = parse_args(argv)
     task = TASKS[args.task]
     work_dir = args.work_dir or ROOT / 'work_dirs' / ('demo' if args.task == 'det' else f'demo_{args.task}')

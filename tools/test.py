@@ -13,7 +13,7 @@ import swinv2_mm  # noqa: F401  before any toolbox: it applies workarounds that 
 from swinv2_mm.cli import checks, classes, launch
 
 VIDEO_HOOK = 'swinv2_mm.engine.video_visualization.VideoVisualizationHook'
-# what splits a training among processes; in a test there is nothing to split but weights, which each image needs
+# options of sharded training; a test needs all weights in each process
 TRAINING_ONLY = ('runner_type', 'strategy', 'model_wrapper_cfg')
 
 
@@ -23,17 +23,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     parser.add_argument('--work-dir', help='folder for logs and metrics (default: ./work_dirs/<name of the config>)')
-    parser.add_argument(
-        '--out', help='save predictions: a .pkl file (mmdet, mmaction), a folder of label images (mmseg)'
-    )
+    parser.add_argument('--out', help='save predictions: a .pkl file (mmdet, mmaction), a folder of label maps (mmseg)')
     parser.add_argument('--dump', help='save predictions in a .pkl file')
     parser.add_argument('--show', action='store_true', help='show predictions in a window')
-    parser.add_argument('--show-dir', help='save drawn predictions, below the work folder for mmdet')
+    parser.add_argument('--show-dir', help='save drawn predictions, for mmdet inside the work folder')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds for each picture of --show')
     parser.add_argument(
         '--tta',
         action='store_true',
-        help='test-time augmentation: tta_model and tta_pipeline of the config; for boxes, flips if it has none',
+        help='test-time augmentation: tta_model and tta_pipeline of the config; detectors without them use flips',
     )
     return launch.parse_args(parser, argv)
 
@@ -71,10 +69,10 @@ def evaluators(cfg: Config) -> list:
 
 
 def dump_predictions(cfg: Config, path: str, flag: str) -> None:
-    """Save the predictions of all images, in the form that the toolbox's own scripts save and read.
+    """Save the predictions of all images, in the format of the toolbox's own scripts.
 
     Raises:
-        ValueError: The path is not that of a pickle file.
+        ValueError: The path does not end in .pkl or .pickle.
     """
     if not path.endswith(('.pkl', '.pickle')):
         raise ValueError(f'{flag} {path}: the file must end in .pkl')
@@ -83,7 +81,7 @@ def dump_predictions(cfg: Config, path: str, flag: str) -> None:
 
 
 def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
-    """Draw predictions; each toolbox's VisualizationHook has its own names for that.
+    """Draw predictions; the options of VisualizationHook differ between the toolboxes.
 
     Raises:
         ValueError: The config has no such hook.
@@ -109,13 +107,13 @@ def use_tta(cfg: Config) -> None:
     """Test on augmented views and merge their predictions.
 
     Raises:
-        ValueError: The config has no test-time augmentation, and a default does not exist for its kind of model.
+        ValueError: The config has no test-time augmentation, and there is no default for its kind of model.
     """
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
     if cfg.get('default_scope') == 'mmdet':
-        rcnn = (cfg.model.get('test_cfg') or {}).get('rcnn') or {}  # a two-stage detector's own suppression
+        rcnn = (cfg.model.get('test_cfg') or {}).get('rcnn') or {}  # NMS of a two-stage detector
         with_masks = 'swinv2_mm.models.det_tta.InstanceSegTTAModel'
         cfg.tta_model = cfg.get('tta_model') or dict(
             type=with_masks if checks.has_masks(cfg.model) else 'DetTTAModel',
@@ -126,7 +124,7 @@ def use_tta(cfg: Config) -> None:
         cfg.tta_pipeline = cfg.get('tta_pipeline') or flipped_pipeline(dataset.pipeline)
         if cfg.tta_model.type.split('.')[-1] == 'DetTTAModel' and checks.has_masks(cfg.model):
             raise ValueError(
-                '--tta: DetTTAModel of mmdet merges boxes alone, and this model predicts masks too; set '
+                '--tta: DetTTAModel of mmdet merges only boxes, but this model also predicts masks; set '
                 f'tta_model.type={with_masks}'
             )
     missing = [name for name in ('tta_model', 'tta_pipeline') if name not in cfg]
@@ -137,7 +135,7 @@ def use_tta(cfg: Config) -> None:
 
 
 def flipped_pipeline(pipeline: list) -> list:
-    """The test pipeline of a detector with each image as it is and flipped."""
+    """The test pipeline of a detector with two views of each image, original and flipped."""
     pack = copy.deepcopy(pipeline[-1])
     pack['meta_keys'] = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
     views = [[dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)], [pack]]
@@ -145,7 +143,7 @@ def flipped_pipeline(pipeline: list) -> list:
 
 
 def check(args: argparse.Namespace, cfg: Config) -> None:
-    """Find what would stop the test, before it starts.
+    """Check the config before the test starts.
 
     Raises:
         FileNotFoundError: Data or the checkpoint is missing.

@@ -24,7 +24,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--resume',
         nargs='?',
         const='auto',
-        help='go on from this checkpoint, or from the last one in the work folder if no path is given',
+        help='resume from this checkpoint, or without a path from the last one in the work folder',
     )
     parser.add_argument('--amp', action='store_true', help='train in mixed precision (needs a GPU)')
     parser.add_argument(
@@ -33,7 +33,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--no-validate', action='store_true', help='do not evaluate during training')
     parser.add_argument('--seed', type=int, help='seed of all random numbers')
     parser.add_argument('--diff-rank-seed', action='store_true', help='a different seed for each process')
-    parser.add_argument('--deterministic', action='store_true', help='use deterministic GPU kernels alone')
+    parser.add_argument('--deterministic', action='store_true', help='use only deterministic GPU kernels')
     return launch.parse_args(parser, argv)
 
 
@@ -46,14 +46,14 @@ def configure(args: argparse.Namespace, cfg: Config) -> None:
     cfg.launcher = args.launcher
     cfg.work_dir = launch.default_work_dir(cfg, args.config, args.work_dir)
     if args.resume == 'auto':
-        # the first of several starts has nothing to go on from, but may have weights to start from
+        # at the first of several starts there is no checkpoint yet; it keeps `load_from`
         cfg.resume = os.path.exists(os.path.join(cfg.work_dir, 'last_checkpoint'))
         cfg.load_from = None if cfg.resume else cfg.get('load_from')
     elif args.resume:
         cfg.resume, cfg.load_from = True, args.resume
     if args.amp:
         if launch.get_device() == 'cpu':
-            raise ValueError('--amp needs a GPU, and this machine has none')
+            raise ValueError('--amp needs a GPU, but this machine has none')
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
@@ -70,11 +70,11 @@ def configure(args: argparse.Namespace, cfg: Config) -> None:
             randomness[flag] = True
     cfg.randomness = dict(dict(seed=None), **randomness)
     if cfg.randomness.get('deterministic'):
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # torch refuses deterministic cuBLAS without it
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # deterministic cuBLAS needs it
 
 
 def check(args: argparse.Namespace, cfg: Config) -> None:
-    """Find what would stop the training, before it starts.
+    """Check the config before the training starts.
 
     Raises:
         FileNotFoundError: Data or a checkpoint is missing.

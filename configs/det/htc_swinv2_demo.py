@@ -90,4 +90,5 @@ param_scheduler = [
 ]
 randomness = dict(seed=0)
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=max_epochs), visualization=dict(score_thr=0.5))
-visualizer = dict(line_width=2, alpha=0.5)  # the pictures are small
+# masks in the colours of their classes; thin lines, because the images are small
+visualizer = dict(type='swinv2_mm.engine.det_visualization.ClassColorVisualizer', line_width=2, alpha=0.7)

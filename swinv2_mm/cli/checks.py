@@ -1,7 +1,7 @@
-"""What the command line tools check before anything starts.
+"""Checks that the command line tools run before the launch: paths, metrics, checkpoints, GPUs and ports.
 
-The checks look at what a newcomer gets wrong first (paths, numbers of GPUs, ports), so that it ends in one line at once
-and not in a traceback per process after the data have been loaded. Classes and their arguments: `classes.py`.
+A wrong value is reported in one line, instead of a traceback per process after the data have been loaded. Classes and
+their arguments are checked in `classes.py`.
 """
 
 import copy
@@ -23,14 +23,14 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
     """Check that the files and folders of the data sets exist.
 
     Looks at `ann_file` and `data_prefix` of every data set, inside wrappers too, joined with `data_root` as mmengine's
-    BaseDataset joins them, and at the evaluators' `ann_file`. Paths with a protocol (s3://...) are left alone.
+    BaseDataset joins them, and at the evaluators' `ann_file`. Paths with a protocol (s3://...) are not checked.
 
     Args:
         cfg: A config of mmdet, mmseg or mmaction.
         splits: Some of 'train', 'val' and 'test'.
 
     Raises:
-        FileNotFoundError: Something is missing; the message names the split, the option, the path and the way out.
+        FileNotFoundError: A path does not exist; the message names the split, the path and the options that set it.
     """
     for split in splits:
         for path, option, root_option in _data_paths(cfg, split):
@@ -41,12 +41,12 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
                 ways_out.insert(0, 'data_root=DIR (which moves all data)')
             raise FileNotFoundError(
                 f'{split} data: {path} does not exist{seen_from(path)}; it is set by {option}. Put the '
-                f'data there, or point the config to them: --cfg-options {" or ".join(ways_out)}'
+                f'data there, or set their path: --cfg-options {" or ".join(ways_out)}'
             )
 
 
 def _data_paths(cfg: Config, split: str) -> Iterator[tuple[str, str, str | None]]:
-    """Yield each path of a split, the option that holds it, and the option of the root it is relative to, if any."""
+    """Yield each path of a split, its option, and the option of the root folder it is relative to, if any."""
     loader = cfg.get(f'{split}_dataloader') or {}
     for dataset, option in _leaf_datasets(loader.get('dataset'), f'{split}_dataloader.dataset'):
         if (dataset.get('backend_args') or {}).get('backend', 'local') != 'local':
@@ -71,7 +71,7 @@ def _data_paths(cfg: Config, split: str) -> Iterator[tuple[str, str, str | None]
 
 
 def _metrics(cfg: Config, split: str) -> Iterator[tuple[dict, str]]:
-    """Yield each metric of a split and the option that holds it."""
+    """Yield each metric of a split and its option."""
     evaluator = cfg.get(f'{split}_evaluator') or []
     several = isinstance(evaluator, (list, tuple))
     for i, metric in enumerate(evaluator if several else [evaluator]):
@@ -80,7 +80,7 @@ def _metrics(cfg: Config, split: str) -> Iterator[tuple[dict, str]]:
 
 
 def _leaf_datasets(dataset, option: str) -> Iterator[tuple[dict, str]]:
-    """Walk through RepeatDataset, ConcatDataset and the like."""
+    """Yield the data sets inside RepeatDataset, ConcatDataset and other wrappers, each with its option."""
     if not isinstance(dataset, dict):
         return
     inner = [(dataset['dataset'], f'{option}.dataset')] if 'dataset' in dataset else []
@@ -92,11 +92,11 @@ def _leaf_datasets(dataset, option: str) -> Iterator[tuple[dict, str]]:
 
 
 def check_transforms(cfg: Config, splits: Iterable[str]) -> None:
-    """Build the data transforms of this package, so that what they need and do not find shows once and early.
+    """Build the data transforms of this package once, so that a missing requirement is reported before the launch.
 
     Raises:
-        ImportError: A package that one of them needs is not installed.
-        ValueError: What a transform says about its arguments.
+        ImportError: A transform needs a package that is not installed.
+        ValueError: A transform has a wrong argument.
     """
     for split in splits:
         loader = cfg.get(f'{split}_dataloader') or {}
@@ -107,10 +107,10 @@ def check_transforms(cfg: Config, splits: Iterable[str]) -> None:
 
 
 def check_metrics(cfg: Config, splits: Iterable[str]) -> None:
-    """Check that a two-stage detector without masks is not asked for their AP; mmdet notices after the last image.
+    """Check that mask AP is not computed for a two-stage detector without masks; mmdet fails only after the last image.
 
     Raises:
-        ValueError: It is; the message names the option.
+        ValueError: A metric needs masks; the message names the option.
     """
     model = cfg.get('model', {})
     if 'roi_head' not in model or has_masks(model):
@@ -120,7 +120,7 @@ def check_metrics(cfg: Config, splits: Iterable[str]) -> None:
             kinds = metric.get('metric') or ()
             if 'segm' in ([kinds] if isinstance(kinds, str) else kinds):
                 raise ValueError(
-                    f'{option}.metric={kinds} asks for masks, but without a mask_head the model predicts boxes alone: '
+                    f'{option}.metric={kinds} asks for masks, but without a mask_head the model predicts only boxes: '
                     f'--cfg-options {option}.metric=bbox'
                 )
 
@@ -134,7 +134,7 @@ def has_masks(model: dict) -> bool:
 
 
 def check_checkpoint(path: str | None, option: str) -> None:
-    """Check that a local checkpoint exists, or a release of that name.
+    """Check that a checkpoint exists: a local file, or the release that `swinv2://NAME` names.
 
     Raises:
         FileNotFoundError: No such file; the message names the option.
@@ -147,11 +147,11 @@ def check_checkpoint(path: str | None, option: str) -> None:
 
 
 def check_init_cfg(cfg: Config) -> None:
-    """Check how the backbone starts: the kind of initialisation, and the checkpoint of a pre-trained one.
+    """Check the backbone's `init_cfg`: its type, and its checkpoint if that is Pretrained.
 
     Raises:
         FileNotFoundError: See `check_checkpoint`.
-        ValueError: See `check_checkpoint`; or there is no such kind, or no checkpoint is named.
+        ValueError: See `check_checkpoint`; or the type is not registered, or `checkpoint` is missing.
     """
     found = ((cfg.get('model') or {}).get('backbone') or {}).get('init_cfg')
     for init_cfg in found if isinstance(found, list) else [found]:
@@ -161,7 +161,7 @@ def check_init_cfg(cfg: Config) -> None:
         if isinstance(kind, str) and kind not in WEIGHT_INITIALIZERS or kind is None:
             raise ValueError(
                 f'{option}.type: there is no {kind}{did_you_mean(str(kind), WEIGHT_INITIALIZERS.module_dict)}; to load '
-                'weights it is Pretrained'
+                'weights, set it to Pretrained'
             )
         if kind == 'Pretrained':
             path = init_cfg.get('checkpoint')
@@ -171,16 +171,16 @@ def check_init_cfg(cfg: Config) -> None:
 
 
 def check_last_checkpoint(work_dir: str) -> None:
-    """Check that the checkpoint which `--resume` would take is there; a folder without any starts from the beginning.
+    """Check that the checkpoint from which `--resume` continues exists; without `last_checkpoint` training starts anew.
 
     Raises:
-        FileNotFoundError: `last_checkpoint` names a file that is gone.
+        FileNotFoundError: `last_checkpoint` names a file that does not exist.
     """
     last = find_latest_checkpoint(work_dir) if os.path.exists(os.path.join(work_dir, 'last_checkpoint')) else None
     if last is not None and not os.path.exists(last):
         raise FileNotFoundError(
             f'{work_dir}/last_checkpoint names {last or "nothing"}, which does not exist; pass the '
-            'checkpoint to go on from: --resume PATH'
+            'checkpoint to resume from: --resume PATH'
         )
 
 
@@ -188,7 +188,7 @@ def check_gpus(processes: int) -> None:
     """Check that the machine has a GPU for each process; without any GPU, processes run on the CPU.
 
     Raises:
-        ValueError: It has fewer.
+        ValueError: It has fewer GPUs than processes.
     """
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise ValueError(
@@ -198,13 +198,13 @@ def check_gpus(processes: int) -> None:
 
 
 def check_port(port: int) -> None:
-    """Check that the processes can meet at a port of this machine.
+    """Check that a port of this machine is free for the rendezvous of the processes.
 
     Raises:
-        ValueError: It is taken.
+        ValueError: It is in use, or cannot be bound.
     """
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port just left is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: accepts a port in TIME_WAIT
         try:
             probe.bind(('', port))
         except OSError as error:
@@ -215,21 +215,23 @@ def check_port(port: int) -> None:
 
 
 def check_processes(preflight: int | None) -> None:
-    """Check GPUs, and for processes that are about to start (`preflight`, by dist_*.sh) the port as well.
+    """Check the number of GPUs, and before dist_*.sh launches `preflight` processes, PORT as well.
 
     Raises:
-        ValueError: Too few GPUs, no port, or one in use; only the first machine of several opens the port.
+        ValueError: Too few GPUs, or PORT is not a number or in use. Only the machine with NODE_RANK 0 binds the port.
     """
     check_gpus(preflight or int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
-    port = os.environ.get('PORT')  # without it, dist_*.sh take a free one
+    port = os.environ.get('PORT')  # if it is not set, dist_*.sh choose a free port
     if not (preflight and port):
         return
     if not (port.isdecimal() and 0 < int(port) < 2**16):
-        raise ValueError(f'PORT must be a number from 1 to {2**16 - 1}, got {port!r}; without it a free port is taken')
+        raise ValueError(
+            f'PORT must be a number from 1 to {2**16 - 1}, got {port!r}; if it is not set, a free port is used'
+        )
     if os.environ.get('NODE_RANK', '0') == '0':
         check_port(int(port))
 
 
 def seen_from(path: str) -> str:
-    """For a message about a relative path: the folder that it was looked for in."""
-    return '' if os.path.isabs(path) else f' (seen from {os.getcwd()})'
+    """For a message about a relative path: the current folder, to which it is relative."""
+    return '' if os.path.isabs(path) else f' (relative to {os.getcwd()})'

@@ -1,4 +1,4 @@
-"""Checks of the classes that a config names, and of what it gives to those of this package."""
+"""Checks that the classes of a config exist, and of the arguments of those of this package."""
 
 import copy
 import importlib
@@ -18,26 +18,26 @@ from swinv2_mm.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 SCOPE = 'swinv2_mm'
 SPLITS = ('train', 'val', 'test')
 REGISTRIES = [value for value in vars(registry).values() if isinstance(value, Registry) and value.scope == SCOPE]
-# the entries of a config from which something is built; others are for its own use
+# config entries from which the Runner builds objects; all others are variables of the config
 BUILT = (*inspect.signature(Runner).parameters, 'model_wrapper_cfg', 'strategy', 'tta_model', 'tta_pipeline')
-# parts of a model that are models in every toolbox, by their names or the ends of these
+# suffixes of the config keys of a model's parts that are registered in MODELS, in every toolbox
 PARTS = ('backbone', 'neck', 'head', 'roi_extractor', 'data_preprocessor')
-GIVEN_A_MODEL = ('model_wrapper_cfg', 'tta_model')  # as `module`, when they are built
+WRAPPER_OPTIONS = ('model_wrapper_cfg', 'tta_model')  # built with the model as argument `module`
 
 
 def check_classes(cfg: Config, parts: Collection[str] = BUILT) -> torch.nn.Module | None:
-    """Check that the classes exist of which a config builds its model, and all of this package; and their arguments.
+    """Check that the classes of the model and all classes of this package exist, and the arguments of the latter.
 
     Args:
         cfg: The config.
-        parts: Its entries that are looked at.
+        parts: The entries of the config to check.
 
     Returns:
-        The backbone, built without memory; or None if it is not of this package.
+        The backbone on the meta device, or None if it is not of this package.
 
     Raises:
         ImportError: A class of this package needs a package that is not installed.
-        ValueError: A class does not exist, or refuses an argument; the message names the option.
+        ValueError: A class does not exist, or has a wrong argument; the message names the option.
     """
     for option in ('model', 'model.backbone', 'optim_wrapper', *(f'{split}_dataloader' for split in SPLITS)):
         _check_dict(cfg, option)
@@ -51,18 +51,18 @@ def check_classes(cfg: Config, parts: Collection[str] = BUILT) -> torch.nn.Modul
 
 
 def find_model(name: str | type | None, scope: str | None) -> type | None:
-    """The class of that name among the models of a toolbox, or None; a class is what it is."""
+    """The class with that name in the model registry of a toolbox, or None; a class is returned as it is."""
     if not isinstance(name, str):
         return name
     with MMENGINE_MODELS.switch_scope_and_registry(scope) as models:
         try:
             return models.get(name)
-        except RuntimeError:  # mmengine's, for some of the names that are none
+        except RuntimeError:  # mmengine raises it for some unknown names
             return None
 
 
 def no_such_class(option: str, name: str, registries: Iterable[Registry]) -> str:
-    """Message for a name that none of the registries has, with the close ones that they or their parents have."""
+    """Message for a name that is in none of the registries, with similar names from them and their parents."""
     known = set()
     for node in registries:
         while node is not None:
@@ -72,7 +72,7 @@ def no_such_class(option: str, name: str, registries: Iterable[Registry]) -> str
 
 
 def _entries(value, scope: str | None, option: str = '') -> Iterator[tuple[str, dict, str | None]]:
-    """Yield each dict at any depth that names a class: the option that holds it, the dict, and its scope."""
+    """Yield each dict with a `type`, at any depth: its option, the dict, and its scope."""
     if isinstance(value, dict):
         scope = value.get('_scope_', scope)
         if isinstance(value.get('type'), str):
@@ -94,7 +94,7 @@ def _is_ours(name) -> bool:
 
 
 def _find(option: str, name: str) -> type:
-    """The class of this package that has a name in a registry, or in a module."""
+    """The class of this package with that name, `swinv2_mm.NAME` in a registry or `swinv2_mm.MODULE.NAME`."""
     module, _, short = name.rpartition('.')
     try:
         if module == SCOPE:
@@ -116,8 +116,8 @@ def _check_arguments(option: str, entry: dict, found: type) -> None:
         return
     arguments = {key: value for key, value in entry.items() if key not in ('type', '_scope_')}
     if option.startswith(('custom_hooks.', 'default_hooks.')):
-        arguments.pop('priority', None)  # the runner takes it out
-    if option in GIVEN_A_MODEL:
+        arguments.pop('priority', None)  # the runner removes it
+    if option in WRAPPER_OPTIONS:
         arguments.setdefault('module', None)
     try:
         check(found.__name__, arguments)
@@ -126,7 +126,7 @@ def _check_arguments(option: str, entry: dict, found: type) -> None:
 
 
 def _is_model(option: str) -> bool:
-    first, *rest = [part for part in option.split('.') if not part.isdecimal()]  # without places in lists
+    first, *rest = [part for part in option.split('.') if not part.isdecimal()]  # without list indices
     return first == 'model' and (not rest or rest[-1].endswith(PARTS))
 
 

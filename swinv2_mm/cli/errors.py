@@ -1,4 +1,4 @@
-"""How the command line tools report wrong input. Needs Python alone."""
+"""How the command line tools report wrong input. Imports only the standard library."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
-    """Turn the given exceptions into `error: ...`, printed by the first process alone, and exit code 2."""
+    """Turn these exceptions into a line `error: ...`, printed by rank 0, and exit code 2."""
     try:
         yield
     except errors as error:
@@ -20,7 +20,7 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
 
 
 def check_outputs(*paths: str | Path | None) -> None:
-    """Find out before hours of work whether their results can be written; None is no file.
+    """Check before a long computation that its results can be written; None is skipped.
 
     Raises:
         OSError: One of the files cannot be written.

@@ -1,4 +1,4 @@
-"""What the command line tools share: reading the command line and a config, and starting processes."""
+"""Shared by the command line tools: arguments, configs, process groups, and building the Runner."""
 
 import argparse
 import contextlib
@@ -32,7 +32,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line, or `argv`, with the arguments that training and testing have in common."""
+    """Add the arguments that training and testing share, and parse the command line or `argv`."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -42,7 +42,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
-    # for dist_*.sh: check everything for that many processes, then leave
+    # for dist_*.sh: run all checks for this number of processes, then exit
     parser.add_argument('--preflight', type=int, metavar='GPUS', help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
@@ -52,13 +52,13 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
 def load_config(path: str, cfg_options: dict | None = None) -> Config:
     """Read a config and apply the user's options to it.
 
-    `data_root` among the options also moves the paths below the config's former `data_root` in data loaders and
-    evaluators, which a text config has copied from it by then.
+    The option `data_root` also changes data loaders and evaluators: a text config has already joined their paths with
+    its own `data_root`, which is replaced there.
 
     Raises:
         FileNotFoundError: There is no such file.
         ModuleNotFoundError: It inherits from a toolbox that is not installed.
-        ValueError: An option does not fit it.
+        ValueError: An option does not fit the config.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f'config {path} does not exist{seen_from(path)}')
@@ -92,7 +92,7 @@ def _move(value, old: str, new: str):
 
 
 def default_work_dir(cfg: Config, config_path: str, work_dir: str | None) -> str:
-    """Where results go: what the user says, else what the config says, else `./work_dirs/<name of the config>`."""
+    """The work folder: `work_dir`, or that of the config, or `./work_dirs/<name of the config>`."""
     return work_dir or cfg.get('work_dir') or os.path.join('work_dirs', Path(config_path).stem)
 
 
@@ -101,21 +101,21 @@ def default_work_dir(cfg: Config, config_path: str, work_dir: str | None) -> str
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """End the group of processes that is started inside, before Python ends with PyTorch's threads still at work.
+    """Destroy the process group that was initialised inside, before Python exits and PyTorch's threads still run.
 
-    After an error it stays, since the others may wait for this process: the launcher ends all.
+    After an error it is not destroyed, because other processes may wait for this one: the launcher then ends them all.
     """
     is_ours = not torch.distributed.is_initialized()
     yield
     if is_ours and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # none may leave while another one is still sending
+        torch.distributed.barrier()  # no process may leave while another one still sends to it
         torch.distributed.destroy_process_group()
 
 
 def build_runner(cfg: Config):
-    """Tie this process to its machine and to the other processes, and build the Runner, or what `runner_type` names.
+    """Set up this process for its device and launcher, and build the Runner, or the class that `runner_type` names.
 
-    Ends in one line if `check_runner` finds something.
+    Errors of `check_runner` are reported in one line.
 
     Raises:
         ValueError: See `init_cpu_processes`.
@@ -129,11 +129,11 @@ def build_runner(cfg: Config):
 
 
 def check_runner(cfg: Config) -> None:
-    """Check that what carries out a training exists and fits together, as far as the config tells.
+    """Check that the config's runner, model wrapper and optimizer exist and work together.
 
     Raises:
-        ImportError: It needs a package that is not installed.
-        ValueError: There is no such class, or it cannot do what the config says.
+        ImportError: One of them needs a package that is not installed.
+        ValueError: A class does not exist, or does not support this config.
     """
     runner_type = cfg.get('runner_type', 'Runner')
     wrapper_type = (cfg.get('model_wrapper_cfg') or {}).get('type', 'MMDistributedDataParallel')
@@ -144,20 +144,20 @@ def check_runner(cfg: Config) -> None:
         raise ValueError(no_such_class('model_wrapper_cfg.type', wrapper_type, [MODEL_WRAPPERS]))
     if wrapper in SHARDED_WRAPPERS and not issubclass(runner, ShardedRunner):
         raise ValueError(
-            f'model_wrapper_cfg.type={wrapper_type} needs runner_type=swinv2_mm.ShardedRunner, and it is {runner_type}'
+            f'model_wrapper_cfg.type={wrapper_type} needs runner_type=swinv2_mm.ShardedRunner, but it is {runner_type}'
         )
     optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
     if optimizer.get('type') == 'ZeroRedundancyOptimizer':
         raise ValueError(
-            'optim_wrapper.optimizer.type=ZeroRedundancyOptimizer: the Runner waits for ever when it saves that. '
-            'Name the optimizer itself, and split its states by configs/_base_/memory/zero1.py'
+            'optim_wrapper.optimizer.type=ZeroRedundancyOptimizer: the Runner waits forever when it saves its state. '
+            'Name the optimizer itself, and shard its state with configs/_base_/memory/zero1.py'
         )
     if hasattr(runner, 'check'):
         runner.check(cfg)
 
 
 def adapt_to_cpu(cfg: Config) -> None:
-    """Without a GPU, replace AmpOptimWrapper and SyncBN, which refuse to run there, and say so once."""
+    """Without a GPU, replace AmpOptimWrapper and SyncBN, which do not run on a CPU, and log a warning."""
     if get_device() != 'cpu':
         return
     replaced = []
@@ -185,9 +185,9 @@ def _replace_type(value, old: str, new: str) -> bool:
 
 
 def init_cpu_processes(cfg: Config) -> None:
-    """On a machine without a GPU, let the processes of a launcher meet through gloo; mmengine itself would call CUDA.
+    """On a machine without a GPU, initialise the process group with gloo; mmengine itself would call CUDA.
 
-    Does nothing for a single process, and nothing on GPUs, where mmengine starts NCCL.
+    Does nothing without a launcher, nor on GPUs, where mmengine initialises NCCL.
 
     Raises:
         ValueError: MPI is the launcher and MASTER_ADDR is not set.
@@ -195,7 +195,7 @@ def init_cpu_processes(cfg: Config) -> None:
     if cfg.launcher == 'none' or get_device() != 'cpu':
         return
     _export_ranks(cfg.launcher)
-    # torchrun allows one thread for each process unless told otherwise, which leaves cores idle
+    # by default torchrun sets one thread for each process, which leaves cores idle
     if os.environ.get('OMP_NUM_THREADS', '1') == '1':
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
@@ -217,9 +217,9 @@ def init_cpu_processes(cfg: Config) -> None:
 
 
 def die_with_launcher(cfg: Config) -> None:
-    """Have this process and its data workers killed when torchrun is; they would train on, or wait for ever, unseen.
+    """Have this process and its data workers killed when torchrun is; otherwise they would go on in the background.
 
-    A resumed training would then write into the same folder as the one believed dead. Linux only.
+    A resumed training would then write to the same folder as the old one. Linux only.
     """
     if cfg.launcher == 'pytorch' and sys.platform == 'linux':
         _die_with_parent()
@@ -231,7 +231,7 @@ def _die_with_parent() -> None:
 
 
 def _export_ranks(launcher: str) -> None:
-    """Translate the variables of SLURM or Open MPI into those that torch reads; torchrun has set these already."""
+    """Set the environment variables that torch reads from those of SLURM or Open MPI; torchrun sets them itself."""
     env = os.environ
     if launcher == 'slurm':
         env.update(RANK=env['SLURM_PROCID'], WORLD_SIZE=env['SLURM_NTASKS'], LOCAL_RANK=env.get('SLURM_LOCALID', '0'))

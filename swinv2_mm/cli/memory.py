@@ -1,7 +1,7 @@
-"""Memory of tensors, counted: what is alive, its peak, and what a backbone keeps from forward to backward.
+"""Counts the memory of tensors: live bytes, their peak, and what a backbone keeps from forward to backward.
 
-The same counting serves real tensors and fake ones, which have shapes but no memory: a training step of SwinV2-G at
-1536x1536 can be measured on a laptop. Needs no toolbox.
+Works with real tensors and with fake ones, which have shapes but no memory: a training step of SwinV2-G at 1536x1536
+can be measured on a laptop. Needs no toolbox.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..models import block
 from ..ops import sdpa
 
-# what autocast computes in float32 on a GPU but not on a CPU, as far as Swin and the toolboxes' heads call it
+# operators of Swin and the toolboxes' heads that autocast computes in float32 on a GPU, but not on a CPU
 FLOAT32_ON_CUDA = (
     torch.ops.aten.layer_norm.default,
     torch.ops.aten.group_norm.default,
@@ -43,34 +43,34 @@ PRODUCTS = {
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make while it is active, as long as they live.
+    """Counts the bytes of all storages that operators allocate while it is active, until they are freed.
 
         with MemoryTracker() as tracker:
             model(x).sum().backward()
         print(tracker.peak)
 
-    Views share a storage, which counts once. What was there before counts if it is given to `watch`. Not counted is
-    what a kernel takes and gives back on its own, such as the workspace of a convolution, nor an allocator's rounding
-    and fragmentation, nor what is on the meta device. For fake tensors, enter `FakeTensorMode` first.
+    Views share a storage, which counts once. Tensors that were allocated before count after `watch`. Not counted are
+    workspaces inside a kernel, such as that of a convolution, rounding and fragmentation of the allocator, and tensors
+    on the meta device. For fake tensors, enter `FakeTensorMode` first.
 
     Attributes:
-        live: Bytes alive.
-        peak: Largest number of bytes alive at the end of any operation, since the start or `reset_peak`.
+        live: Live bytes.
+        peak: Largest number of live bytes at the end of an operator, since the start or `reset_peak`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._sizes = {}  # what each living storage counts; 0 if it was there before
+        self._sizes = {}  # counted bytes of each live storage; 0 if it was allocated before
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
-        """Count tensors that are there already, such as parameters."""
+        """Count tensors that are already allocated, such as parameters."""
         for tensor in tensors:
             self._is_new(tensor)
             self._count(tensor)
 
     def reset_peak(self) -> None:
-        """Start a new measurement of the peak from what is alive."""
+        """Reset the peak to the live bytes."""
         self.peak = self.live
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -84,7 +84,7 @@ class MemoryTracker(TorchDispatchMode):
         return out
 
     def _is_new(self, tensor: Tensor) -> bool:
-        """Whether a storage was not seen before; from now on it is."""
+        """Register the storage of a tensor; returns whether it was new."""
         storage = tensor.untyped_storage()
         key = id(storage)  # the Python object of a storage lives as long as its memory
         if key in self._sizes:
@@ -109,7 +109,7 @@ def _tensors(value) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def cuda_casts() -> Iterator[None]:
-    """Let autocast on a CPU cast as on a GPU, where norms, softmax and losses are computed in float32."""
+    """Make autocast on a CPU cast as on a GPU, where norms, softmax and losses are computed in float32."""
     with torch.library._scoped_library('aten', 'IMPL') as library:
         for operation in FLOAT32_ON_CUDA:
             library.impl(operation, functools.partial(_in_float32, operation), 'AutocastCPU')
@@ -128,7 +128,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def cuda_chunks() -> Iterator[None]:
-    """Let fused attention and MLPs on a CPU take as many windows and tokens at a time as on a GPU."""
+    """Make SDPA attention and MLPs on a CPU process as many windows and tokens at a time as on a GPU."""
     on_cpu = sdpa.CHUNKS['cpu'], block.CPU_TOKENS
     sdpa.CHUNKS['cpu'], block.CPU_TOKENS = sdpa.CHUNKS['cuda'], sys.maxsize
     try:
@@ -138,7 +138,7 @@ def cuda_chunks() -> Iterator[None]:
 
 
 def make_fake(model: nn.Module) -> nn.Module:
-    """Give the parameters and buffers of a model on the meta device fake memory of the CPU, in a `FakeTensorMode`."""
+    """Replace parameters and buffers on the meta device by fake tensors on the CPU; call it in a `FakeTensorMode`."""
     for module in model.modules():
         for name, value in module.named_parameters(recurse=False):
             fake = torch.empty(value.shape, dtype=value.dtype)
@@ -149,9 +149,9 @@ def make_fake(model: nn.Module) -> nn.Module:
 
 
 class SkippedProducts(TorchDispatchMode):
-    """Gives zeros of the right shape in place of convolutions and matrix products, where memory alone is of interest.
+    """Returns zeros of the right shape instead of convolutions and matrix products, for measurements of memory only.
 
-    What depends on data still runs, such as the choice of proposals, in a fraction of the time.
+    Code that depends on data, such as the selection of proposals, still runs, in a fraction of the time.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -163,11 +163,11 @@ class SkippedProducts(TorchDispatchMode):
 
 
 class ZeroLoss(torch.autograd.Function):
-    """A loss of zero that keeps nothing of the outputs it is of, so that they go when their users let go of them.
+    """A loss of zero that saves none of its inputs for backward, so that they are freed with their last reference.
 
         ZeroLoss.apply(*backbone(x)).backward()
 
-    Like that of heads, its backward pass makes the gradients of all outputs before any of them is used.
+    As in real heads, its backward pass allocates the gradients of all outputs before any of them is used.
     """
 
     @staticmethod
@@ -185,11 +185,11 @@ class ZeroLoss(torch.autograd.Function):
 
 @dataclass
 class BackboneMemory:
-    """What a training step of a backbone takes beside parameters and their gradients, in bytes.
+    """Memory of a training step of a backbone in addition to parameters and their gradients, in bytes.
 
     Attributes:
-        kept: What the patch embedding and then each stage, with its patch merging and its output norm, leave alive from
-            forward to backward, outputs included.
+        kept: Live bytes from forward to backward, outputs included: of the patch embedding, then of each stage with its
+            patch merging and output norm.
         forward_peak: Peak of the forward pass.
         backward_peak: Peak of the backward pass.
         outputs: Outputs on the meta device.
@@ -202,10 +202,10 @@ class BackboneMemory:
 
 
 def measure_backbone(backbone: nn.Module, x: Tensor, bfloat16: bool = False) -> BackboneMemory:
-    """Run forward and backward of a Swin V2 backbone and count memory; of fake tensors too, within their mode.
+    """Run forward and backward of a Swin V2 backbone and count memory; for fake tensors, call it in their mode.
 
-    The gradients of parameters are there before the step, as they are while gradients are accumulated and as the views
-    of DDP's buckets are. The input is counted.
+    The gradients of parameters are allocated before the step, as in gradient accumulation and as the views of DDP's
+    buckets. The input is counted.
 
     Args:
         backbone: A `SwinV2` on the CPU.
@@ -240,5 +240,5 @@ def make_gradients(model: nn.Module) -> None:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM); `getrusage` knows the peak of its parent too."""
+    """Resident bytes of this process: now (VmRSS) or at most (VmHWM). `getrusage` includes the peak of the parent."""
     return 1024 * int(re.search(rf'{field}:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])

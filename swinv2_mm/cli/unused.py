@@ -1,4 +1,4 @@
-"""A check for parameters of the backbone that would get no gradient, at which DistributedDataParallel stops."""
+"""A check for unused outputs of the backbone: DistributedDataParallel stops if parameters get no gradient."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,31 +14,31 @@ from swinv2_mm.models.swin_v2 import SwinV2
 from swinv2_mm.registry import MODEL_WRAPPERS, RUNNERS
 
 TOOLBOXES = ('mmdet', 'mmseg')
-# heads of mmsegmentation that read other maps than those of their `in_index`
-OTHER_MAPS = {
+# heads of mmsegmentation that read other feature maps than those of their `in_index`
+IGNORE_IN_INDEX = {
     *('DDRHead', 'DepthwiseSeparableASPPHead', 'IterativeDecodeHead'),
     *('PIDHead', 'SideAdapterCLIPHead', 'VPDDepthHead'),
 }
 
 
 def check_unused(cfg: Config, backbone: SwinV2) -> None:
-    """Check that a training in several processes uses all that the backbone returns.
+    """Check that a training in several processes uses all outputs of the backbone.
 
-    DistributedDataParallel waits for the gradient of each parameter, and stops at the second step if one never comes.
-    What is used is known of mmdet's and mmsegmentation's models that have a neck with `start_level`, or heads with
-    `in_index` and no neck; all others are taken to use everything.
+    DistributedDataParallel waits for the gradient of each parameter, and raises an error at the second step if one is
+    missing. The outputs in use are known for models of mmdet and mmsegmentation that have a neck with `start_level`, or
+    no neck and heads with `in_index`. All other models are assumed to use every output.
 
     Args:
         cfg: Config of a training.
         backbone: Its backbone, which may be on the meta device.
 
     Raises:
-        ValueError: Something is not used; the message gives the options to set.
+        ValueError: An output is not used; the message gives the options to set.
     """
     if not _waits_for_gradients(cfg):
         return
     stages = sorted(backbone.out_indices)
-    used, changes = _used_maps(cfg, len(stages))
+    used, changes = _used_outputs(cfg, len(stages))
     without_gradient = [stages[i] for i in range(len(stages)) if i not in used and stages[i] >= backbone.frozen_stages]
     if not without_gradient:
         return
@@ -49,14 +49,14 @@ def check_unused(cfg: Config, backbone: SwinV2) -> None:
         ways_out = f'{" ".join(_option(*change) for change in changes.items())}, or {find}'
     raise ValueError(
         f'nothing uses output {listed} of model.backbone.out_indices={tuple(stages)}, '
-        'and DistributedDataParallel stops where parameters get no gradient: '
+        'and DistributedDataParallel stops if parameters get no gradient: '
         f'--cfg-options {ways_out}'
     )
 
 
 def _option(name: str, value: Any) -> str:
     text = str(value).replace(' ', '')
-    return f'{name}="{text}"' if isinstance(value, (list, tuple)) else f'{name}={text}'  # brackets mean much to shells
+    return f'{name}="{text}"' if isinstance(value, (list, tuple)) else f'{name}={text}'  # shells interpret brackets
 
 
 def _waits_for_gradients(cfg: Config) -> bool:
@@ -72,13 +72,12 @@ def _waits_for_gradients(cfg: Config) -> bool:
     )
 
 
-def _used_maps(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]]:
-    """Which of the backbone's maps, counted in their order, are used; and the options for a model that gets only these,
-    if there are any.
+def _used_outputs(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]]:
+    """Indices of the backbone's outputs that are used, and config options for a model that gets only these, if any.
 
     Args:
         cfg: The config.
-        count: How many maps there are.
+        count: Number of outputs.
     """
     known = None
     if _is_stock(find_model(cfg.model.get('type'), cfg.get('default_scope'))):
@@ -87,7 +86,7 @@ def _used_maps(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]]:
 
 
 def _first_neck(cfg: Config) -> tuple[Mapping, int, str]:
-    """The first neck that makes other maps, how many come before it, and its option."""
+    """The first neck other than `GlobalAttention`, the number of necks before it, and its option."""
     neck = cfg.model.neck
     for i, part in enumerate(neck if isinstance(neck, list) else [neck]):
         if isinstance(part, dict) and find_model(part.get('type'), cfg.get('default_scope')) is not GlobalAttention:
@@ -106,9 +105,9 @@ def _used_by_neck(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]] |
     if not (isinstance(start, int) and isinstance(end, int) and end >= -1 and isinstance(channels, (list, tuple))):
         return None
     used = list(range(count))[start : None if end == -1 else end + 1]
-    if not used or len(channels) != count:  # the neck says what is wrong
+    if not used or len(channels) != count:  # the neck itself reports this
         return None
-    if before and used[-1] != count - 1:  # global attention is built for the last map, which nothing uses
+    if before and used[-1] != count - 1:  # GlobalAttention is built for the last output, which nothing uses
         return used, {}
     changes = {f'{option}.in_channels': type(channels)(channels[i] for i in used), f'{option}.start_level': 0}
     return used, {**changes, **({} if end == -1 else {f'{option}.end_level': -1})}
@@ -144,7 +143,7 @@ def _heads(model: Mapping) -> Iterator[tuple[str, Mapping]]:
 
 def _reads_in_index(head: Mapping, scope: str | None) -> bool:
     found = find_model(head.get('type'), scope)
-    return _is_stock(found) and hasattr(found, '_transform_inputs') and found.__name__ not in OTHER_MAPS
+    return _is_stock(found) and hasattr(found, '_transform_inputs') and found.__name__ not in IGNORE_IN_INDEX
 
 
 def _is_stock(found: type | None) -> bool:

@@ -1,12 +1,12 @@
-"""DeepSpeed's ZeRO for any config, without changing its recipe.
+"""DeepSpeed's ZeRO for any config, with an unchanged training recipe.
 
-ZeRO ("ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", Rajbhandari et al. 2020, Sec. 5) divides
-the state of a training among its processes: that of the optimizer (stage 1; the Swin V2 paper trained SwinV2-G with it,
-Sec. 3.4), the gradients too (2), and the parameters too (3).
+ZeRO ("ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", Rajbhandari et al. 2020, Sec. 5) shards
+the model states among the processes: the optimizer states (stage 1; the Swin V2 paper trained SwinV2-G with it, Sec.
+3.4), also the gradients (stage 2), and also the parameters (stage 3).
 
-mmengine's strategy of the same name cannot be built with DeepSpeed 0.19, since it imports an optimizer that is gone. It
-takes a recipe in DeepSpeed's words, neither starts from ordinary checkpoints (open-mmlab/mmengine #1499) nor writes
-any (#1408), and calls no hook for what it saves and loads.
+mmengine's strategy of the same name cannot be built with DeepSpeed 0.19, because it imports an optimizer that was
+removed. It reads the recipe from DeepSpeed's configuration, neither loads ordinary checkpoints (open-mmlab/mmengine
+#1499) nor writes them (#1408), and calls no hooks when it saves and loads.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ except ImportError:
 
 FOLDER_TRAINING = 'training.pth'
 FOLDER_OPTIMIZER = 'optimizer_rank{}.pth'
-# what DeepSpeed's config may not say, since optim_wrapper and train_dataloader do
+# options of DeepSpeed's configuration that optim_wrapper and train_dataloader set
 RECIPE = (
     'amp',
     'bf16',
@@ -52,38 +52,38 @@ RECIPE = (
     'train_batch_size',
     'train_micro_batch_size_per_gpu',
 )
-# objects in the state of DeepSpeed's optimizers; of these, only the scaler is looked at again, and it never changes
+# Python objects in the state of DeepSpeed's optimizers; only the scaler is read again, and it never changes
 NO_DATA = ('loss_scaler', 'param_slice_mappings', 'zero_stage')
 
 
 @STRATEGIES.register_module()
 @check_arguments()
 class DeepSpeedStrategy(BaseStrategy):
-    """Train with ZeRO; everything else is what the config says for a plain Runner.
+    """Trains with ZeRO; everything else is configured as for a plain Runner.
 
         runner_type = 'swinv2_mm.FlexibleRunner'
         strategy = dict(type='swinv2_mm.DeepSpeedStrategy', zero_optimization=dict(stage=2))
 
     The recipe comes from the config's `optim_wrapper`, an OptimWrapper or an AmpOptimWrapper of dtype bfloat16: its
-    optimizer and constructor as they are, `clip_grad` by the norm of all gradients of all processes, and
-    `accumulative_counts`. Under AmpOptimWrapper parameters, gradients and what processes exchange stay in fp32, as with
-    DistributedDataParallel. One thing differs: gradients that are left over when a training ends between two
-    multiples of `accumulative_counts` are not applied.
+    optimizer and constructor, `clip_grad` by the global norm of the gradients, and `accumulative_counts`. Under
+    AmpOptimWrapper, parameters, gradients and communication stay in fp32, as with DistributedDataParallel. One
+    difference: if training ends between two multiples of `accumulative_counts`, the last accumulated gradients are not
+    applied.
 
-    A checkpoint is a folder of `weights.pth`, which loads wherever the file of a plain training does; `training.pth`,
-    with which a training goes on; and for each process its part of the optimizer. DeepSpeed's own files are not
-    written: they hold the same once more, and reading them executes code from them. Best checkpoints, and those
-    written with `save_optimizer=False`, are plain files.
+    A checkpoint is a folder: `weights.pth`, which loads like the checkpoint of a plain training; `training.pth`, the
+    training state to resume from; and one file per process with its shard of the optimizer states. DeepSpeed's own
+    files are not written: they would repeat the same data, and loading them executes code from them. Best checkpoints,
+    and those written with `save_optimizer=False`, are plain files.
 
     Args:
         zero_optimization: DeepSpeed's section of that name, with `stage` 1, 2 or 3.
         config: Further sections of DeepSpeed's configuration, other than those of the recipe.
-        **kwargs: What FlexibleRunner adds.
+        **kwargs: Arguments that FlexibleRunner adds.
 
     Raises:
         ImportError: DeepSpeed is not installed.
         TypeError: An argument is unknown or of another type.
-        ValueError: `config` sets what the recipe says, or the stage is none of 1, 2, 3.
+        ValueError: `config` sets an option of the recipe, or the stage is not 1, 2 or 3.
     """
 
     def __init__(self, *, zero_optimization: dict, config: dict | None = None, **kwargs) -> None:
@@ -94,15 +94,15 @@ class DeepSpeedStrategy(BaseStrategy):
         self.config = {'steps_per_print': None, **(config or {}), 'zero_optimization': dict(zero_optimization)}
 
     def _setup_distributed(self, launcher: str, **kwargs) -> None:
-        init_dist(launcher, **kwargs)  # DeepSpeed takes the processes as they are
+        init_dist(launcher, **kwargs)  # DeepSpeed uses this process group
 
     @staticmethod
     def check(cfg: Mapping) -> None:
-        """Find what would stop a training, from its config alone.
+        """Check a config before the training starts.
 
         Raises:
             ImportError: DeepSpeed is not installed.
-            ValueError: See `DeepSpeedStrategy` and `translate`; or EMAHook is to copy a model that is nowhere whole.
+            ValueError: See `DeepSpeedStrategy` and `translate`; or EMAHook would copy sharded parameters.
         """
         require_deepspeed()
         zero = cfg['strategy'].get('zero_optimization', {})
@@ -111,8 +111,8 @@ class DeepSpeedStrategy(BaseStrategy):
             translate(cfg['optim_wrapper'])
         if zero['stage'] == 3 and any('EMAHook' in str(hook.get('type')) for hook in cfg.get('custom_hooks') or ()):
             raise ValueError(
-                'EMAHook copies the parameters, of which each process has only a part at ZeRO stage 3: use stage 1 or '
-                '2 (strategy.zero_optimization.stage=2), or leave the hook out'
+                'EMAHook copies the parameters, which are sharded at ZeRO stage 3: use stage 1 or 2 '
+                '(strategy.zero_optimization.stage=2), or leave the hook out'
             )
 
     # ---------------------------------------------------------------- model and optimizer
@@ -126,12 +126,12 @@ class DeepSpeedStrategy(BaseStrategy):
         compile: dict | bool = False,
         dispatch_kwargs: dict | None = None,
     ) -> nn.Module | list:
-        """Build what a training needs and hand the model to DeepSpeed; for a test it stays whole in each process.
+        """Build model, optimizer and schedulers, and initialise DeepSpeed's engine; a test has no engine and no shards.
 
-        Unlike mmengine's, scales the learning rate if `auto_scale_lr` says so.
+        Unlike mmengine's, scales the learning rate if `auto_scale_lr` is enabled.
 
         Raises:
-            ValueError: `optim_wrapper` cannot be translated, see `translate`; or the processes were not started.
+            ValueError: `optim_wrapper` cannot be translated, see `translate`; or there is no launcher.
         """
         if self._prepared:
             return self._prepared_components()
@@ -157,10 +157,10 @@ class DeepSpeedStrategy(BaseStrategy):
         batch_size = self.dispatch_kwargs['train_micro_batch_size_per_gpu']
         self.config.update(sections, train_micro_batch_size_per_gpu=batch_size)
         self.optim_wrapper = self.build_optim_wrapper(recipe, model)
-        for group in self.optim_wrapper.optimizer.param_groups:  # flattened, frozen ones would fill a part with nothing
+        for group in self.optim_wrapper.optimizer.param_groups:  # frozen ones would take up part of the shards
             group['params'] = [param for param in group['params'] if param.requires_grad]
-        # at stage 3 the order of all modules that run must be the same in all processes; whether losses and RoI layers
-        # do depends on the image, and without parameters DeepSpeed need not know of them
+        # at stage 3 all processes must run modules in the same order; whether losses and RoI layers run depends on the
+        # image, and DeepSpeed needs no hooks on modules without parameters
         with _without_hooks(module for module in model.modules() if next(module.parameters(), None) is None):
             engine, self.optim_wrapper.optimizer, *_ = deepspeed.initialize(
                 model=model, optimizer=self.optim_wrapper.optimizer, config=self.config
@@ -178,17 +178,17 @@ class DeepSpeedStrategy(BaseStrategy):
         revise_keys: Sequence[tuple[str, str]] = ((r'^module\.', ''),),
         callback: Callable | None = None,
     ) -> dict:
-        """Load weights from whatever a plain Runner takes, and from the folders that `save_checkpoint` writes.
+        """Load weights from any checkpoint that a plain Runner accepts, or from a folder written by `save_checkpoint`.
 
         Args:
             filename: File, folder, address, or `swinv2://NAME` of a release.
             map_location: As in `torch.load`.
-            strict: Whether names in the file and the model must be the same.
-            revise_keys: Patterns and replacements for the names in the file.
-            callback: Called with the checkpoint before the model gets it.
+            strict: Whether the keys of the file and the model must be the same.
+            revise_keys: Patterns and replacements for the keys of the file.
+            callback: Called with the checkpoint before its weights are loaded.
         """
         checkpoint = CheckpointLoader.load_checkpoint(filename, map_location=map_location, logger=self.logger)
-        self._take_weights(checkpoint, strict, revise_keys, callback)
+        self._load_weights(checkpoint, strict, revise_keys, callback)
         self.logger.info(f'Load checkpoint from {filename}')
         return checkpoint
 
@@ -201,22 +201,22 @@ class DeepSpeedStrategy(BaseStrategy):
         map_location: str | Callable = 'default',
         callback: Callable | None = None,
     ) -> dict:
-        """Go on from a folder that `save_checkpoint` has written, with as many processes at the same stage.
+        """Resume from a folder written by `save_checkpoint`, with the same number of processes and the same stage.
 
         Raises:
-            ValueError: It is none, or from another stage or number of processes; the message says so.
+            ValueError: It is not such a folder, or it is from another stage or number of processes.
         """
         folder = Path(filename)
         if not (folder / FOLDER_TRAINING).is_file():
             raise ValueError(
-                f'{filename} cannot be resumed with DeepSpeed: it holds no {FOLDER_TRAINING}; to start from its '
+                f'{filename} cannot be resumed with DeepSpeed: it has no {FOLDER_TRAINING}; to start from its '
                 'weights, set load_from instead of resume'
             )
         training = read_checkpoint(folder / FOLDER_TRAINING)
         self._check_same(training.pop('deepspeed'), filename)
         checkpoint = CheckpointLoader.load_checkpoint(filename, map_location='cpu', logger=self.logger)
         checkpoint = {**checkpoint, **training, 'meta': {**checkpoint['meta'], **training['meta']}}
-        self._take_weights(checkpoint, callback=callback)
+        self._load_weights(checkpoint, callback=callback)
         if resume_optimizer:
             self._load_optimizer(read_checkpoint(folder / FOLDER_OPTIMIZER.format(self.rank))['optimizer'])
             self.load_optim_state_dict(checkpoint.pop('optim_wrapper'))
@@ -239,16 +239,18 @@ class DeepSpeedStrategy(BaseStrategy):
 
         Args:
             filename: Path of the folder, or of the file if the optimizer is left out.
-            save_optimizer: Whether the checkpoint is to be resumed from.
-            save_param_scheduler: Whether it holds the state of the schedules.
+            save_optimizer: Whether to save the optimizer states, so that training can be resumed.
+            save_param_scheduler: Whether to save the state of the schedulers.
             extra_ckpt: Further entries: `meta` and `message_hub`.
             callback: Called with the checkpoint before it is written.
 
         Raises:
-            ValueError: The folder is to be in a remote storage.
+            ValueError: The path of the folder is that of a remote storage.
         """
         if save_optimizer and '://' in filename:
-            raise ValueError(f'{filename}: a checkpoint of DeepSpeed is a folder, and only local ones can be written')
+            raise ValueError(
+                f'{filename}: a checkpoint of DeepSpeed is a folder, which can only be written to a local path'
+            )
         checkpoint = dict(extra_ckpt or {})
         checkpoint['meta'] = dict(
             checkpoint.get('meta', {}),
@@ -276,9 +278,9 @@ class DeepSpeedStrategy(BaseStrategy):
         torch.save({'optimizer': state}, folder / FOLDER_OPTIMIZER.format(self.rank))
 
     def _save_folder(self, checkpoint: dict, folder: Path) -> None:
-        """Write what is the same in all processes, weights apart from the rest.
+        """Write the state that is the same in all processes: the weights, and the rest of the training state.
 
-        Without epoch and iteration, a plain Runner cannot take weights for a training that it may go on with.
+        Epoch and iteration are not in the file of weights, so that a plain Runner does not resume from it.
         """
         meta = checkpoint.pop('meta')
         training = {key: meta.pop(key) for key in ('epoch', 'iter') if key in meta}
@@ -290,16 +292,16 @@ class DeepSpeedStrategy(BaseStrategy):
         )
 
     def _check_same(self, saved: dict, filename: str) -> None:
-        """Refuse parts of an optimizer that were cut in another way; DeepSpeed itself cannot cut them anew."""
+        """Check that the optimizer states were sharded in the same way; DeepSpeed does not reshard them."""
         now = dict(stage=self.model.zero_optimization_stage(), processes=self.world_size)
         if saved != now:
             raise ValueError(
                 f'{filename} cannot be resumed here: it was written at ZeRO stage {saved["stage"]} by '
                 f'{saved["processes"]} processes, and this is stage {now["stage"]} with {now["processes"]}. Resume '
-                f'with those, or set load_from to take the weights alone'
+                f'with those, or set load_from to load only the weights'
             )
 
-    def _take_weights(
+    def _load_weights(
         self,
         checkpoint: dict,
         strict: bool = False,
@@ -308,18 +310,18 @@ class DeepSpeedStrategy(BaseStrategy):
     ) -> None:
         if callback is not None:
             callback(checkpoint)
-        if not isinstance(self.model, EngineWrapper):  # of a test
+        if not isinstance(self.model, EngineWrapper):  # in a test
             _load_checkpoint_to_model(self.model, checkpoint, strict, revise_keys=revise_keys)
             return
         with self.model.gathered(change=True):
             _load_checkpoint_to_model(self.model.module, checkpoint, strict, revise_keys=revise_keys)
-        self.optim_wrapper.optimizer.refresh_fp32_params()  # its parts are copies, even of parameters in fp32
+        self.optim_wrapper.optimizer.refresh_fp32_params()  # the optimizer has copies, even of fp32 parameters
 
     def _load_optimizer(self, state: dict) -> None:
         optimizer = self.optim_wrapper.optimizer
         state['loss_scaler'] = optimizer.loss_scaler
         with self.model.partitioned():
-            # one state for each process, of which it takes its own
+            # a list with the state of each rank, of which DeepSpeed loads that of its own
             optimizer.load_state_dict([state] * self.world_size, load_from_fp32_weights=True)
 
     def _resume_seed(self, seed: int | None) -> None:
@@ -327,19 +329,19 @@ class DeepSpeedStrategy(BaseStrategy):
         if seed is None or seed == former:
             return
         if former is not None:
-            self.logger.warning(f'randomness.seed={former} of the config gives way to {seed} of the checkpoint')
+            self.logger.warning(f'randomness.seed={former} of the config is replaced by {seed} of the checkpoint')
         self._randomness.update(seed=seed)
         self._set_randomness(**self._randomness)
 
 
 class EngineWrapper(MMDeepSpeedEngineWrapper):
-    """DeepSpeed's engine with the methods that loops and hooks call; `module` is the model itself."""
+    """DeepSpeed's engine with the methods that loops and hooks call; `module` is the wrapped model."""
 
     def val_step(self, data: dict | tuple | list) -> list:
-        """Predict as the model does without DeepSpeed, in full precision.
+        """Predict with the module itself, in full precision.
 
-        At stage 3 it is made whole for that: which of its modules run depends on what an image shows (no mask head
-        without boxes), and processes that gather different modules would wait for each other for ever.
+        At stage 3 all parameters are gathered first: which modules run depends on the image (no mask head without
+        boxes), and processes that gather different modules would wait for each other forever.
         """
         with self.gathered(), _without_hooks(self.module.modules() if self._is_partitioned else ()):
             return self.module.val_step(data)
@@ -355,7 +357,7 @@ class EngineWrapper(MMDeepSpeedEngineWrapper):
         """Gather all parameters in each process; at stages 1 and 2 they always are. A collective operation.
 
         Args:
-            change: Whether changes are kept; those of rank 0 are.
+            change: Whether to keep the changes that rank 0 makes to them.
         """
         params = list(self.module.parameters()) if self._is_partitioned else []
         with (
@@ -366,7 +368,7 @@ class EngineWrapper(MMDeepSpeedEngineWrapper):
 
     @contextlib.contextmanager
     def partitioned(self) -> Iterator[None]:
-        """Have no parameter in more than one process, at stage 3; otherwise some small ones are always in all."""
+        """At stage 3, partition all parameters, including the small ones that DeepSpeed keeps gathered."""
         if self._is_partitioned:
             self.model.optimizer.checkpoint_event_prologue()
         yield
@@ -388,7 +390,7 @@ def _without_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class OptimWrapper(DeepSpeedOptimWrapper):
-    """mmengine's, which also logs the norm of the gradients if they are clipped, as `grad_norm`."""
+    """mmengine's wrapper, which also logs the norm of the gradients as `grad_norm` if they are clipped."""
 
     def step(self, **kwargs) -> None:
         """Update the parameters once enough gradients have been accumulated."""
@@ -403,17 +405,17 @@ class OptimWrapper(DeepSpeedOptimWrapper):
 
 
 def require_deepspeed() -> None:
-    """Check that DeepSpeed is there.
+    """Check that DeepSpeed is installed.
 
     Raises:
-        ImportError: It is not installed.
+        ImportError: It is not.
     """
     if deepspeed is None:
         raise ImportError('DeepSpeedStrategy needs DeepSpeed: pip install swinv2_mm[deepspeed]')
 
 
 def translate(optim_wrapper: Mapping) -> tuple[dict, dict]:
-    """Divide a config's `optim_wrapper` into what builds the optimizer and what DeepSpeed does in its place.
+    """Split a config's `optim_wrapper` into the config of the optimizer and sections of DeepSpeed's configuration.
 
     Args:
         optim_wrapper: Config of an OptimWrapper or AmpOptimWrapper.
@@ -422,8 +424,8 @@ def translate(optim_wrapper: Mapping) -> tuple[dict, dict]:
         Config of an optimizer wrapper for DeepSpeed, and sections of DeepSpeed's configuration.
 
     Raises:
-        ValueError: DeepSpeed has nothing for it: another type of wrapper, gradients clipped in another way than by
-            their 2-norm, fp16, or an option that is not known.
+        ValueError: Not supported with DeepSpeed: another type of wrapper, gradient clipping other than by the 2-norm,
+            fp16, or an unknown option.
     """
     recipe = {key: value for key, value in optim_wrapper.items() if value is not None}
     kind = str(recipe.pop('type', 'OptimWrapper')).split('.')[-1]
@@ -433,15 +435,15 @@ def translate(optim_wrapper: Mapping) -> tuple[dict, dict]:
     )
     if clip.pop('type', 'norm') != 'norm' or clip.pop('norm_type', 2) != 2 or clip:
         raise ValueError(
-            f'optim_wrapper.clip_grad={optim_wrapper["clip_grad"]}: DeepSpeed clips by the 2-norm of all gradients '
-            'alone, clip_grad=dict(max_norm=...)'
+            f'optim_wrapper.clip_grad={optim_wrapper["clip_grad"]}: DeepSpeed clips only by the 2-norm of all '
+            'gradients, clip_grad=dict(max_norm=...)'
         )
     if kind == 'AmpOptimWrapper':
         sections['torch_autocast'] = _autocast(recipe.pop('dtype', 'float16'))
         for option in ('loss_scale', 'use_fsdp'):  # bfloat16 has the exponents of fp32
             recipe.pop(option, None)
     elif kind != 'OptimWrapper':
-        raise ValueError(f'optim_wrapper.type={kind}: with DeepSpeed it is OptimWrapper or AmpOptimWrapper')
+        raise ValueError(f'optim_wrapper.type={kind}: with DeepSpeed it must be OptimWrapper or AmpOptimWrapper')
     unknown = recipe.keys() - {'optimizer', 'constructor', 'paramwise_cfg', '_scope_'}
     if unknown:
         raise ValueError(f'optim_wrapper.{min(unknown)} has no counterpart in DeepSpeed: leave it out')
@@ -453,9 +455,9 @@ def _autocast(dtype: str | torch.dtype) -> dict:
     if dtype != 'bfloat16':
         raise ValueError(
             f'optim_wrapper.dtype={dtype} (the default of AmpOptimWrapper is float16): Swin V2 diverges in fp16 '
-            '(open-mmlab/mmpretrain #1862), and with DeepSpeed it is refused; set optim_wrapper.dtype=bfloat16'
+            '(open-mmlab/mmpretrain #1862), so DeepSpeed does not accept it; set optim_wrapper.dtype=bfloat16'
         )
-    # without any safe modules DeepSpeed exchanges fp32, and otherwise the gradients of linear layers in bf16
+    # without safe modules, gradients are reduced in fp32; with them, those of linear layers in bf16
     return dict(enabled=True, dtype=dtype, lower_precision_safe_modules=[])
 
 
@@ -463,8 +465,8 @@ def _check_sections(options: Mapping, zero: Mapping) -> None:
     for option in RECIPE:
         if option in options:
             raise ValueError(
-                f'strategy.config.{option}={options[option]!r}: DeepSpeed is given what optim_wrapper and '
-                'train_dataloader say; set it there'
+                f'strategy.config.{option}={options[option]!r}: DeepSpeed takes this from optim_wrapper '
+                'and train_dataloader; set it there'
             )
     if zero.get('stage') not in (1, 2, 3):
         raise ValueError(f'strategy.zero_optimization.stage must be 1, 2 or 3, got {zero.get("stage")!r}')

@@ -1,4 +1,4 @@
-"""mmengine's runner for strategies, mended as far as a training with DeepSpeed needs it."""
+"""mmengine's FlexibleRunner with the fixes that DeepSpeed training needs."""
 
 import copy
 from collections.abc import Mapping
@@ -8,20 +8,20 @@ from mmengine.runner import FlexibleRunner as MMEngineFlexibleRunner
 from swinv2_mm.arguments import check_arguments
 from swinv2_mm.registry import RUNNERS, STRATEGIES
 
-# what Runner takes from a config and FlexibleRunner leaves out
+# options of a config that Runner uses and FlexibleRunner ignores
 IGNORED = ('activation_checkpointing', 'compile', 'efficient_conv_bn_eval', 'model_wrapper_cfg', 'sync_bn')
 
 
 @RUNNERS.register_module()
 @check_arguments()
 class FlexibleRunner(MMEngineFlexibleRunner):
-    """mmengine's FlexibleRunner, which differs from Runner in what carries out the training: a strategy.
+    """mmengine's FlexibleRunner, which leaves distributed training to a strategy.
 
         runner_type = 'swinv2_mm.FlexibleRunner'
         strategy = dict(type='swinv2_mm.DeepSpeedStrategy', zero_optimization=dict(stage=2))
 
-    Checkpoints are read after the hooks' `before_run`, as Runner does. mmengine's class reads them before, where hooks
-    that change what is read are not ready: EMAHook has no `ema_model` yet (no upstream issue is known).
+    As in Runner, checkpoints are loaded after the hooks' `before_run`. mmengine's class loads them earlier, when hooks
+    that modify the loaded checkpoint are not ready: EMAHook has no `ema_model` yet (no upstream issue is known).
     """
 
     @classmethod
@@ -39,7 +39,7 @@ class FlexibleRunner(MMEngineFlexibleRunner):
 
     @staticmethod
     def check(cfg: Mapping) -> None:
-        """Refuse a config with options that would be left out, or that its strategy refuses.
+        """Check that no option of the config would be ignored, and that its strategy supports the config.
 
         Raises:
             ImportError: The strategy needs a package that is not installed.
@@ -59,7 +59,7 @@ class FlexibleRunner(MMEngineFlexibleRunner):
         """Do nothing yet: this is called before `before_run`."""
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
-        """Call a method of all hooks; after `before_run`, read the checkpoint to start from or to go on from."""
+        """Call a method of all hooks; after `before_run`, load or resume the checkpoint."""
         super().call_hook(fn_name, **kwargs)
         if fn_name == 'before_run':
             super().load_or_resume()

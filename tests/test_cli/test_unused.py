@@ -104,7 +104,7 @@ def test_check_unused_default_of_a_neck():
     cfg = detector(dict(type='NASFCOS_FPN', num_outs=3))
     assert 'norm0.weight' in without_gradient(cfg)
     assert error_of(cfg) == (
-        'nothing uses output 0 of model.backbone.out_indices=(0, 1, 2, 3), and DistributedDataParallel stops where '
+        'nothing uses output 0 of model.backbone.out_indices=(0, 1, 2, 3), and DistributedDataParallel stops if '
         'parameters get no gradient: --cfg-options model.backbone.out_indices="[1,2,3]" '
         'model.neck.in_channels="[32,64,128]" model.neck.start_level=0, or find_unused_parameters=True'
     )

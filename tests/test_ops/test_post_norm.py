@@ -187,7 +187,7 @@ def test_post_norm_can_run(monkeypatch):
     assert "got (2, 128, 128, 64) on 'cpu' and (2, 128, 128, 1) on 'cpu'" in post_norm.can_run(x, x[..., :1])
     assert "(2, 128, 128, 64) on 'meta'" in post_norm.can_run(x, x.to('meta'))
     wide = x[..., :1].expand(-1, -1, -1, 5000)
-    assert 'up to 4096 channels, and the map has 5000' in post_norm.can_run(wide, wide)
+    assert 'up to 4096 channels, but the feature map has 5000' in post_norm.can_run(wide, wide)
     assert 'below 2097152 elements, got 1048576' in post_norm.can_run(x[:1], x[:1])
     assert 'no operators' in post_norm.can_run(x, x.as_subclass(OnGpu))
     with FlopCounterMode(display=False):

@@ -426,7 +426,7 @@ def test_training_follows_the_reference(monkeypatch):
 
 @pytest.mark.skipif(DEVICE == 'cuda', reason='on a GPU it can run')
 def test_window_attention_on_a_cpu_is_an_error():
-    reason = r"its kernels are for GPUs, and the map is on 'cpu'"
+    reason = r"its kernels are for GPUs, but the feature map is on 'cpu'"
     with pytest.raises(ValueError, match=f"'triton' cannot run: {reason}; 'auto' takes another"):
         window_attention(*draw((8, 8)), (4, 4), (2, 2), 'triton')
 
@@ -434,13 +434,13 @@ def test_window_attention_on_a_cpu_is_an_error():
 @pytest.mark.parametrize(
     ('change', 'reason'),
     [
-        (lambda qkv: qkv.double(), r'compute in float32, and the map is of type torch.float64'),
+        (lambda qkv: qkv.double(), r'compute in float32, but the feature map is of type torch.float64'),
         (
             lambda qkv: qkv[..., :1].expand(*qkv.shape[:-1], 96),
             'heads of up to 64 channels in torch.float32, and these have 96',
         ),
         (lambda qkv: qkv.half()[..., :1].expand(*qkv.shape[:-1], 160), 'up to 128 channels in torch.float16'),
-        (lambda qkv: qkv[:, :, :, None, None], 'maps of up to 3 axes, and this one has 4'),
+        (lambda qkv: qkv[:, :, :, None, None], 'feature maps of up to 3 axes, but this one has 4'),
     ],
 )
 def test_can_run_names_the_reason(monkeypatch, change, reason):
@@ -471,7 +471,7 @@ def test_can_run_not_in_torch_func_or_forward_mode(monkeypatch):
     torch.func.vmap(lambda x: reasons.append(triton_backend.can_run(qkv)) or x)(torch.zeros(1))
     with torch.autograd.forward_ad.dual_level():
         reasons.append(triton_backend.can_run(qkv))
-    assert reasons == ['torch.func and forward-mode AD transform operators of PyTorch alone'] * 2
+    assert reasons == ['torch.func and forward-mode AD transform only operators of PyTorch'] * 2
 
 
 def test_can_run_needs_triton(monkeypatch):

@@ -302,10 +302,10 @@ def test_translate_a_recipe():
 @pytest.mark.parametrize(
     ('option', 'message'),
     [
-        ({'optim_wrapper.clip_grad': dict(type='value', clip_value=1.0)}, '2-norm of all gradients alone'),
-        ({'optim_wrapper.clip_grad': dict(max_norm=1.0, norm_type=1)}, '2-norm of all gradients alone'),
+        ({'optim_wrapper.clip_grad': dict(type='value', clip_value=1.0)}, 'clips only by the 2-norm of all gradients'),
+        ({'optim_wrapper.clip_grad': dict(max_norm=1.0, norm_type=1)}, 'clips only by the 2-norm of all gradients'),
         ({'optim_wrapper.dtype': 'float16'}, 'optim_wrapper.dtype=bfloat16'),
-        ({'optim_wrapper.type': 'ApexOptimWrapper'}, 'it is OptimWrapper or AmpOptimWrapper'),
+        ({'optim_wrapper.type': 'ApexOptimWrapper'}, 'must be OptimWrapper or AmpOptimWrapper'),
         ({'optim_wrapper.momentum_cache': 1}, 'optim_wrapper.momentum_cache has no counterpart'),
         ({'strategy.config': dict(gradient_clipping=1.0)}, 'strategy.config.gradient_clipping=1.0'),
         ({'strategy.zero_optimization.stage': 0}, 'must be 1, 2 or 3, got 0'),
@@ -347,5 +347,5 @@ def test_deepspeed_strategy_does_not_resume_a_plain_checkpoint(tmp_path):
 
 def test_deepspeed_strategy_writes_no_folder_to_remote_storage(tmp_path):
     strategy = deepspeed.DeepSpeedStrategy(zero_optimization=dict(stage=1), work_dir=str(tmp_path))
-    with pytest.raises(ValueError, match='only local ones'):
+    with pytest.raises(ValueError, match='only be written to a local path'):
         strategy.save_checkpoint('s3://bucket/epoch_1.pth')

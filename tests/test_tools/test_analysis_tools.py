@@ -538,8 +538,8 @@ def test_analyze_logs_prints_times(log_file, tmp_path):
         (EPOCHS, [], 'there is no display for a window: use --out FILE.png'),
         (EPOCHS, ['--out', 'a.docx'], '--out a.docx: the file must end in one of'),
         (EPOCHS, ['--keys', 'loss', '--legend', 'a', 'b', '--out', 'a.png'], '--legend must name 1 curves, got 2'),
-        ([[1, 2]], ['--out', 'a.png'], 'log.json, line 1 is no JSON object'),
-        ([dict(mIoU=1.0)], ['--out', 'a.png'], 'log.json holds no line of a training or validation'),
+        ([[1, 2]], ['--out', 'a.png'], 'log.json, line 1 is not a JSON object'),
+        ([dict(mIoU=1.0)], ['--out', 'a.png'], 'log.json contains no record of a training or validation'),
     ],
 )
 def test_analyze_logs_errors(log_file, tmp_path, lines, args, text):

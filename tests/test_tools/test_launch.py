@@ -44,7 +44,7 @@ def test_load_config_names_a_missing_toolbox(error_of, tmp_path):
 
 
 def test_load_config_names_a_missing_config(error_of):
-    assert 'config no_such.py does not exist (seen from ' in error_of('train', 'no_such.py')
+    assert 'config no_such.py does not exist (relative to ' in error_of('train', 'no_such.py')
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_check_metrics_masks_of_a_box_detector(error_of, tmp_path, monkeypatch, 
     config = DET / 'htc_swinv2_g_objects365.py'
     line = error_of('test', config, tmp_path / 'a.pth', '--cfg-options', evaluator)
     assert line.startswith('error: test_evaluator.metric=')
-    assert 'the model predicts boxes alone: --cfg-options test_evaluator.metric=bbox' in line
+    assert 'the model predicts only boxes: --cfg-options test_evaluator.metric=bbox' in line
 
 
 def test_check_data_skips_remote_storage():
@@ -206,7 +206,7 @@ def test_check_classes_in_analysis_tools(tmp_path, tool, arguments, option, text
 @pytest.mark.parametrize(
     ('options', 'text'),
     [
-        (['checkpoint=gone.pth'], 'init_cfg.type: there is no None; to load weights it is Pretrained'),
+        (['checkpoint=gone.pth'], 'init_cfg.type: there is no None; to load weights, set it to Pretrained'),
         (['type=pretrained', 'checkpoint=gone.pth'], 'there is no pretrained (did you mean Pretrained?)'),
         (['type=Pretrained'], 'init_cfg.checkpoint must be a file, an address or swinv2://NAME, got None'),
         (['type=Pretrained', 'checkpoint=gone.pth'], 'init_cfg.checkpoint: checkpoint gone.pth does not exist'),
@@ -275,11 +275,11 @@ def test_check_classes_names_a_missing_package(monkeypatch):
         (['--cfg-options', 'model_wrapper_cfg.type=Split'], 'model_wrapper_cfg.type: there is no Split'),
         (
             ['--cfg-options', 'model_wrapper_cfg.type=swinv2_mm.FullyShardedModel'],
-            'needs runner_type=swinv2_mm.ShardedRunner, and it is Runner',
+            'needs runner_type=swinv2_mm.ShardedRunner, but it is Runner',
         ),
         (
             ['--cfg-options', 'optim_wrapper.optimizer.type=ZeroRedundancyOptimizer'],
-            'split its states by configs/_base_/memory/zero1.py',
+            'shard its state with configs/_base_/memory/zero1.py',
         ),
         (['--auto-scale-lr'], '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...)'),
         pytest.param(
@@ -298,7 +298,7 @@ def test_train_wrong_flags(error_of, data, flags, text):
         (
             'det',
             ['--tta', '--cfg-options', 'model.mask_head.type=FCNMaskHead', 'tta_model.type=DetTTAModel'],
-            'DetTTAModel of mmdet merges boxes alone',
+            'DetTTAModel of mmdet merges only boxes',
         ),
         ('video', ['--tta'], '--tta: the config has no tta_model and no tta_pipeline'),
         (

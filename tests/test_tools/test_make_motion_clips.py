@@ -291,9 +291,9 @@ def write_metric(folder: Path, value: float) -> Path:
     ('test', 'shuffled', 'frozen', 'messages'),
     [
         (0.9, 0.35, 0.1, []),
-        (0.89, 0.25, 0.25, ['too poor']),
+        (0.89, 0.25, 0.25, ['too low']),
         (0.99, 0.36, 0.25, ['frames shuffled']),
-        (0.5, 0.4, 0.4, ['too poor', 'frames shuffled', 'one frame repeated']),
+        (0.5, 0.4, 0.4, ['too low', 'frames shuffled', 'one frame repeated']),
     ],
 )
 def test_demo_fails_below_its_bound_and_above_chance(demo, tmp_path, capsys, test, shuffled, frozen, messages):

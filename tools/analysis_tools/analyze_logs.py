@@ -3,8 +3,8 @@
 python tools/analysis_tools/analyze_logs.py plot_curve LOG.json --keys loss bbox_mAP --out curves.png
 python tools/analysis_tools/analyze_logs.py cal_train_time LOG.json
 
-The commands and flags are those of mmdet's script. That one needs seaborn, and mixes up training and validation in the
-logs of mmseg, whose metrics have no prefix; this one reads the logs of all three toolboxes.
+The commands and flags are those of mmdet's script. That script needs seaborn, and confuses training and validation in
+the logs of mmseg, whose metrics have no prefix. This one reads the logs of all three toolboxes.
 """
 
 import argparse
@@ -26,12 +26,12 @@ STYLES = ('dark', 'white', 'ticks', 'darkgrid', 'whitegrid')
 
 @dataclass
 class Log:
-    """What a log file holds.
+    """Contents of a log file.
 
     Attributes:
         path: The file.
-        train: Lines of the training, in order.
-        validation: For each validation its line, and the iteration that the training had reached.
+        train: Records of the training, in order.
+        validation: For each validation the training iteration before it, and its record.
     """
 
     path: str
@@ -39,7 +39,7 @@ class Log:
     validation: list[tuple[int, dict]] = field(default_factory=list)
 
     def names(self) -> list[str]:
-        """Names of everything that can be plotted."""
+        """Keys of all values that can be plotted."""
         lines = [*self.train, *(line for _, line in self.validation)]
         return sorted({k for line in lines for k, v in line.items() if isinstance(v, (int, float))})
 
@@ -49,7 +49,7 @@ def read_log(path: str) -> Log:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no such log.
+        ValueError: It is not such a log.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f'log {path} does not exist')
@@ -62,22 +62,22 @@ def read_log(path: str) -> Log:
                 line = None
             if not isinstance(line, dict):
                 raise ValueError(
-                    f'{path}, line {number} is no JSON object; a log is vis_data/<time>.json below the work folder'
+                    f'{path}, line {number} is not a JSON object; a log is <work folder>/<time>/vis_data/<time>.json'
                 )
-            if 'iter' in line:  # which training alone logs
+            if 'iter' in line:  # only in records of the training
                 log.train.append(line)
             elif 'step' in line and len(line) > 1:
                 log.validation.append((log.train[-1]['step'] if log.train else 0, line))
     if not log.train and not log.validation:
-        raise ValueError(f'{path} holds no line of a training or validation')
+        raise ValueError(f'{path} contains no record of a training or validation')
     return log
 
 
 def find_key(log: Log, key: str) -> str:
-    """Name in the log of a key, which may lack its prefix, as in 'bbox_mAP' for 'coco/bbox_mAP'.
+    """Find a key of the log, with or without its prefix: 'bbox_mAP' finds 'coco/bbox_mAP'.
 
     Raises:
-        ValueError: There is no such key, or it stands for several.
+        ValueError: There is no such key, or several have this name after their prefix.
     """
     names = log.names()
     found = [key] if key in names else [name for name in names if name.split('/')[-1] == key]
@@ -92,8 +92,9 @@ def curve(log: Log, key: str, start_epoch: int = 1) -> tuple[list[int], list[flo
 
     Args:
         log: The log.
-        key: A key, see `find_key`. What training and validation both log, such as `time`, is that of the training.
-        start_epoch: The first epoch that counts. Trainings by iterations have none.
+        key: A key, see `find_key`. Of a key that training and validation both log, such as `time`, the training's
+            values are returned.
+        start_epoch: The first epoch of the curve. Iteration-based trainings have no epochs.
 
     Returns:
         Iterations, values, and whether the key is a metric of the validation.
@@ -112,7 +113,7 @@ def _epoch(line: dict) -> int:
 
 
 def plot_curve(logs: list[Log], args: argparse.Namespace) -> None:
-    """Draw curves of the logs, all over iterations; a validation stands at the last iteration logged before it.
+    """Draw curves of the logs over iterations; the x of a validation is the last logged iteration before it.
 
     Raises:
         ValueError: A key is missing, or the number of names in the legend is wrong.
@@ -140,20 +141,20 @@ def plot_curve(logs: list[Log], args: argparse.Namespace) -> None:
 
 
 def _main_key(log: Log) -> str:
-    """The metric that a toolbox is judged by, or the loss."""
+    """The main metric of the toolbox, or the loss."""
     last = [name.split('/')[-1] for name in log.names()]
     return next((metric for metric in MAIN_METRICS if last.count(metric) == 1), 'loss')
 
 
 def train_times(log: Log, include_outliers: bool = False) -> dict[int, float]:
-    """Mean seconds of an iteration in each epoch; a training by iterations is one epoch.
+    """Mean seconds per iteration of each epoch; an iteration-based training is one epoch.
 
     Args:
         log: The log.
-        include_outliers: Whether the first line of every epoch counts, in which the data workers start.
+        include_outliers: Whether to include the first record of every epoch, during which data workers start.
 
     Raises:
-        ValueError: No line is left.
+        ValueError: There are no records to average.
     """
     times = defaultdict(list)
     for line in log.train:
@@ -163,7 +164,7 @@ def train_times(log: Log, include_outliers: bool = False) -> dict[int, float]:
     means = {epoch: float(np.mean(values)) for epoch, values in times.items() if values}
     if not means:
         raise ValueError(
-            f'{log.path} has at most one line for each epoch, and the first does not count: '
+            f'{log.path} has at most one record per epoch, and the first is excluded: '
             'add --include-outliers, or train with a shorter interval of default_hooks.logger'
         )
     return means
@@ -197,22 +198,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--keys', nargs='+', help='what to plot, without its prefix or with it (default: bbox_mAP, mIoU, top1 or loss)'
     )
     plot.add_argument('--start-epoch', type=int, default=1, help='first epoch to plot (default: 1)')
-    plot.add_argument('--eval-interval', help=argparse.SUPPRESS)  # of mmdet's script; the log tells
+    plot.add_argument('--eval-interval', help=argparse.SUPPRESS)  # a flag of mmdet's script, not needed here
     plot.add_argument('--title', help='title of the figure')
     plot.add_argument('--legend', nargs='+', help='name of each curve (default: log and key)')
     plot.add_argument('--backend', help='backend of matplotlib')
     plot.add_argument('--style', choices=STYLES, default='dark', help='style of the figure (default: dark)')
     plot.add_argument('--out', help='file to write instead of opening a window')
-    times.add_argument('--include-outliers', action='store_true', help='count the first line of every epoch as well')
+    times.add_argument('--include-outliers', action='store_true', help='include the first record of every epoch')
     return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Find what would fail after the logs have been read, and set the backend.
+    """Check the output before the logs are read, and set the backend of matplotlib.
 
     Raises:
-        FileNotFoundError: There is no folder for the figure.
-        ValueError: The figure has no place, or matplotlib lacks the backend or the kind of file.
+        FileNotFoundError: The folder of the figure does not exist.
+        ValueError: There is neither --out nor a display, or matplotlib does not support the backend or file type.
     """
     if args.task != 'plot_curve':
         return

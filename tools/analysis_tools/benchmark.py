@@ -1,13 +1,12 @@
-"""Time and memory of a model, in inference or in training, on this machine's GPU or else its CPU.
+"""Time and memory of a model in inference or training, on the GPU of this machine, or on the CPU if it has none.
 
 python tools/analysis_tools/benchmark.py configs/det/htc_swinv2_t.py --task inference --shape 800 1280
 python tools/analysis_tools/benchmark.py configs/det/htc_swinv2_t.py --checkpoint CKPT --task inference
 python tools/analysis_tools/benchmark.py configs/video/swinv2_t_k400_224x224x32.py --task train --shape 32 224 224
 
-Inference takes random inputs of a given shape, or the images of the test set one by one; training takes the batches of
-the training set, or for video a random clip of a given shape. A clip is one view of a video. Loading data is not timed.
-The tasks `dataloader` and `dataset`, which time just that, are those of mmdet's script; they run that script with the
-same arguments.
+Inference runs on a random input of shape --shape, or on the images of the test set one by one. Training runs on batches
+of the training set, or for video on a random clip of shape --shape. A clip is one view of a video. Data loading is not
+timed. The tasks `dataloader` and `dataset` do that: they run mmdet's script with the same arguments.
 """
 
 import argparse
@@ -38,14 +37,14 @@ MMDET_SCRIPT, MMDET_TASKS = 'analysis_tools/benchmark.py', ('dataloader', 'datas
 
 @dataclass
 class Figures:
-    """Result of one run: seconds of each iteration, images or clips in each, and the peak of memory in bytes."""
+    """Result of one run: seconds per iteration, images or clips per iteration, and peak memory in bytes."""
 
     seconds: list[float]
     images: list[int]
     memory: int
 
     def rates(self) -> tuple[float, float, float]:
-        """Median and fastest milliseconds for an image or clip, and how many of them go into a second at the median."""
+        """Median and fastest milliseconds per image or clip, and images or clips per second at the median."""
         each = [1000 * s / n for s, n in zip(self.seconds, self.images, strict=True)]
         median = statistics.median(each)
         return median, min(each), 1000 / median
@@ -55,11 +54,11 @@ class Figures:
 
 
 def batches(cfg: Config, task: str, shape: tuple[int, ...] | None) -> Iterator[dict]:
-    """Batches for ever: one random input again and again, or the data set over and over."""
+    """Infinite iterator of batches: one random input repeated, or the data set repeated."""
     if shape is not None:
         return itertools.repeat(random_data(cfg, shape))
     loader = cfg['test_dataloader' if task == 'inference' else 'train_dataloader']
-    if task == 'inference':  # as mmdet's script: data workers would take CPU time from the model
+    if task == 'inference':  # as in mmdet's script; data workers would compete with the model for the CPU
         loader.update(batch_size=1, num_workers=0, persistent_workers=False)
     return _again_and_again(Runner.build_dataloader(loader, seed=0))
 
@@ -70,7 +69,7 @@ def _again_and_again(loader) -> Iterator[dict]:
 
 
 def make_step(cfg: Config, model: nn.Module, task: str) -> Callable[[dict], object]:
-    """Return the function of a batch that is timed: one prediction, or one step of training."""
+    """Return the timed function of a batch: one prediction, or one training step."""
     if task == 'inference':
         return torch.no_grad()(model.test_step)
     launch.adapt_to_cpu(cfg)
@@ -79,7 +78,7 @@ def make_step(cfg: Config, model: nn.Module, task: str) -> Callable[[dict], obje
 
 
 def count(inputs: list[Tensor]) -> int:
-    """Images of a batch, or its clips, of which a video (N, C, T, H, W) has as many as it has views."""
+    """Number of images or clips in a batch; a video (N, C, T, H, W) has N clips, one per view."""
     return sum(len(x) if x.dim() == 5 else 1 for x in inputs)
 
 
@@ -109,10 +108,10 @@ def _wait_for_gpu() -> None:
 
 
 def peak_memory() -> int:
-    """Peak in bytes: of what torch has allocated on the GPU, or of all that this process has had in memory."""
+    """Peak memory in bytes: allocated by torch on the GPU, or without a GPU the resident set of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    import resource  # Windows has none
+    import resource  # not on Windows
 
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -122,7 +121,7 @@ def peak_memory() -> int:
 
 
 def report(runs: list[Figures], unit: str) -> str:
-    """Table of the runs, in which an image or clip is a `unit`."""
+    """Table of the runs; `unit` is 'img' or 'clip'."""
     kind = 'max_memory_allocated of the GPU' if torch.cuda.is_available() else 'peak RSS of the process, no GPU'
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
     lines = [f'{"run":>5}{"iterations":>12}{f"median ms/{unit}":>16}{"fastest":>10}{f"{unit}/s":>10}{"memory MiB":>12}']
@@ -138,7 +137,7 @@ def report(runs: list[Figures], unit: str) -> str:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Read the command line; what is not known here is for mmdet's script."""
+    """Read the command line; unknown arguments are passed on to mmdet's script."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -164,11 +163,11 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
 
 
 def check(args: argparse.Namespace, cfg: Config) -> tuple[int, ...] | None:
-    """Find what would fail later; returns the shape of the random inputs, if they are wanted.
+    """Check the arguments and the config; returns the shape of random inputs, or None for data of the config.
 
     Raises:
         FileNotFoundError: Data or the checkpoint is missing.
-        ValueError: An argument cannot be.
+        ValueError: An argument is out of range or does not fit the task.
     """
     for option, least in (('repeat_num', 1), ('max_iter', 1), ('num_warmup', 0), ('log_interval', 1)):
         if getattr(args, option) < least:
@@ -213,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     unit = 'clip' if cfg.default_scope == 'mmaction' else 'img'
     print(report([measure(step, data, *settings) for _ in range(args.repeat_num)], unit))
     if not args.checkpoint and cfg.default_scope == 'mmdet':
-        print('The weights are random: what follows from the number of detections is not that of a trained model.')
+        print('The weights are random: with a trained model, the number of detections and so the time can differ.')
 
 
 if __name__ == '__main__':

@@ -1,10 +1,10 @@
-"""Draw the training samples of a config as its pipeline leaves them, with their annotations.
+"""Draw the training samples of a config after its pipeline, with their annotations.
 
 python tools/analysis_tools/browse_dataset.py configs/det/htc_swinv2_t.py --not-show --output-dir samples
 
-Runs the script of the config's toolbox with the same arguments. Further ones are handed on to it: mmaction's takes the
-folder as second argument too, --phase train|val|test, --mode original|transformed|concat|pipeline, --show-number and
---fps.
+Runs the script of the config's toolbox with the same arguments. Other arguments are passed on to it: mmaction's script
+also has the folder as second argument, --phase train|val|test, --mode original|transformed|concat|pipeline,
+--show-number and --fps.
 """
 
 import argparse
@@ -31,14 +31,18 @@ SCRIPTS = {
 
 
 def toolbox_script(toolbox: str, script: str) -> Path:
-    """Path of a script of a toolbox, given below its `tools` folder.
+    """Path of a script of a toolbox.
+
+    Args:
+        toolbox: Its package, such as 'mmdet'.
+        script: Path of the script in the toolbox's `tools` folder.
 
     Raises:
-        FileNotFoundError: The toolbox is not installed, or without its scripts.
+        FileNotFoundError: The toolbox is not installed, or installed without its scripts.
     """
     spec = importlib.util.find_spec(toolbox)
     if spec is None:
-        raise FileNotFoundError(f'{toolbox} is not installed, and its tools/{script} is needed')
+        raise FileNotFoundError(f'{toolbox} is not installed, but its tools/{script} is needed')
     package = Path(spec.origin).parent
     places = [package / '.mim/tools' / script, package.parent / 'tools' / script]  # a wheel, a clone
     for path in places:
@@ -48,7 +52,7 @@ def toolbox_script(toolbox: str, script: str) -> Path:
 
 
 def run_script(script: Path, cfg: Config, arguments: list[str]) -> None:
-    """Run a toolbox's script in this process, with a config that our own loading has changed already."""
+    """Run a toolbox's script in this process, with a config to which --cfg-options are already applied."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, 'config.py')
         cfg.dump(config)
@@ -57,36 +61,36 @@ def run_script(script: Path, cfg: Config, arguments: list[str]) -> None:
 
 
 def prepare(cfg: Config, toolbox: str) -> None:
-    """Add what the scripts expect, and take off RepeatDataset, which has no end for their `for item in dataset`."""
+    """Add the visualizer that the scripts expect, and unwrap RepeatDataset, whose iteration never ends."""
     loader = cfg.train_dataloader
     while str(loader.dataset.type).split('.')[-1] == 'RepeatDataset':
         loader.dataset = loader.dataset.dataset
     cfg.setdefault('visualizer', dict(type='SegLocalVisualizer' if toolbox == 'mmseg' else 'DetLocalVisualizer'))
-    cfg.visualizer.setdefault('name', 'browse_dataset')  # otherwise a Runner sets it
+    cfg.visualizer.setdefault('name', 'browse_dataset')  # usually set by the Runner
 
 
-def mend_visualizer(toolbox: str) -> None:
-    """Let the scripts draw where their toolbox cannot.
+def patch_visualizer(toolbox: str) -> None:
+    """Work around errors of the toolboxes' visualizers.
 
-    mmdet's looks for the values of a semantic map among the classes of instances, and COCO-Stuff has more. mmseg's
-    hands OpenCV an image whose memory is not in order, which OpenCV refuses to draw on. mmaction's saves films through
-    moviepy 1; without it, the frames are saved as pictures.
+    mmdet's uses the classes of instances for the values of a semantic map, but COCO-Stuff has more values. mmseg's
+    passes OpenCV an array that is not contiguous, on which OpenCV cannot draw. mmaction's saves videos with moviepy 1;
+    without it, the frames are saved as images.
     """
     if toolbox == 'mmdet':
         _name_stuff()
     elif toolbox == 'mmseg':
         from mmseg.visualization import SegLocalVisualizer
 
-        change_arguments(SegLocalVisualizer, lambda given: given.update(image=np.ascontiguousarray(given['image'])))
+        change_arguments(SegLocalVisualizer, lambda kwargs: kwargs.update(image=np.ascontiguousarray(kwargs['image'])))
     elif toolbox == 'mmaction' and not _has_moviepy_1():
         from mmaction.visualization import ActionVisualizer
 
-        change_arguments(ActionVisualizer, lambda given: given.update(out_type='img'))
-        print('moviepy<2 is not installed: the frames are saved as pictures.')
+        change_arguments(ActionVisualizer, lambda kwargs: kwargs.update(out_type='img'))
+        print('moviepy<2 is not installed: the frames are saved as images.')
 
 
 def _name_stuff() -> None:
-    """Give each value of a semantic map that is no class of the instances a colour, and its number for a name."""
+    """Give values of a semantic map that are not classes of instances a colour, and their number as name."""
     from mmdet.visualization import DetLocalVisualizer, get_palette
 
     draw = DetLocalVisualizer._draw_sem_seg
@@ -107,7 +111,7 @@ def _has_moviepy_1() -> bool:
 
 
 def change_arguments(visualizer: type, change: Callable[[dict], None]) -> None:
-    """Let a visualizer draw with other keyword arguments than the script gives."""
+    """Patch a visualizer so that `change` edits the keyword arguments of `add_datasample`."""
     draw = visualizer.add_datasample
 
     @functools.wraps(draw)
@@ -119,7 +123,7 @@ def change_arguments(visualizer: type, change: Callable[[dict], None]) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Read the command line; what is not known here is for the toolbox's script."""
+    """Read the command line; unknown arguments are passed on to the toolbox's script."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -135,7 +139,7 @@ def script_arguments(args: argparse.Namespace, others: list[str], toolbox: str) 
     """Arguments for the toolbox's script.
 
     Raises:
-        ValueError: It would open windows, and there is no display.
+        ValueError: It would open windows, but there is no display.
     """
     if toolbox == 'mmaction':
         return [args.output_dir, *others] if args.output_dir else others
@@ -158,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         classes.check_classes(cfg)
         checks.check_data(cfg, ['train'])
     prepare(cfg, toolbox)
-    mend_visualizer(toolbox)
+    patch_visualizer(toolbox)
     run_script(script, cfg, arguments)
 
 

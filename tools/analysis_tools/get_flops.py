@@ -1,11 +1,11 @@
-"""FLOPs and parameters of a detector, a segmentor or a video recognizer, part by part, for an input of a given shape.
+"""FLOPs and parameters of the parts of a detector, segmentor or video recognizer, for one input shape.
 
 python tools/analysis_tools/get_flops.py configs/det/htc_swinv2_t.py --shape 800 1280
 python tools/analysis_tools/get_flops.py configs/video/swinv2_t_k400_224x224x32.py --shape 32 224 224
 
-One FLOP is one multiply-add, as in Microsoft's tables of Swin and in the toolboxes' own scripts; a norm counts 5 for
-each element. What is counted is one forward pass of backbone, neck and heads, for video on one view, traced by
-mmengine.analysis, without post-processing.
+One FLOP is one multiply-add, as in Microsoft's tables of Swin and in the toolboxes' own scripts; a norm counts 5 per
+element. Counts one forward pass of backbone, neck and heads without post-processing, for video on one view. Traced by
+mmengine.analysis.
 """
 
 import argparse
@@ -26,19 +26,19 @@ from swinv2_mm.cli import classes, launch
 from swinv2_mm.cli.inputs import input_shape, join_numbers, random_data
 from swinv2_mm.models.attention import WindowAttention
 
-REST = 'in between'  # what is computed outside of the parts
-REGIONS = (10, 20)  # numbers of proposals that a two-stage detector is traced with
+REST = 'in between'  # row for operators outside of the parts
+REGIONS = (10, 20)  # numbers of proposals with which a two-stage detector is traced
 
 
 @dataclass
 class Complexity:
-    """What a model costs.
+    """FLOPs and parameters of a model.
 
     Attributes:
-        parts: Name, FLOPs and parameters of backbone, neck, heads and whatever else is counted.
-        uncounted: Operations with products of their own that have no rule to count them.
-        regions: Regions of interest that the parts of a two-stage detector are counted for, by 'proposals' and 'masks'.
-        skipped: Why heads are left out, or '' if they are not.
+        parts: Name, FLOPs and parameters of each part: backbone, neck, heads and the rest.
+        uncounted: Operators with matrix products for which there is no rule to count them.
+        regions: Assumed numbers of regions of interest in a two-stage detector, with the keys 'proposals' and 'masks'.
+        skipped: Why the heads are not counted, or '' if they are.
     """
 
     parts: list[tuple[str, int, int]]
@@ -63,18 +63,18 @@ def build_model(cfg: Config) -> nn.Module:
 def complexity(cfg: Config, shape: tuple[int, ...]) -> Complexity:
     """Count FLOPs and parameters of a config's model for one input.
 
-    Two-stage detectors are counted for as many proposals and masks as their config keeps at most. Heads that cannot be
-    traced are left out, and so are auxiliary heads, which predict nothing.
+    Two-stage detectors are counted for the maximum number of proposals and masks of their config. Heads that cannot be
+    traced are not counted, nor are auxiliary heads, which are for training only.
 
     Args:
         cfg: A config of mmdet, mmseg or mmaction.
-        shape: What `input_shape` returns.
+        shape: Shape of the input, from `input_shape`.
     """
     torch.manual_seed(0)
     model = build_model(cfg)
     model.auxiliary_head = None
     for module in model.modules():
-        if isinstance(module, WindowAttention):  # the tracer sees into no kernel and no checkpoint
+        if isinstance(module, WindowAttention):  # the tracer cannot look into kernels and activation checkpoints
             module.backend, module.sequential = 'reference', False
     data = model.data_preprocessor(random_data(cfg, shape))
     inputs, samples = data['inputs'], data['data_samples']
@@ -93,7 +93,7 @@ def _forward(model: nn.Module, inputs: Tensor, samples: list):
 
 
 def _count(model: nn.Module, inputs: Tensor, forward: Callable) -> Complexity:
-    """Trace all of a model; regions of interest are few, and the figures those of as many as the config keeps."""
+    """Trace the whole model. The parts of a RoI head are traced with few regions and extrapolated to the config's."""
     rpn = (getattr(model, 'rpn_head', None) if hasattr(model, 'roi_head') else None) or nn.Identity()
     if 'max_per_img' not in (getattr(rpn, 'test_cfg', None) or {}):
         flops, uncounted = _trace(model, inputs, forward)
@@ -101,7 +101,7 @@ def _count(model: nn.Module, inputs: Tensor, forward: Callable) -> Complexity:
     regions = dict(proposals=rpn.test_cfg.max_per_img)
     if getattr(model.roi_head, 'with_mask', False):
         regions['masks'] = min(model.roi_head.test_cfg.max_per_img, regions['proposals'])
-    # how many survive NMS depends on the weights, which are random here: it is to suppress none
+    # the number of proposals after NMS depends on the weights, which are random: disable suppression
     rpn.test_cfg.nms = dict(type='nms', iou_threshold=1.0)
     traces = []
     for number in REGIONS:
@@ -113,14 +113,14 @@ def _count(model: nn.Module, inputs: Tensor, forward: Callable) -> Complexity:
 
 
 def _times(name: str, regions: dict[str, int]) -> float:
-    """How often the step from the first to the second number of `REGIONS` leads to what a part is counted for."""
+    """Factor of the linear extrapolation from `REGIONS` to the number of regions that a part is counted for."""
     few, more = REGIONS
     return (regions['masks' if name.startswith('roi_head.mask') else 'proposals'] - few) / (more - few)
 
 
-# mmengine's analyzer and not torch.utils.flop_counter, which counts no norms and hence gives other figures
+# mmengine's analyzer, because torch.utils.flop_counter does not count norms
 def _trace(model: nn.Module, inputs: Tensor, forward: Callable) -> tuple[dict[str, int], list[str]]:
-    """FLOPs of each part of the model, and the operations that have no rule but are worth counting."""
+    """FLOPs of each part of the model, and the operators with matrix products that have no rule."""
     model.forward = lambda x: tuple(_tensors(forward(x)))
     analyzer = FlopAnalyzer(model, (inputs,)).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analyzer.set_op_handle('aten::scaled_dot_product_attention', _attention_flops)
@@ -135,20 +135,20 @@ def _trace(model: nn.Module, inputs: Tensor, forward: Callable) -> tuple[dict[st
 
 
 def _attention_flops(inputs: list, outputs: list) -> float:
-    """Products of queries (..., L, C) with keys (..., S, C), and of what that gives with values (..., S, C)."""
+    """FLOPs of q k^T for queries (..., L, C) and keys (..., S, C), and of its product with values (..., S, C)."""
     *batch, queries, channels = get_shape(inputs[0])
     return 2 * math.prod(batch) * queries * get_shape(inputs[1])[-2] * channels
 
 
 def _has_products(operation: str) -> bool:
-    """Whether an operation is more than element-wise arithmetic, a reduction or a copy: custom ones may well be."""
+    """Whether an operator may contain matrix products: not element-wise, reduction or copy; custom ones may."""
     if operation.startswith(('aten::', 'prim::')) and not operation.startswith('prim::PythonOp'):
         return any(word in operation for word in ('attention', 'conv', 'dot', 'einsum', 'fft', 'mm'))
     return True
 
 
 def _part_names(model: nn.Module) -> list[str]:
-    """The children of the model, and in place of a RoI head its own children."""
+    """Names of the children of the model, with a RoI head replaced by its own children."""
     names = [name for name, _ in model.named_children() if name != 'roi_head']
     return names + [f'roi_head.{name}' for name, _ in getattr(model, 'roi_head', nn.Identity()).named_children()]
 
@@ -160,7 +160,7 @@ def _rows(model: nn.Module, flops: dict[str, float]) -> list[tuple[str, int, int
 
 
 def _tensors(output) -> Iterator[Tensor]:
-    """Tensors of a nested output; the tracer knows no other kind."""
+    """Yield the tensors of a nested output; the tracer accepts nothing else."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, (list, tuple)):
@@ -181,18 +181,18 @@ def _format(number: int) -> str:
 
 
 def report(result: Complexity, shape: tuple[int, ...]) -> str:
-    """Text of the result: a row per part, the total, and what it leaves out."""
+    """Text of the result: a row per part, the total, and notes on what is not counted."""
     rows = [*result.parts, ('total', sum(part[1] for part in result.parts), sum(part[2] for part in result.parts))]
     width = max(len(row[0]) for row in rows) + 2
     lines = [f'Input shape: {join_numbers(shape)}', f'{"":<{width}}{"Flops":>12}{"Params":>12}']
     lines += [f'{name:<{width}}{_format(flops):>12}{_format(params):>12}' for name, flops, params in rows]
-    lines.append('One FLOP is one multiply-add; norms count 5 for each element, other element-wise operations nothing.')
+    lines.append('One FLOP is one multiply-add; norms count 5 per element, other element-wise operations 0.')
     if result.regions:
         lines.append(f'Counted for {" and ".join(f"{n} {kind}" for kind, n in result.regions.items())}.')
     if result.skipped:
         lines.append(f'The heads are not counted, because they cannot be traced ({result.skipped}).')
     if result.uncounted:
-        lines.append(f'Not counted, for want of a rule: {", ".join(result.uncounted)}.')
+        lines.append(f'Not counted, because there is no rule: {", ".join(result.uncounted)}.')
     return '\n'.join(lines)
 
 

@@ -1,15 +1,16 @@
-"""Makes short clips whose class shows in the motion alone: a shape runs along a row, each class by its own step.
+"""Makes short clips whose class is visible only in the motion: a shape moves along a row, by a step for each class.
 
     python tools/misc/make_motion_clips.py data/motion_clips --train 3000 --val 400
 
-From frame to frame the shape moves by 1, 3, 5 or 7 eighths of the frame's width to the right, which is classes 0 to 3;
-what leaves at one edge comes in again at the other, so that 7 eighths look like 1 to the left. In the eight frames of a
-clip it visits the same eight places whatever the step, each of them once, and everything else is chosen without regard
-to the class. So neither a single frame nor the set of all frames tells the class, only their order does.
+From frame to frame the shape moves to the right by 1, 3, 5 or 7 eighths of the frame's width (classes 0 to 3). It wraps
+around at the edge, so that 7 eighths look like 1 to the left. In the eight frames of a clip it visits each of the same
+eight places once, whatever the step, and everything else is random and independent of the class. So the class depends
+only on the order of the frames, not on a single frame nor on the set of frames.
 
-OUT/train and OUT/val hold the clips. OUT/val_shuffled holds those of OUT/val with their frames in a random order,
-OUT/val_frozen one random frame of each eight times: there, nothing can do better than chance. OUT/<name>.txt lists the
-files and classes of each folder, as mmaction's VideoDataset reads them. The same arguments give the same bytes.
+The clips are in OUT/train and OUT/val. OUT/val_shuffled has the clips of OUT/val with their frames in a random order,
+OUT/val_frozen has one random frame of each, eight times: no model can do better than chance on these. OUT/<name>.txt
+lists the files and classes of each folder, as mmaction's VideoDataset reads them. The same arguments give the same
+bytes.
 """
 
 import argparse
@@ -23,15 +24,15 @@ import numpy as np
 from make_shapes_coco import pixel_centres, random_shape, whole_or_nothing
 
 FRAMES = 8  # and as many places in the row
-STEPS = (1, 3, 5, 7)  # of each class, in eighths of the width; without a divisor in common with 8: all places are seen
+STEPS = (1, 3, 5, 7)  # of each class, in eighths of the width; coprime to 8, so that all places are visited
 SIZE_STEP = 32  # decord fails on frames of some other widths, such as 48 and 72
-RADIUS = (0.09, 0.13)  # of the shape, of the side of the frame
+RADIUS = (0.09, 0.13)  # of the shape, as a fraction of the side of the frame
 FRAMES_PER_SECOND = 8
 MARK = 'made_by_make_motion_clips.txt'
 
 
 def paint_background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A dim, almost grey slope of brightness in any direction. Returns float BGR."""
+    """A dark, almost grey brightness gradient in a random direction. Returns float BGR."""
     x, y = pixel_centres(size)
     angle = rng.uniform(0, 2 * np.pi)
     slope = (np.cos(angle) * (x - size / 2) + np.sin(angle) * (y - size / 2)) / size
@@ -40,16 +41,16 @@ def paint_background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def draw_places(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A picture of a random shape in each of its places, as (8, size, size, 3) uint8. The class has no part in it."""
+    """Images of a random shape in each of its places, as (8, size, size, 3) uint8; independent of the class."""
     background = paint_background(rng, size)
     shape = random_shape(rng, size)
     radius = rng.uniform(*RADIUS) * size
-    colour = (np.array(shape.colour) + 255) / 2  # halfway to white: no background is as light
+    colour = (np.array(shape.colour) + 255) / 2  # halfway to white, lighter than any background
     row = rng.uniform(radius, size - radius)
     pictures = []
     for x in (rng.random() + np.arange(FRAMES) / FRAMES) % 1 * size:
         picture = background + rng.normal(0, 4, (size, size, 1))
-        for column in (x - size, x, x + size):  # what one edge cuts off appears at the other
+        for column in (x - size, x, x + size):  # wraps around at the edges
             mask = replace(shape, centre=(column, row), radius=radius).covers(*pixel_centres(size))
             picture[mask] = colour
         pictures.append(np.clip(np.rint(picture), 0, 255).astype(np.uint8))
@@ -57,9 +58,9 @@ def draw_places(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def write_clip(path: Path, frames: np.ndarray) -> None:
-    """Writes frames of (height, width, 3), BGR, as Motion JPEG, and raises where OpenCV stays silent.
+    """Writes frames of (height, width, 3), BGR, as Motion JPEG; raises OSError if OpenCV cannot write the file.
 
-    Each frame is coded by itself. A codec that predicts from frame to frame would leave traces of their order in them.
+    Motion JPEG encodes each frame independently. Artefacts of a codec with motion prediction would depend on the order.
     """
     height, width = frames.shape[1:3]
     codec = cv2.VideoWriter_fourcc(*'MJPG')
@@ -73,13 +74,13 @@ def write_clip(path: Path, frames: np.ndarray) -> None:
 
 
 def write_list(root: Path, folder: str, count: int) -> None:
-    """Writes the classes of the clips of a folder, which take turns."""
+    """Writes the list of clips and classes of a folder; classes alternate."""
     lines = [f'{index:06d}.avi {index % len(STEPS)}\n' for index in range(count)]
     (root / f'{folder}.txt').write_text(''.join(lines))
 
 
 def write_split(root: Path, split: str, count: int, size: int, seeds: tuple[int, int], controls: bool) -> None:
-    """Writes one split, and its shuffled and frozen clips if asked for. Each clip has random numbers of its own."""
+    """Writes one split, and its shuffled and frozen clips if `controls` is set. Each clip has its own seed."""
     folders = [split, f'{split}_shuffled', f'{split}_frozen'] if controls else [split]
     for folder in folders:
         (root / folder).mkdir(parents=True)
@@ -96,7 +97,7 @@ def write_split(root: Path, split: str, count: int, size: int, seeds: tuple[int,
 
 
 def may_replace(out: Path) -> bool:
-    """Whether OUT is free, empty or an earlier data set of this tool."""
+    """Whether OUT does not exist, is empty, or is an earlier data set of this tool."""
     if not out.is_dir():
         return not out.exists()
     return (out / MARK).is_file() or not any(out.iterdir())
@@ -111,7 +112,7 @@ def make_dataset(out: Path, train: int, val: int, size: int, seed: int) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line and refuses what cannot work."""
+    """Reads and checks the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('out', type=Path, help='folder to make')
     parser.add_argument('--train', type=int, default=3000, help='number of training clips (default: %(default)s)')

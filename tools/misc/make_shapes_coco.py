@@ -2,9 +2,9 @@
 
     python tools/misc/make_shapes_coco.py data/shapes_coco --train 800 --val 100
 
-Images, instance annotations and stuff maps lie where COCO and COCO-Stuff keep them, so that any COCO config of mmdet
-can read the result, HTC with its semantic branch included. For mmsegmentation, `labels` has the same maps with things
-and stuff counted from 0, in the order above. The same arguments give the same bytes.
+Images, instance annotations and stuff maps have the folders of COCO and COCO-Stuff, so that any COCO config of mmdet
+can read them, also HTC with its semantic branch. For mmsegmentation, `labels` has the same maps with labels from 0, in
+the order above. The same arguments give the same bytes.
 """
 
 import argparse
@@ -22,20 +22,20 @@ from pycocotools import mask as mask_utils
 
 DESCRIPTION = 'Shapes before stuff, made by make_shapes_coco.py'
 THINGS = ('disc', 'square', 'triangle')
-# COCO-Stuff's own label values (its category ids minus one), so that a head for COCO-Stuff's classes needs no change.
+# label values of COCO-Stuff (its category ids minus one), so that a head for its classes needs no change
 STUFF = {'grass': 123, 'sand': 153, 'sea': 154, 'sky-other': 156}
-LABELS = (*range(len(THINGS)), *STUFF.values())  # of stuff maps; their places here are the labels for mmsegmentation
-MIN_SIZE = 32  # mmdet's COCO configs leave out training images that are smaller
+LABELS = (*range(len(THINGS)), *STUFF.values())  # of stuff maps; their indices here are the labels for mmsegmentation
+MIN_SIZE = 32  # mmdet's COCO configs filter out smaller training images
 OBJECTS_PER_IMAGE = (2, 4)
-RADIUS = (0.10, 0.22)  # of the image side
-MIN_VISIBLE = 0.6  # of each object's own area; what little else remains of a square can equal what remains of a disc
+RADIUS = (0.10, 0.22)  # as a fraction of the image side
+MIN_VISIBLE = 0.6  # fraction of each object's area; with less, the rest of a square could look like that of a disc
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One object. The radius is that of the circle through its corners, the angle is in radians.
+    """One object. The radius is that of the circumscribed circle, the angle is in radians.
 
-    Coordinates are those of COCO: the pixel in row 0 and column 0 covers [0, 1) x [0, 1), its centre is (0.5, 0.5).
+    Coordinates are as in COCO: the pixel in row 0 and column 0 covers [0, 1) x [0, 1), its centre is (0.5, 0.5).
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Shape:
     colour: tuple[float, float, float]
 
     def corners(self) -> np.ndarray:
-        """Corners of a square or triangle as an array of (x, y), in the order of growing angle."""
+        """Corners of a square or triangle as an array of (x, y), sorted by angle."""
         count = {'triangle': 3, 'square': 4}[self.kind]
         angles = self.angle + 2 * np.pi * np.arange(count) / count
         return np.stack([np.cos(angles), np.sin(angles)], axis=1) * self.radius + self.centre
@@ -63,7 +63,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """One image with everything that is known about it."""
+    """One image with its ground truth."""
 
     shapes: list[Shape]  # from back to front
     image: np.ndarray  # (size, size, 3) uint8, BGR
@@ -78,7 +78,7 @@ def pixel_centres(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def random_shape(rng: np.random.Generator, size: int) -> Shape:
-    """A shape that lies within the image as a whole. Its colour says nothing about its class."""
+    """A shape that is entirely inside the image. Its colour is independent of its class."""
     kind = THINGS[rng.integers(len(THINGS))]
     radius = rng.uniform(*RADIUS) * size
     centre = tuple(rng.uniform(radius, size - radius, 2).tolist())
@@ -88,7 +88,7 @@ def random_shape(rng: np.random.Generator, size: int) -> Shape:
 
 
 def place_shapes(rng: np.random.Generator, size: int) -> tuple[list[Shape], np.ndarray]:
-    """Puts shapes one before the other such that enough of each stays visible; returns them with the instance map."""
+    """Places shapes, later ones in front, such that `MIN_VISIBLE` of each is visible; returns shapes and instances."""
     x, y = pixel_centres(size)
     shapes: list[Shape] = []
     areas: list[int] = []
@@ -149,7 +149,7 @@ def make_scene(rng: np.random.Generator, size: int) -> Scene:
 
 
 def annotate(scene: Scene) -> list[dict]:
-    """COCO annotations of a scene, without their ids. Masks are run lengths: exact, which polygons need not be."""
+    """COCO annotations of a scene, without their ids. Masks are run-length encoded, which is exact, unlike polygons."""
     annotations = []
     for index, shape in enumerate(scene.shapes, 1):
         mask = scene.instances == index
@@ -169,13 +169,13 @@ def annotate(scene: Scene) -> list[dict]:
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Writes an image, and raises where OpenCV only returns False."""
+    """Writes an image; raises OSError if OpenCV cannot write it."""
     if not cv2.imwrite(str(path), image):
         raise OSError(f'cannot write {path}')
 
 
 def write_split(root: Path, split: str, first_id: int, count: int, size: int, seeds: tuple[int, int]) -> None:
-    """Writes the images, maps and annotations of one split. Each image has random numbers of its own."""
+    """Writes the images, maps and annotations of one split. Each image has its own seed."""
     folders = {name: root / name / f'{split}2017' for name in ('.', 'stuffthingmaps', 'labels')}
     for folder in folders.values():
         folder.mkdir(parents=True)
@@ -206,7 +206,7 @@ def write_split(root: Path, split: str, first_id: int, count: int, size: int, se
 
 
 def may_replace(out: Path) -> bool:
-    """Whether OUT is free, empty or an earlier data set of this tool."""
+    """Whether OUT does not exist, is empty, or is an earlier data set of this tool."""
     if not out.exists():
         return True
     if not out.is_dir():
@@ -219,7 +219,7 @@ def may_replace(out: Path) -> bool:
 
 @contextmanager
 def whole_or_nothing(out: Path) -> Iterator[Path]:
-    """Gives a folder beside OUT that takes its place at the end, so that an interruption leaves no half of it there."""
+    """Yields a temporary folder next to OUT and renames it to OUT at the end, so that OUT is never incomplete."""
     partial = out.with_name(out.name + '.partial')
     shutil.rmtree(partial, ignore_errors=True)
     yield partial
@@ -236,7 +236,7 @@ def make_dataset(out: Path, train: int, val: int, size: int, seed: int) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line and refuses what cannot work."""
+    """Reads and checks the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('out', type=Path, help='folder to make')
     parser.add_argument('--train', type=int, default=800, help='number of training images (default: %(default)s)')

@@ -4,8 +4,8 @@
 #   tools/misc/setup_env.sh            # or: make setup
 #   PYTHON=python3.12 VENV=~/envs/swin TORCH=2.13.0 tools/misc/setup_env.sh
 #
-# mmcv has to match torch to the letter, so its wheel is kept in a cache of its own, keyed by everything that it was
-# built for. An interrupted run can simply be started again: finished steps are skipped, a half-done build goes on.
+# mmcv must be built for the exact version of torch, so its wheel is cached by the versions that it was built for. An
+# interrupted run can be started again: finished steps are skipped, and the build of mmcv continues.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -48,7 +48,7 @@ case "$TORCH" in 1.* | 2.[012] | 2.[012].*) numpy='numpy<2' ;; *) numpy=numpy ;;
 pip_install -r requirements/runtime.txt "$numpy"
 pip_install --no-deps -r requirements/stack.txt
 
-# what mmcv's setup.py looks at: operators for the GPU are compiled where one is visible, or asked for by FORCE_CUDA=1
+# as mmcv's setup.py decides: GPU operators are compiled if a GPU is visible or FORCE_CUDA=1
 key=$("$VENV/bin/python" - "$MMCV" <<'PY'
 import os, platform, sys, torch
 cuda = 'cu' + torch.version.cuda.replace('.', '') if torch.version.cuda else 'cpu'
@@ -71,8 +71,8 @@ fetch_mmcv() {  # OpenMMLab builds mmcv 2.1.0 for torch 2.1 and older
         --dest "$wheels.part" "mmcv==$MMCV" || { echo "no prebuilt wheel at $index"; return 1; }
 }
 
-# Most of the time goes into parsing torch's headers, which nearly every file includes first, by one header of mmcv. Only
-# the build itself knows the flags that a precompiled header must have been made with: it is made when ninja is called.
+# Most of the time is spent on parsing torch's headers, which nearly every file includes first, through one header of
+# mmcv. This header is precompiled. It needs the compiler flags of the build, so that is done when ninja is called.
 write_ninja() {  # BUILD
     mkdir -p "$1/bin"
     cat >"$1/bin/ninja" <<EOF
@@ -82,7 +82,7 @@ header="$1/mmcv/ops/csrc/common/pytorch_cpp_helper.hpp"
 if [ -f build.ninja ] && [ ! -f "\$header.gch" ]; then
     flags=\$(sed -nE 's/^(cflags|post_cflags) = //p' build.ninja)
     \${CXX:-c++} -x c++-header \$flags -o "\$header.part" "\$header" && mv "\$header.part" "\$header.gch" ||
-        echo "no precompiled header: slower, and otherwise the same"
+        echo "no precompiled header: the build takes longer"
 fi
 exec "$VENV_BIN/ninja" "\$@"
 EOF
@@ -93,7 +93,7 @@ build_mmcv() {
     local build="$CACHE/build/$key" log="$CACHE/build/$key.log"
     step "mmcv $MMCV compiled for $key (about 5 minutes on 2 cores; log: $log)"
     [[ $key != *_without_gpu* ]] ||
-        echo "No GPU is visible: operators for the CPU alone. FORCE_CUDA=1 compiles those for the GPU too (needs nvcc)."
+        echo "No GPU is visible: only CPU operators are compiled. FORCE_CUDA=1 also compiles those for the GPU (needs nvcc)."
     command -v c++ >/dev/null || fail "no C++ compiler (c++) on PATH; install g++ or clang, then run this again"
     "$VENV/bin/python" -c 'import sysconfig, os; h = sysconfig.get_path("include"); raise SystemExit(not os.path.exists(h + "/Python.h"))' ||
         fail "Python.h is missing; install the development headers of $("$PYTHON" --version) (python3-dev), then run this again"
@@ -104,7 +104,7 @@ build_mmcv() {
         mv "$build.part/mmcv-$MMCV" "$build" && rm -rf "$build.part"
     fi
     write_ninja "$build"
-    # -g0: debug symbols double the time. Ninja takes up an interrupted build where it stopped.
+    # -g0: debug symbols double the time. Ninja continues an interrupted build.
     (cd "$build" && PATH="$build/bin:$VENV_BIN:$PATH" MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} CFLAGS="-O2 -g0" PYTHONUNBUFFERED=1 \
         "$VENV_BIN/python" setup.py bdist_wheel --dist-dir dist 2>&1) | tee "$log" |
         sed -unE 's#^\[([0-9]+/[0-9]+)\].* -c .*/([A-Za-z0-9_]+\.(cpp|cu)).*#  [\1] \2#p' ||
@@ -121,11 +121,11 @@ fi
 step "mmcv $MMCV from $wheels"
 pip_install --no-deps --force-reinstall "$wheels"/*.whl
 
-step "swinv2_mm in editable mode, and what its tests need"
-# mmengine imports DeepSpeed wherever it is installed, so it must not be where it might not fit an old torch
+step "swinv2_mm in editable mode, and the requirements of its tests"
+# mmengine imports DeepSpeed if it is installed, so it is left out for an old torch that may not support it
 case "$TORCH" in 1.* | 2.[0-5] | 2.[0-5].*) extras=dev ;; *) extras=dev,deepspeed ;; esac
 pip_install -e ".[$extras]"
-pip_install --no-deps openmim model-index  # openmim asks for packages of its download service, which nothing here uses
+pip_install --no-deps openmim model-index  # openmim requires packages of its download service, which are not used here
 # torchvision, which timm imports, pins one release of torch: its minor version is torch's plus 15
 "$VENV/bin/python" -m pip install --quiet --no-deps --upgrade --target "$VENV/oracles" -r requirements/peers.txt \
     "torchvision==0.$(($(cut -d. -f2 <<<"$TORCH") + 15)).*"

@@ -57,7 +57,7 @@ BLOCK_OF_PLACES, BLOCK_OF_VECTORS = 1024, 128
 def can_run(qkv: Tensor) -> str | None:
     """Tell why this backend cannot attend, or None if it can."""
     if not qkv.is_cuda:
-        return f'its kernels are for GPUs, and the map is on {str(qkv.device)!r}'
+        return f'its kernels are for GPUs, but the feature map is on {str(qkv.device)!r}'
     if not HAS_TRITON:
         return 'the package triton is not installed'
     version = _triton_version()
@@ -68,11 +68,11 @@ def can_run(qkv: Tensor) -> str | None:
     if is_tracing():
         return 'its operator is not one of those that models are exported with'
     if is_transformed():
-        return 'torch.func and forward-mode AD transform operators of PyTorch alone'
+        return 'torch.func and forward-mode AD transform only operators of PyTorch'
     if qkv.dtype not in MAX_HEAD_DIM:
-        return f'its kernels compute in float32, and the map is of type {qkv.dtype}'
+        return f'its kernels compute in float32, but the feature map is of type {qkv.dtype}'
     if qkv.dim() - 4 > MAX_AXES:
-        return f'its kernels know maps of up to {MAX_AXES} axes, and this one has {qkv.dim() - 4}'
+        return f'its kernels support feature maps of up to {MAX_AXES} axes, but this one has {qkv.dim() - 4}'
     most = MAX_HEAD_DIM[qkv.dtype]
     if qkv.shape[-1] > most:
         return f'its kernels take heads of up to {most} channels in {qkv.dtype}, and these have {qkv.shape[-1]}'
@@ -124,7 +124,7 @@ class TritonAttention(torch.autograd.Function):
 
 
 class Geometry:
-    """Sizes of a feature map and its windows, with three axes, and what the kernels are given for them."""
+    """Sizes of a feature map and its windows, with three axes, and the arguments of the kernels for them."""
 
     def __init__(self, qkv: Tensor, window_size: Size, shift_size: Size) -> None:
         spatial_shape = tuple(qkv.shape[1:-3])
@@ -180,9 +180,9 @@ class Geometry:
     def normalize(self, qkv: Tensor, logit_scale: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
         """Unit vectors of scaled queries and keys, or of keys (parts = 1): (tokens, parts, heads, head_dim).
 
-        The second result repeats them in bfloat16 if that is the type of the map, for the products of the backward
-        pass: the other factor might not fit into float16. The third is 1 / norm of queries and keys, (tokens, 2, heads)
-        in float32, and empty without queries.
+        The second result repeats them in bfloat16 if that is the type of `qkv`, for the products of the backward pass:
+        the other factor might not fit into float16. The third is 1 / norm of queries and keys, (tokens, 2, heads) in
+        float32, and empty without queries.
         """
         from . import kernels
 
@@ -231,8 +231,8 @@ def _is_tf32_allowed() -> bool:
 def lse_shape(qkv: Tensor, window_size: Size) -> tuple[int, int, int]:
     """(windows, heads, slots); no windows where they are one tile at any size, whose backward pass needs no `lse`.
 
-    Windows that a map shrinks need fewer slots. So the shape has no conditions on its size, which is not known when a
-    model is compiled.
+    Smaller feature maps need fewer slots. So the shape has no conditions on the size of the feature map, which is not
+    known when a model is compiled.
     """
     heads, head_dim = qkv.shape[-2:]
     if is_one_tile(math.prod(window_size), head_dim, qkv.dtype):
@@ -319,7 +319,7 @@ def triton_backward(
     window_size: Size,
     shift_size: Size,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `triton_forward` for its first three arguments, given the one for its first result."""
+    """Gradients of `triton_forward` with respect to qkv, logit_scale and bias_table."""
     geometry = Geometry(qkv, window_size, shift_size)
     saved = [t.contiguous() for t in (grad_out, qkv, logit_scale, out, lse)]
     bias = geometry.expand_bias(bias_table)

@@ -1,7 +1,7 @@
 """Triton kernels of window attention: the forward pass and all gradients.
 
 The feature map stays in image order. `layout.py` numbers the tokens of a window by slots and gives the kernels tables:
-`rows`, where the token of a slot lies in the map (-1 for none), and `regions`, equal for tokens that lay together
+`rows`, the index of a slot's token in the feature map (-1 for none), and `regions`, equal for tokens that lay together
 before the roll (-1 for none). So no kernel computes with coordinates, and none depends on the number of axes.
 
 Windows of up to 64 tokens fit into one tile (`window_forward`, `window_backward`): a program keeps the bias of a head
@@ -11,8 +11,8 @@ bias. The loops read unit vectors that `normalize` has made, in float16 for half
 bfloat16 would be off in the third digit, times a scale of up to 100.
 
 Logits are in units of log2(e), so that the softmax is exp2(logits - m_i): the factor is in the scale and in the bias
-before they meet. What is no key has the logit -inf. EDGE is for windows at the edges of a rolled or padded map, the
-only ones with a mask; the others are launched apart from them.
+before they meet. Slots without a key have the logit -inf. EDGE is for windows at the edges of a rolled or padded
+feature map, the only ones with a mask; the others are launched apart from them.
 """
 
 import triton
@@ -46,7 +46,7 @@ def _inverse_norm(tile):
 
 @triton.jit
 def _project_out(grad, tile, inverse_norm):
-    """Gradients of unit vectors less their parts along them: times 1 / norm, they are those of the vectors."""
+    """Project gradients on what is orthogonal to the vectors; 1 / norm times it is the l2 norm's backward pass."""
     along = tl.sum(grad * tile, 1) * inverse_norm * inverse_norm
     return grad - tile * along[:, None]
 
@@ -61,7 +61,7 @@ def _offsets(rows, stride, LARGE: tl.constexpr):
 def _load_rows(
     ptr, rows, stride, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, LARGE: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Tokens of a map, (len(rows), BLOCK_DIM); zero where there is none."""
+    """Tokens of a feature map, (len(rows), BLOCK_DIM); zero where there is none."""
     dims = tl.arange(0, BLOCK_DIM)
     ptrs = ptr + _offsets(rows, stride, LARGE)[:, None] + dims[None, :]
     if MASKED and DIM < BLOCK_DIM:
@@ -200,8 +200,8 @@ def normalize(
 ):
     """Write `units` (tokens, PARTS, heads, DIM): unit vectors of scaled queries and of keys, or of keys only.
 
-    ROUNDED: they are also written to `rounded_units`, in the type of the map. With queries, `inverse_norms` (tokens,
-    PARTS, heads) are written for the gradients. Programs: blocks of `vectors` = tokens * PARTS * heads.
+    ROUNDED: they are also written to `rounded_units`, in the type of the feature map. With queries, `inverse_norms`
+    (tokens, PARTS, heads) are written for the gradients. Programs: blocks of `vectors` = tokens * PARTS * heads.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     place = (first % (PARTS * heads)).to(tl.int32) + tl.arange(0, BLOCK_M)  # of the first one's token and on

@@ -86,7 +86,7 @@ def slot_positions(window_size: Size, box: Box, slots: int) -> Tensor:
 def token_tables(
     map_size: Size, window_size: Size, shift_size: Size, box: Box | None, slots: int, device: torch.device
 ) -> TokenTables:
-    """Tables of a map of three axes, 8 bytes for each slot of a window; without a box, tokens are in their order."""
+    """Tables of a feature map of three axes, 8 bytes per slot of a window; without a box, tokens are in their order."""
     axes = (1, 2, 3)
     tokens = 1 + torch.arange(math.prod(map_size)).view(1, *map_size)  # 0 is padding
     tokens = pad_to_windows(tokens, window_size)
@@ -122,7 +122,7 @@ def bias_tables(window_size: Size, table_size: Size, box: Box, slots: int, devic
     p0, p1, p2 = positions.unbind(1)
     q_places = ((p2 * s0 + w0 - 1 - p0) * s1 + w1 - 1 - p1) * run
     k_places = ((p2 // run * w2 * s0 + p0) * s1 + p1) * run + p2 % run
-    # places that are no keys have a column of their own if their place along the last axis does not tell
+    # slots without a key get a column of their own if their position on the last axis does not exclude them
     is_key = (p0 < w0) & (p1 < w1) & (p2 < columns * run)
     has_empty = not is_key[: math.prod(box.counts) * math.prod(box.size)].all()
     empty = has_empty * columns * w2 * s0 * s1 * run + torch.arange(slots) % run

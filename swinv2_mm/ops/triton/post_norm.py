@@ -1,6 +1,6 @@
 """The residual post-norm x + drop_path(LayerNorm(branch)) in one Triton kernel, and its gradient in another.
 
-PyTorch's own operators read and write the map once each for the cast, the norm, the two steps of drop path and the sum;
+PyTorch's own operators read and write the feature map once each for the cast, norm, two steps of drop path and sum;
 docs/performance.md counts the bytes.
 """
 
@@ -32,11 +32,11 @@ def can_run(x: Tensor, branch: Tensor) -> str | None:
         return 'its kernels are no operators, which a subclass of Tensor or a dispatch mode could replace'
     if x.shape != branch.shape or x.device != branch.device:
         return (
-            f'its kernels add maps of one shape on one device, got {tuple(x.shape)} on {str(x.device)!r} '
+            f'its kernels add feature maps of one shape on one device, got {tuple(x.shape)} on {str(x.device)!r} '
             f'and {tuple(branch.shape)} on {str(branch.device)!r}'
         )
     if x.shape[-1] > MAX_CHANNELS:
-        return f'its kernels take up to {MAX_CHANNELS} channels, and the map has {x.shape[-1]}'
+        return f'its kernels support up to {MAX_CHANNELS} channels, but the feature map has {x.shape[-1]}'
     if x.numel() < MIN_ELEMENTS:
         return f'its kernels take longer to launch than they save below {MIN_ELEMENTS} elements, got {x.numel()}'
     return _why_not(x.device, x.dtype) or _why_not(x.device, branch.dtype)
@@ -44,7 +44,7 @@ def can_run(x: Tensor, branch: Tensor) -> str | None:
 
 @functools.cache
 def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """GPUs, versions and types are those of attention, which is asked with the smallest map."""
+    """The requirements are those of the attention kernels, checked with the smallest feature map."""
     return attention.can_run(torch.empty(1, 1, 3, 1, 1, dtype=dtype, device=device))
 
 
@@ -137,10 +137,10 @@ def _tiles(x: Tensor) -> tuple[int, int, dict]:
 
 
 def check(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
-    """Compare the kernels with PyTorch's operators on a small map, with gradients enabled and autocast disabled.
+    """Compare the kernels with PyTorch's operators on a small feature map, with gradients and without autocast.
 
     Args:
-        device: Of the map.
+        device: Of the feature map.
         dtype: Of the branch; all else is float32, as under autocast, and then of this type too.
 
     Returns:

@@ -60,7 +60,7 @@ def why_not(qkv: Tensor, window_size: Size) -> str | None:
     If they are wrong, one warning shows by how much.
     """
     head_dim = min(dim for dim in HEAD_DIMS if dim >= qkv.shape[-1])
-    # a smaller map shrinks its windows, and a compiled graph should have no conditions on its size
+    # a smaller feature map shrinks its windows, and a compiled graph should have no conditions on its size
     windows = (window_size, (1,)) if is_compiling() else (map(min, qkv.shape[1:-3], window_size),)
     kinds = dict.fromkeys(is_one_tile(math.prod(window), head_dim, qkv.dtype) for window in windows)
     for one_tile in kinds:
@@ -221,7 +221,7 @@ def _compare(
     peer_dtype = torch.float16 if _is_tf32(dtype) else dtype  # TF32 has as many bits
     is_exact = peer_dtype == torch.float32
     shift = tuple(w // 2 if is_shifted else 0 for w in window)
-    # shifted: a window within the map, windows at its edges, and some whose first tokens are all padding
+    # shifted: a window inside the feature map, windows at its edges, and some whose first tokens are all padding
     size = tuple(w + d for w, d in zip(window, shift, strict=True)) if is_shifted else (*window[:-1], 2 * window[-1])
     generator = torch.Generator().manual_seed(0)
     qkv, grad = (torch.randn(s, generator=generator) for s in ((1, *size, 3, 2, head_dim), (1, *size, 2 * head_dim)))
@@ -237,7 +237,7 @@ def _compare(
     deviations = {}
     for name, expected, *found in zip(RESULTS, exact, peer, ours, strict=True):
         peer_error, error = (float((t.double() - expected).abs().max() / expected.abs().max()) for t in found)
-        peer_error = peer_error if math.isfinite(peer_error) else 0.0  # fused kernels of PyTorch have given NaN
+        peer_error = peer_error if math.isfinite(peer_error) else 0.0  # PyTorch's fused kernels sometimes return NaN
         deviations[name] = Deviation(error, allowed_error(name, peer_error, peer_dtype))
     return deviations
 

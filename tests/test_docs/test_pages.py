@@ -63,6 +63,14 @@ def test_links_lead_to_files_and_titles():
                 assert title in map(anchor, titles), f'{page}: {target}'
 
 
+def test_files_named_in_the_text_exist():
+    folders = 'benchmarks|configs|demo|docs|projects|requirements|swinv2_mm|tests|tools'
+    for page in PAGES:
+        for name in re.findall(rf'`((?:{folders})/[\w./-]*)`', FENCE.sub('', page.read_text())):
+            # the tuning of the kernels writes tiles.json
+            assert name.endswith('/tiles.json') or (REPOSITORY / name).exists(), f'{page}: {name}'
+
+
 # ---------------------------------------------------------------- error messages
 
 

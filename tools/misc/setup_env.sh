@@ -8,6 +8,7 @@
 # interrupted run can be started again: finished steps are skipped, and the build of mmcv continues.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+[ -f setup.cfg ] || { echo "error: $PWD is no clone of the repository, from which this script installs" >&2; exit 1; }
 
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}

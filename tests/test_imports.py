@@ -12,8 +12,8 @@ ALLOWED = {
     'ops': {'ops'},
     'checkpoints': {'checkpoints', 'compat', 'openmmlab', 'ops', 'version'},
     'models': {'arguments', 'checkpoints', 'models', 'openmmlab', 'ops', 'registry'},
-    'engine': {'arguments', 'engine', 'registry'},
-    'parallel': {'arguments', 'checkpoints', 'compat', 'models', 'parallel', 'registry'},
+    'engine': {'arguments', 'engine', 'registry', 'version'},
+    'parallel': {'arguments', 'checkpoints', 'compat', 'models', 'parallel', 'registry', 'version'},
     'cli': {'arguments', 'checkpoints', 'cli', 'models', 'ops', 'parallel', 'registry'},
     'datasets': {'arguments', 'datasets', 'registry'},
 }

@@ -1,1 +1,5 @@
 """Trainings whose states or parameters are split among processes: ZeRO-1, FSDP, DeepSpeed. Needs no toolbox."""
+
+from ..version import check_dependencies
+
+check_dependencies()

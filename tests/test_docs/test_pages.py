@@ -4,11 +4,12 @@ import argparse
 import ast
 import configparser
 import contextlib
-import importlib.util
+import importlib
 import io
 import os
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -105,19 +106,24 @@ class ParsedError(Exception):
 
 
 def parse(script: Path, arguments: list[str]) -> None:
-    """Let a tool read its arguments, and do no more."""
+    """Let a script read its arguments, and do no more."""
+    parse_with(lambda: load_tool(script).main(arguments), script.name)
+
+
+def parse_with(main: Callable[[], object], name: str) -> None:
+    """Call `main` until it has read its arguments."""
     real = argparse.ArgumentParser.parse_known_args
 
     def parse_known_args(parser, args=None, namespace=None):
         namespace, others = real(parser, args, namespace)
         unknown = [other for other in others if other.startswith('--') and not other.startswith('--cfg-options')]
-        assert not unknown, f'{script.name} does not know {unknown}'
+        assert not unknown, f'{name} does not know {unknown}'
         raise ParsedError
 
     errors = io.StringIO()
     stop = mock.patch.object(argparse.ArgumentParser, 'parse_known_args', parse_known_args)
     with stop, restored_process(), contextlib.redirect_stderr(errors), pytest.raises((ParsedError, SystemExit)) as end:
-        load_tool(script).main(arguments)
+        main()
     assert end.type is ParsedError, errors.getvalue()
 
 
@@ -141,7 +147,8 @@ def check(words: list[str]) -> None:
         start = next(i for i, word in enumerate(arguments) if word.endswith('.py'))
         parse(REPOSITORY / arguments[start], arguments[start + 1 :])
     elif program == 'python' and arguments[0] == '-m':
-        assert importlib.util.find_spec(arguments[1])
+        module = importlib.import_module(arguments[1])
+        parse_with(lambda: module.main(arguments[2:]), arguments[1])
     elif program == 'python' and arguments[0] == '-c':
         ast.parse(arguments[1])
     elif program == 'python':
@@ -149,8 +156,9 @@ def check(words: list[str]) -> None:
     elif Path(program).name in LAUNCHERS:
         assert os.access(REPOSITORY / program, os.X_OK)
         parse(REPOSITORY / 'tools' / LAUNCHERS[Path(program).name], launched(program, arguments))
-    elif program.endswith('.sh'):
+    elif program == 'benchmarks/gpu_run.sh':
         assert os.access(REPOSITORY / program, os.X_OK)
+        assert re.fullmatch(r'\S+( [1-5])?', ' '.join(arguments))
     else:
         assert os.access(REPOSITORY / program, os.X_OK), f'{program} is no program of ours'
         parse(REPOSITORY / program, arguments)

@@ -381,11 +381,12 @@ def bwd_dq(
         grad_q = tl.dot(ds.to(k.dtype), k, grad_q, input_precision=PRECISION)
     tl.store(delta + first_slot + q_slots, delta_i + row_sum)
     grad_q -= row_sum[:, None] * mean_k
-    q = q.to(tl.float32)  # times scale * log2(e), which is its norm
+    q = q.to(tl.float32)  # times scale * log2(e), which is its norm; a tiny one is rounded to zero with its vector
+    inverse_scale = 1.0 / tl.maximum(scale * LOG2_E, 1e-8)
     tl.store(grad_scale + tl.program_id(0), tl.sum(tl.sum(grad_q * q, 1), 0) * (1 / LOG2_E))
     norm_ptr = inverse_norms + 2 * sample + head
     inverse_norm = _load_norms(norm_ptr, q_rows, 2 * heads, LARGE, PARTIAL)
-    grad_q = _project_out(grad_q, q, 1.0 / (scale * LOG2_E)) * (inverse_norm * scale)[:, None]
+    grad_q = _project_out(grad_q, q, inverse_scale) * (inverse_norm * scale)[:, None]
     _store_rows(grad_qkv + (3 * sample + head) * DIM, grad_q, q_rows, stride, DIM, BLOCK_DIM, LARGE, PARTIAL)
 
 

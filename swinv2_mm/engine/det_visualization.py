@@ -2,9 +2,9 @@
 
 import numpy as np
 from mmdet.structures.mask import bitmap_to_polygon
+from mmdet.structures.mask.structures import BaseInstanceMasks
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
-from torch import Tensor
 
 
 class ClassColorVisualizer(DetLocalVisualizer):
@@ -20,7 +20,8 @@ class ClassColorVisualizer(DetLocalVisualizer):
         self, image: np.ndarray, instances: InstanceData, classes: list[str], palette: list[tuple]
     ) -> np.ndarray:
         if 'masks' in instances:
-            masks = instances.masks.numpy() if isinstance(instances.masks, Tensor) else instances.masks.to_ndarray()
+            masks = instances.masks
+            masks = masks.to_ndarray() if isinstance(masks, BaseInstanceMasks) else np.asarray(masks)
             self.set_image(image)
             contours = [contour for mask in masks for contour in bitmap_to_polygon(mask)[0]]
             self.draw_polygons(contours, edge_colors='w', alpha=self.alpha)

@@ -278,7 +278,7 @@ def test_proposals_keep_their_pixels_in_bfloat16():
 def test_the_page_on_large_models_changes_nothing_but_the_number_of_gpus(tmp_path):
     page = (CONFIGS.parents[1] / 'docs/large_models.md').read_text()
     leaf = tmp_path / 'leaf.py'
-    leaf.write_text(re.search(r"```python\n(_base_ = 'swinv2_mm::.*?)```", page, re.DOTALL)[1])
+    leaf.write_text(re.search(r"```python\n(_base_ = 'swinv2_mm::[^`]*accumulative_counts[^`]*)```", page)[1])
     base, cfg = read('htc_swinv2_g'), Config.fromfile(leaf)
     images = [
         gpus * c.train_dataloader.batch_size * c.optim_wrapper.accumulative_counts for gpus, c in ((8, base), (64, cfg))

@@ -20,6 +20,7 @@ from results import machine
 from torch import Tensor
 
 from swinv2_mm.cli.errors import check_outputs, one_line_errors
+from swinv2_mm.ops.files import write_whole
 from swinv2_mm.ops.window_attention import BACKENDS, window_attention
 
 BATCH, HEADS, HEAD_DIM = 16, 6, 32
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             cells = [rows[-1]['note'], '-'] if 'note' in rows[-1] else [f'{ms:.3f}' for ms in figures]
             print(f'| {window**2} | {backend} | {" | ".join(cells)} |', flush=True)
     if args.json:
-        args.json.write_text(json.dumps(dict(machine=machine(), rows=rows), indent=1) + '\n')
+        write_whole(args.json, json.dumps(dict(machine=machine(), rows=rows), indent=1) + '\n')
 
 
 if __name__ == '__main__':

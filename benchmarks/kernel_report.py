@@ -33,7 +33,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import sass
@@ -44,6 +43,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swinv2_mm.cli.errors import check_outputs, one_line_errors
+from swinv2_mm.ops.files import write_whole
 from swinv2_mm.ops.triton import attention
 from swinv2_mm.ops.triton.launch import Launch, recorded
 
@@ -336,7 +336,7 @@ def write_json(path: str, parts: dict[str, Sequence[dict]]) -> None:
     lists = [
         f'"{name}": [\n' + ',\n'.join(json.dumps(rounded(r)) for r in rows) + '\n]' for name, rows in parts.items()
     ]
-    Path(path).write_text('{\n' + ',\n'.join(lists) + '\n}\n')
+    write_whole(path, '{\n' + ',\n'.join(lists) + '\n}\n')
 
 
 def check(args: argparse.Namespace) -> None:

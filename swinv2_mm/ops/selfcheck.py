@@ -68,11 +68,13 @@ class Rows:
         self._write()
 
     def examine(
-        self, window: Size, is_shifted: bool, head_dim: int, dtype: torch.dtype, device: torch.device
+        self, kernels: str, window: Size, is_shifted: bool, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[str, str]:
-        """Deviations as text, and what is wrong or '', as of `selfcheck.examine`; those of a former call if it can."""
-        of_kernels = selfcheck.describe(device, dtype, head_dim, is_one_tile(math.prod(window), head_dim, dtype))
-        key = f'{of_kernels}, {window}, {"shifted" if is_shifted else "not shifted"}'
+        """Deviations as text, and what is wrong or '', as of `selfcheck.examine`; those of a former call if it can.
+
+        `kernels` is the description of those that such windows run.
+        """
+        key = f'{kernels}, {window}, {"shifted" if is_shifted else "not shifted"}'
         if key not in self.rows:
             deviations, fault = selfcheck.examine(window, is_shifted, head_dim, dtype, device)
             self.rows[key] = ' | '.join(map(str, deviations.values())) or fault, fault
@@ -104,14 +106,15 @@ def _run(cases: tuple[Sequence[str], Sequence[int], Sequence[Size]], device: tor
         faults: dict[str, list[str]] = {}
         for window, is_shifted in itertools.product(windows, (True, False)):
             print(f'| {name} | {head_dim} | {"x".join(map(str, window))} | {"yes" if is_shifted else "no"}', end=' | ')
+            one_tile = is_one_tile(math.prod(window), head_dim, DTYPES[name])
+            kernels = selfcheck.describe(device, DTYPES[name], head_dim, one_tile)
             try:
-                cells, fault = rows.examine(window, is_shifted, head_dim, DTYPES[name], device)
+                cells, fault = rows.examine(kernels, window, is_shifted, head_dim, DTYPES[name], device)
             except selfcheck.NotCheckedError as error:
                 print(f'not checked {error} |', flush=True)
                 continue
             print(cells, end=' |\n', flush=True)
-            one_tile = is_one_tile(math.prod(window), head_dim, DTYPES[name])
-            faults.setdefault(selfcheck.describe(device, DTYPES[name], head_dim, one_tile), []).append(fault)
+            faults.setdefault(kernels, []).append(fault)
         if faults:
             found = {key: '; '.join(filter(None, of_key)) for key, of_key in faults.items()}
             selfcheck.keep(found)

@@ -38,6 +38,21 @@ def commands(page: Path) -> Iterator[str]:
                 yield ' '.join(line.split())
 
 
+def without_variables(words: list[str]) -> list[str]:
+    """The words of a command after its assignments of environment variables."""
+    return words[next(i for i, word in enumerate(words) if not re.fullmatch(r'\w+=.*', word)) :]
+
+
+def script_call(words: list[str]) -> list[str]:
+    """The script that a command runs, below the repository, and its arguments; launchers are resolved."""
+    program, *arguments = without_variables(words)
+    if program == 'torchrun':
+        return arguments[next(i for i, word in enumerate(arguments) if word.endswith('.py')) :]
+    if Path(program).name in LAUNCHERS:
+        return [f'tools/{LAUNCHERS[Path(program).name]}', *launched(program, arguments)]
+    return arguments if program == 'python' else [program, *arguments]
+
+
 def launched(program: str, arguments: list[str]) -> list[str]:
     """Arguments that a launcher hands to train.py or test.py."""
     if 'slurm' in program:

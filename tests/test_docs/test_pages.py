@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from doc_pages import CODE, COMMANDS, FENCE, LAUNCHERS, PAGES, blocks, launched
+from doc_pages import CODE, COMMANDS, FENCE, PAGES, blocks, script_call, without_variables
 from tool_runs import REPOSITORY, load_tool, restored_process
 
 INDENTED = re.compile(r'(?:(?<=\n\n)|\A)((?: {4}\S[^\n]*\n(?:\n(?= {4}))?)+)')
@@ -129,9 +129,7 @@ def parse_with(main: Callable[[], object], name: str) -> None:
 
 def check(words: list[str]) -> None:
     """Hold one command against what it calls."""
-    while re.fullmatch(r'\w+=.*', words[0]):
-        words = words[1:]
-    program, *arguments = words
+    program, *arguments = without_variables(words)
     if program in SHELL:
         return
     if program == 'make':
@@ -143,25 +141,19 @@ def check(words: list[str]) -> None:
         config.read(REPOSITORY / 'setup.cfg')
         for extras in re.findall(r'\[([\w,]+)\]', ' '.join(arguments)):
             assert set(extras.split(',')) <= set(config['options.extras_require'])
-    elif program == 'torchrun':
-        start = next(i for i, word in enumerate(arguments) if word.endswith('.py'))
-        parse(REPOSITORY / arguments[start], arguments[start + 1 :])
     elif program == 'python' and arguments[0] == '-m':
         module = importlib.import_module(arguments[1])
         parse_with(lambda: module.main(arguments[2:]), arguments[1])
     elif program == 'python' and arguments[0] == '-c':
         ast.parse(arguments[1])
-    elif program == 'python':
-        parse(REPOSITORY / arguments[0], arguments[1:])
-    elif Path(program).name in LAUNCHERS:
-        assert os.access(REPOSITORY / program, os.X_OK)
-        parse(REPOSITORY / 'tools' / LAUNCHERS[Path(program).name], launched(program, arguments))
     elif program == 'benchmarks/gpu_run.sh':
         assert os.access(REPOSITORY / program, os.X_OK)
         assert re.fullmatch(r'\S+( [1-5])?', ' '.join(arguments))
     else:
-        assert os.access(REPOSITORY / program, os.X_OK), f'{program} is no program of ours'
-        parse(REPOSITORY / program, arguments)
+        if program not in ('python', 'torchrun'):
+            assert os.access(REPOSITORY / program, os.X_OK), f'{program} is no program of ours'
+        script, *arguments = script_call(words)
+        parse(REPOSITORY / script, arguments)
 
 
 @pytest.mark.parametrize(('page', 'command'), COMMANDS)

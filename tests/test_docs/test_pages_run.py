@@ -11,7 +11,7 @@ import nano.video
 import oracles
 import pytest
 import torch
-from doc_pages import CODE, COMMANDS, LAUNCHERS, blocks, launched
+from doc_pages import CODE, COMMANDS, blocks, script_call
 from mmengine.config import Config
 from mmengine.registry import DATASETS, HOOKS, MODELS, DefaultScope
 from tool_runs import REPOSITORY, call, run
@@ -30,7 +30,6 @@ TASKS = dict(
     seg=(nano.seg.shrink, nano.seg.write_ade20k),
     video=(nano.video.shrink, nano.video.write_kinetics400),
 )
-NANO = dict(nano.ARCH, depths=(1, 1, 1, 1))
 CHECKPOINT = 'nano.pth'
 RELEASE = re.compile(r'swinv2://\w+')
 EXAMPLES = (('make_shapes_coco.py', 'shapes_coco'), ('make_motion_clips.py', 'motion_clips'))  # of the pages
@@ -72,7 +71,7 @@ def folder(tmp_path_factory) -> Path:
             place = data / ('objects365' if 'objects365' in path.name else 'coco') if task == 'det' else data
             cfg = launch.load_config(str(path), {} if is_demo else dict(data_root=f'{place}/'))
             (cfg if is_demo else shrink(cfg)).dump(root / 'configs' / task / path.name)
-    backbone = oracles.randomize(SwinTransformerV2(NANO, window_size=8, pretrained_window_sizes=8))
+    backbone = oracles.randomize(SwinTransformerV2(nano.ARCH, window_size=8, pretrained_window_sizes=8))
     torch.save(dict(state_dict=backbone.state_dict(), meta={}), root / CHECKPOINT)
     return root
 
@@ -99,21 +98,6 @@ def log_of_a_training(folder: Path) -> Path:
     return next(work_dir.glob('*/vis_data/2*.json'))
 
 
-def as_python(command: str) -> list[str]:
-    """The words of a command that call a script in one process, without launchers and variables."""
-    words = shlex.split(command, comments=True)
-    while re.fullmatch(r'\w+=.*', words[0]):
-        words.pop(0)
-    program, *arguments = words
-    if program == 'torchrun':
-        start = next(i for i, word in enumerate(arguments) if word.endswith('.py'))
-        arguments = [word for word in arguments[start:] if word != '--launcher' and word != 'pytorch']
-        return arguments
-    if Path(program).name in LAUNCHERS:
-        return [f'tools/{LAUNCHERS[Path(program).name]}', *launched(program, arguments)]
-    return arguments if program == 'python' else words
-
-
 def small(command: str) -> list[str]:
     """Options that make a command small."""
     return [word for pattern, options in SMALL.items() if re.search(pattern, command) for word in options.split()]
@@ -127,7 +111,10 @@ def test_a_command_runs(command, folder):
     if command.startswith('python -c'):
         exec(shlex.split(command)[2], {})
         return
-    script, *arguments = as_python(RELEASE.sub(CHECKPOINT, command))
+    script, *arguments = script_call(shlex.split(RELEASE.sub(CHECKPOINT, command), comments=True))
+    if '--launcher' in arguments:  # here it runs in one process
+        at = arguments.index('--launcher')
+        del arguments[at : at + 2]
     if script.startswith('tools/misc/make_'):
         shutil.rmtree(folder / arguments[0], ignore_errors=True)
     for word in arguments:
@@ -163,7 +150,7 @@ def without_channels(text: str) -> str:
 def test_a_script_prints_what_the_page_shows(page, number, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     code = blocks(REPOSITORY / page, 'python')[number]
-    text = RELEASE.sub(CHECKPOINT, re.sub(r"arch='\w+'", f'arch={NANO}', code))
+    text = RELEASE.sub(CHECKPOINT, re.sub(r"arch='\w+'", f'arch={nano.ARCH}', code))
     exec(compile(text, page, 'exec'), {})
     shown = re.search(r'```console\n(.*?)```', (REPOSITORY / page).read_text().split(code)[1], re.DOTALL)[1]
     assert without_channels(capsys.readouterr().out) == without_channels(shown)

@@ -19,6 +19,7 @@ import matplotlib
 import numpy as np
 
 from swinv2_mm.cli import launch
+from swinv2_mm.cli.errors import check_outputs
 
 MAIN_METRICS = ('bbox_mAP', 'mIoU', 'top1')
 STYLES = ('dark', 'white', 'ticks', 'darkgrid', 'whitegrid')
@@ -212,7 +213,7 @@ def check(args: argparse.Namespace) -> None:
     """Check the output before the logs are read, and set the backend of matplotlib.
 
     Raises:
-        FileNotFoundError: The folder of the figure does not exist.
+        OSError: The figure cannot be written.
         ValueError: There is neither --out nor a display, or matplotlib does not support the backend or file type.
     """
     if args.task != 'plot_curve':
@@ -222,10 +223,9 @@ def check(args: argparse.Namespace) -> None:
     from matplotlib import pyplot as plt
 
     if args.out:
-        folder, kinds = os.path.dirname(args.out) or '.', plt.gcf().canvas.get_supported_filetypes()
+        check_outputs(args.out)
+        kinds = plt.gcf().canvas.get_supported_filetypes()
         plt.close()
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(f'--out {args.out}: there is no folder {folder}')
         if os.path.splitext(args.out)[1][1:].lower() not in kinds:
             raise ValueError(f'--out {args.out}: the file must end in one of .{", .".join(kinds)}')
     elif matplotlib.get_backend().lower() == 'agg':
@@ -235,7 +235,7 @@ def check(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    with launch.one_line_errors(FileNotFoundError, ImportError, ValueError):
+    with launch.one_line_errors(ImportError, OSError, ValueError):
         check(args)
         logs = [read_log(path) for path in args.json_logs]
         {'plot_curve': plot_curve, 'cal_train_time': cal_train_time}[args.task](logs, args)

@@ -25,6 +25,7 @@ from swinv2_mm.checkpoints import load_swinv2_state_dict
 from swinv2_mm.checkpoints.conversion import write_windows
 from swinv2_mm.checkpoints.layouts import depths
 from swinv2_mm.cli import launch
+from swinv2_mm.cli.errors import check_outputs
 from swinv2_mm.models.log_cpb import LogCPB
 
 BIAS_RANGE = (0, 16)
@@ -158,13 +159,12 @@ def check(args: argparse.Namespace) -> None:
     """Check the arguments before the checkpoint is read.
 
     Raises:
-        FileNotFoundError: There is no such folder.
+        OSError: The picture cannot be written.
         ValueError: A window, or the format of the picture, is not supported.
     """
     if min(args.windows) < 1:
         raise ValueError(f'--windows must be at least 1, got {min(args.windows)}')
-    if not args.out.parent.is_dir():
-        raise FileNotFoundError(f'--out {args.out}: there is no folder {args.out.parent}')
+    check_outputs(args.out)
     kinds = FigureCanvasBase.get_supported_filetypes()
     if args.out.suffix[1:].lower() not in kinds:
         raise ValueError(f'--out {args.out}: the file must end in one of .{", .".join(kinds)}')
@@ -173,7 +173,7 @@ def check(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    with launch.one_line_errors(FileNotFoundError, ValueError):
+    with launch.one_line_errors(OSError, ValueError):
         check(args)
         state_dict = load_swinv2_state_dict(args.checkpoint)
         if args.pretrained_window_sizes:

@@ -1,4 +1,4 @@
-"""Workarounds for bugs and incompatibilities of mmengine, mmdet and mmaction2 with current torch, NumPy and setuptools.
+"""Workarounds for bugs and incompatibilities of mmengine and the toolboxes with current torch, NumPy and setuptools.
 
 Each function checks whether its workaround is needed; its docstring names the upstream issue and when to delete it.
 Nothing here imports mmcv or a toolbox, so that importing `swinv2_mm` stays fast.
@@ -24,6 +24,8 @@ def apply() -> None:
     stub_drn_localizer()
     alias_importlib_metadata()
     stub_vindlu()
+    stub_mmpretrain_multimodal()
+    declare_torchvision_operators()
     allow_data_classes()
     replace_package_lookup()
     write_metrics_once()
@@ -62,10 +64,11 @@ class _MissingDRN:
 def alias_importlib_metadata() -> None:
     """Alias Python's `importlib.metadata` as the backport `importlib_metadata`, an undeclared dependency of mmaction2.
 
-    Needed by `mmaction/utils/dependency.py` of mmaction2 1.2.0; no upstream issue is known. Delete when that file
-    imports `importlib.metadata`.
+    Needed by `utils/dependency.py` of mmaction2 1.2.0 and of mmpretrain 1.2.0; no upstream issue is known. Delete when
+    these files import `importlib.metadata`.
     """
-    if importlib.util.find_spec('mmaction') and importlib.util.find_spec('importlib_metadata') is None:
+    toolboxes = importlib.util.find_spec('mmaction') or importlib.util.find_spec('mmpretrain')
+    if toolboxes and importlib.util.find_spec('importlib_metadata') is None:
         sys.modules['importlib_metadata'] = importlib.metadata
 
 
@@ -76,12 +79,58 @@ def stub_vindlu() -> None:
     not registered. Delete when mmaction2 can be imported with the current transformers.
     """
     name = 'mmaction.models.multimodal.vindlu'
+    if importlib.util.find_spec('mmaction') and name not in sys.modules and _has_new_transformers():
+        sys.modules[name] = types.ModuleType(name)
+
+
+def stub_mmpretrain_multimodal() -> None:
+    """Make `mmpretrain.models` importable with a transformers release that lacks functions used by its BERT models.
+
+    mmpretrain 1.2.0 imports its multimodal models and data sets whenever transformers and pycocotools are installed,
+    and so does mmdet, which imports mmpretrain if it is there. With `WITH_MULTIMODAL=False`, mmpretrain registers
+    placeholders for them. Delete when mmpretrain can be imported with the current transformers.
+    """
+    name = 'mmpretrain.utils.dependency'
+    if importlib.util.find_spec('mmpretrain') and name not in sys.modules and _has_new_transformers():
+        folder = importlib.util.find_spec('mmpretrain').submodule_search_locations[0]
+        spec = importlib.util.spec_from_file_location(name, os.path.join(folder, 'utils', 'dependency.py'))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)  # without the package, which imports everything
+        module.WITH_MULTIMODAL = False
+        sys.modules[name] = module
+
+
+def _has_new_transformers() -> bool:
+    """Whether transformers is installed, in a release without `modeling_utils.apply_chunking_to_forward`."""
     transformers = importlib.util.find_spec('transformers')
-    if transformers is None or importlib.util.find_spec('mmaction') is None or name in sys.modules:
-        return
+    if transformers is None:
+        return False
     with open(os.path.join(os.path.dirname(transformers.origin), 'modeling_utils.py'), encoding='utf-8') as file:
-        if 'apply_chunking_to_forward' not in file.read():
-            sys.modules[name] = types.ModuleType(name)
+        return 'apply_chunking_to_forward' not in file.read()
+
+
+# operators of torchvision 0.15 to 0.29; those with a backward pass have another one named `_<name>_backward`
+TORCHVISION_OPERATORS = ('nms', 'qnms', 'roi_align', 'ps_roi_align', 'roi_pool', 'ps_roi_pool', 'deform_conv2d')
+
+
+def declare_torchvision_operators() -> None:
+    """Make `torchvision` importable with a CPU build of torch although its wheel on PyPI is compiled for CUDA.
+
+    Its library of compiled operators cannot be loaded, and registering their shapes then fails: "operator
+    torchvision::nms does not exist". mmpretrain needs only its transforms, which are plain Python. The operators are
+    declared without an implementation, so that calling one is an error. Delete when mmpretrain needs no torchvision.
+    """
+    spec = importlib.util.find_spec('torchvision')
+    if spec is None or torch.version.cuda or torch.version.hip or hasattr(torch.ops.torchvision, 'nms'):
+        return
+    try:
+        torch.ops.load_library(os.path.join(os.path.dirname(spec.origin), '_C.so'))
+    except OSError:
+        declared = torch.library.Library('torchvision', 'DEF')
+        for name in TORCHVISION_OPERATORS:
+            declared.define(f'{name}(Tensor x) -> Tensor')
+            declared.define(f'_{name}_backward(Tensor x) -> Tensor')
+        globals()['_declared'] = declared  # the declarations live as long as this object
 
 
 def _data_classes() -> list:

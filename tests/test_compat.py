@@ -224,3 +224,33 @@ def test_write_metrics_once(patched, writing, tmp_path, monkeypatch):
         monkeypatch.setattr('mmengine.dist.utils.get_rank', lambda group=None, rank=rank: rank)
         hook.after_test_epoch(runner)
     assert sorted(path.name for path in tmp_path.glob('*.json')) == [f'{rank}.json' for rank in writing]
+
+
+# ---------------------------------------------------------------- mmpretrain
+
+IMPORT_TRANSFORMS = 'import mmpretrain.datasets.transforms'
+# a transformers release without the functions that mmpretrain's BERT models use, found before a real one
+NEW_TRANSFORMERS = {'__init__.py': '', 'modeling_utils.py': 'class PreTrainedModel: pass\n'}
+
+
+def test_declare_torchvision_operators_makes_mmpretrain_importable():
+    broken = run_python('import torchvision')
+    if broken.returncode == 0:
+        pytest.skip('this torchvision fits this torch')
+    assert 'operator torchvision::nms does not exist' in broken.stderr
+    mended = run_python(f'import swinv2_mm\n{IMPORT_TRANSFORMS}')
+    assert mended.returncode == 0, mended.stderr
+
+
+def test_stub_mmpretrain_multimodal_makes_mmpretrain_importable(tmp_path):
+    package = tmp_path / 'transformers'
+    package.mkdir()
+    for name, code in NEW_TRANSFORMERS.items():
+        (package / name).write_text(code)
+    metadata = tmp_path / 'transformers-5.23.0.dist-info'
+    metadata.mkdir()
+    (metadata / 'METADATA').write_text('Metadata-Version: 2.1\nName: transformers\nVersion: 5.23.0\n')
+    unpatched = 'import sys, swinv2_mm\ndel sys.modules["mmpretrain.utils.dependency"]\nimport mmpretrain.models'
+    assert run_python(unpatched, path=(tmp_path,)).returncode != 0
+    mended = run_python('import swinv2_mm\nimport mmpretrain.models', path=(tmp_path,))
+    assert mended.returncode == 0, mended.stderr

@@ -22,9 +22,10 @@ HF_NAMES = (
 
 
 def find_peers() -> None:
-    """Make timm, transformers and torchvision importable, and keep mmaction importable."""
+    """Make timm and transformers importable, and keep mmaction and mmpretrain importable."""
     peer_packages.add_to_path()
-    compat.stub_vindlu()  # mmaction imports more when it finds transformers
+    compat.stub_vindlu()  # mmaction and mmpretrain import more when they find transformers
+    compat.stub_mmpretrain_multimodal()
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

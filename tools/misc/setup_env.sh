@@ -47,7 +47,8 @@ step "Python dependencies"
 # torch before 2.3 was compiled for NumPy 1
 case "$TORCH" in 1.* | 2.[012] | 2.[012].*) numpy='numpy<2' ;; *) numpy=numpy ;; esac
 pip_install -r requirements/runtime.txt "$numpy"
-pip_install --no-deps -r requirements/stack.txt
+# torchvision, which mmpretrain imports, pins one release of torch: its minor version is torch's plus 15
+pip_install --no-deps -r requirements/stack.txt "torchvision==0.$(($(cut -d. -f2 <<<"$TORCH") + 15)).*"
 
 # as mmcv's setup.py decides: GPU operators are compiled if a GPU is visible or FORCE_CUDA=1
 key=$("$VENV/bin/python" - "$MMCV" <<'PY'
@@ -127,9 +128,7 @@ step "swinv2_mm in editable mode, and the requirements of its tests"
 case "$TORCH" in 1.* | 2.[0-5] | 2.[0-5].*) extras=dev ;; *) extras=dev,deepspeed ;; esac
 pip_install -e ".[$extras]"
 pip_install --no-deps openmim model-index  # openmim requires packages of its download service, which are not used here
-# torchvision, which timm imports, pins one release of torch: its minor version is torch's plus 15
-"$VENV/bin/python" -m pip install --quiet --no-deps --upgrade --target "$VENV/oracles" -r requirements/peers.txt \
-    "torchvision==0.$(($(cut -d. -f2 <<<"$TORCH") + 15)).*"
+"$VENV/bin/python" -m pip install --quiet --no-deps --upgrade --target "$VENV/oracles" -r requirements/peers.txt
 
 "$VENV/bin/python" -c 'import mmcv.ops, mmdet, swinv2_mm'
 echo "$stamp" >"$VENV/.swinv2_mm"

@@ -33,6 +33,7 @@ EXTENSIONS = {
     'datasets/video.py': {'mmaction'},
     'engine/det_visualization.py': {'mmdet'},
     'engine/video_visualization.py': {'mmaction'},
+    'models/classification.py': {'mmpretrain'},
     'models/det_tta.py': {'mmdet'},
     'models/detection.py': {'mmdet'},
     'models/recognition.py': {'mmaction'},

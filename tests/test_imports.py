@@ -29,6 +29,7 @@ BENCHMARKS = (
 TOOLBOXES = {'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}
 EXTENSIONS = {
     'cli/inputs.py': {'mmdet'},
+    'datasets/imagenet_v2.py': {'mmpretrain'},
     'datasets/transforms.py': {'mmdet'},
     'datasets/video.py': {'mmaction'},
     'engine/det_visualization.py': {'mmdet'},

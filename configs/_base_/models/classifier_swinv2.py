@@ -1,6 +1,6 @@
 # mmpretrain's ImageClassifier with a Swin V2 backbone and the official head: final norm, average over the tokens, one
-# linear layer, initialized as in the official code. The config that inherits it sets `arch`, windows, drop path and the
-# head's `in_channels`. Label smoothing, Mixup and CutMix (each for half of the batches) are the official ones.
+# linear layer. The config that inherits it sets `arch`, windows, drop path and the head's `in_channels`. Label
+# smoothing, Mixup and CutMix (each for half of the batches) are those of the official config.py.
 model = dict(
     type='ImageClassifier',
     data_preprocessor=dict(
@@ -11,13 +11,12 @@ model = dict(
         to_rgb=True,
     ),
     backbone=dict(type='swinv2_mm.SwinTransformerV2', arch='tiny', out_indices=(3,)),
-    neck=dict(type='GlobalAveragePooling'),
+    neck=dict(type='swinv2_mm.models.classification.TokenAveragePooling'),
     head=dict(
-        type='LinearClsHead',
+        type='swinv2_mm.models.classification.SwinV2ClsHead',
         num_classes=1000,
         in_channels=768,
         loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
-        init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0),
     ),
     train_cfg=dict(augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]),
 )

@@ -3,5 +3,6 @@
 _base_ = './swinv2_l_w24_in22kto1k_384.py'
 
 data_root = 'data/imagenetv2-matched-frequency-format-val/'
-dataset = dict(type='swinv2_mm.datasets.imagenet_v2.ImageNetV2', data_root=data_root, split='')
-test_dataloader = dict(dataset=dataset)
+test_dataloader = dict(
+    dataset=dict(type='swinv2_mm.datasets.imagenet_v2.ImageNetV2', data_root=data_root, split=''),
+)

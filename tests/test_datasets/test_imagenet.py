@@ -56,7 +56,7 @@ def check(name: str, paths: list[Path]) -> None:
     cfg = Config.fromfile(REPOSITORY / f'configs/cls/{name}.py')
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         pipeline = Compose(cfg.test_dataloader.dataset.pipeline)
-        preprocessor = MODELS.build(cfg.model.data_preprocessor)
+        preprocessor = MODELS.build(dict(cfg.model.data_preprocessor, type='ClsDataPreprocessor'))
     for path in paths:
         item = pipeline(dict(img_path=str(path)))
         with Image.open(path) as image:

@@ -18,7 +18,7 @@ test_pipeline = add_scope(
     dict(type='PackInputs'),
 )
 data_root = 'data/imagenet22k/'
-dataset = dict(_delete_=True, type='ImageNet21k', data_root=data_root, data_prefix='images')
-train_dataloader = dict(dataset=dict(dataset, ann_file='meta/train.txt', pipeline=train_pipeline))
-val_dataloader = dict(dataset=dict(dataset, ann_file='meta/val.txt', pipeline=test_pipeline))
+dataset = dict(_scope_='mmpretrain', type='ImageNet21k', data_root=data_root, data_prefix='images')
+train_dataloader = dict(dataset=dict(dataset, _delete_=True, ann_file='meta/train.txt', pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(dataset, _delete_=True, ann_file='meta/val.txt', pipeline=test_pipeline))
 test_dataloader = val_dataloader

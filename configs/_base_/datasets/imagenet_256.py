@@ -43,19 +43,20 @@ test_pipeline = add_scope(
     dict(type='PackInputs'),
 )
 data_root = 'data/imagenet/'
+dataset = dict(_scope_='mmpretrain', type='ImageNet', data_root=data_root)
 train_dataloader = dict(
     batch_size=128,  # 8 GPUs x 128 images = 1024
     num_workers=8,
     persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(type='ImageNet', data_root=data_root, split='train', pipeline=train_pipeline),
+    dataset=dict(dataset, split='train', pipeline=train_pipeline),
 )
 val_dataloader = dict(
     batch_size=128,
     num_workers=8,
     persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(type='ImageNet', data_root=data_root, split='val', pipeline=test_pipeline),
+    dataset=dict(dataset, split='val', pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(_scope_='mmpretrain', type='Accuracy', topk=(1, 5))

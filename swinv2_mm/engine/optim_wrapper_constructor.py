@@ -12,13 +12,13 @@ from ..arguments import check_arguments
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 # in addition to norms and biases; from the official code, because Sec. A1 lists no exemptions
-NO_DECAY = ('logit_scale', 'cpb_mlp')
+NO_DECAY = ('logit_scale', 'cpb_mlp', 'mask_token')
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 @check_arguments()
 class SwinV2OptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """mmengine's default constructor with norms, biases, `logit_scale` and `cpb_mlp` exempt from weight decay.
+    """mmengine's default constructor without weight decay for norms, biases and the parameters of `NO_DECAY`.
 
     The default constructor cannot combine that with a learning rate for the backbone, because `custom_keys` override
     its rules for norms and biases. Here, the exemptions apply in addition to `custom_keys`:

@@ -238,10 +238,17 @@ class SwinV2(BaseModule):
         Raises:
             ValueError: The input has another number of axes or channels.
         """
+        return self.run_stages(self.embed(x))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, C, *input size) -> (B, *S, embed_dims), the tokens of the first stage; raises as `forward` does."""
         # a module that replaced the convolution need not have `in_channels`
         channels = getattr(self.patch_embed.proj, 'in_channels', x.shape[1])
         check_input(x, type(self).__name__, channels, self.num_axes)
-        x = self.patch_embed(x)
+        return self.patch_embed(x)
+
+    def run_stages(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Tokens of the first stage -> what `forward` returns."""
         outs = []
         for i, stage in enumerate(self.layers):
             x = stage(x)
@@ -254,10 +261,10 @@ class SwinV2(BaseModule):
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Layer index of a parameter, for layer-wise learning-rate decay; same interface as in mmpretrain.
 
-        The patch embedding is layer 0, the first block of the network is layer 1, and so on over all stages; patch
-        merging belongs to the layer of the block before it. Output norms, and parameters outside the backbone, are the
-        last layer. This is the numbering of the official fine-tuning code (`get_swin_layer` in `optimizer.py` of
-        microsoft/SimMIM).
+        The patch embedding and SimMIM's mask token are layer 0, the first block of the network is layer 1, and so on
+        over all stages; patch merging belongs to the layer of the block before it. Output norms, and parameters outside
+        the backbone, are the last layer. This is the numbering of the official fine-tuning code (`get_swin_layer` in
+        `optimizer.py` of microsoft/SimMIM).
 
         Args:
             param_name: Name of the parameter in the model.
@@ -269,9 +276,9 @@ class SwinV2(BaseModule):
         depths = [len(stage.blocks) for stage in self.layers]
         num_layers = sum(depths) + 2
         part, *rest = param_name.removeprefix(prefix).split('.')
-        if not param_name.startswith(prefix) or part not in ('patch_embed', 'layers'):
+        if not param_name.startswith(prefix) or part not in ('patch_embed', 'mask_token', 'layers'):
             return num_layers - 1, num_layers
-        if part == 'patch_embed':
+        if part != 'layers':
             return 0, num_layers
         stage = int(rest[0])
         blocks = int(rest[2]) + 1 if rest[1] == 'blocks' else depths[stage]

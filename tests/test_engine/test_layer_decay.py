@@ -18,14 +18,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import swinv2_mm  # noqa: F401
-from swinv2_mm.models import SwinTransformer3DV2, SwinTransformerV2
+from swinv2_mm.models import SimMIMSwinTransformerV2, SwinTransformer3DV2, SwinTransformerV2
 from swinv2_mm.models.block import SwinBlock, SwinStage
 
 ARCH = dict(embed_dims=16, depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8), extra_norm_every_n_blocks=2)
 SMALL = dict(embed_dims=16, depths=(1, 2), num_heads=(1, 2))
 # the layers of ARCH, from the input to the output
 LAYERS = [
-    ['patch_embed'],
+    ['patch_embed', 'mask_token'],
     ['layers.0.blocks.0'],
     ['layers.0.blocks.1', 'layers.0.downsample'],
     ['layers.1.blocks.0'],
@@ -56,7 +56,7 @@ class Model(nn.Module):
 
 def layer_by_hand(name):
     """Layer of a parameter of ARCH in the table; each must be in exactly one layer."""
-    (layer,) = [i for i, parts in enumerate(LAYERS) if any(name.startswith(f'{part}.') for part in parts)]
+    (layer,) = [i for i, parts in enumerate(LAYERS) if any(f'{name}.'.startswith(f'{part}.') for part in parts)]
     return layer
 
 
@@ -93,7 +93,7 @@ def rate_by_hand(name):
     return rate
 
 
-@pytest.mark.parametrize('backbone_class', [SwinTransformerV2, SwinTransformer3DV2])
+@pytest.mark.parametrize('backbone_class', [SwinTransformerV2, SwinTransformer3DV2, SimMIMSwinTransformerV2])
 def test_get_layer_depth_equals_a_table_written_by_hand(backbone_class):
     with torch.device('meta'):
         model = backbone_class(ARCH)

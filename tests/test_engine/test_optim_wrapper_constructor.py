@@ -4,14 +4,14 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 
 import swinv2_mm  # noqa: F401
-from swinv2_mm.models import SwinTransformerV2
+from swinv2_mm.models import SimMIMSwinTransformerV2
 
 
-def test_constructor_exempts_norms_biases_scales_and_cpb_mlps_from_weight_decay():
+def test_constructor_exempts_norms_biases_scales_cpb_mlps_and_mask_tokens_from_weight_decay():
     arch = dict(embed_dims=16, depths=(1, 2), num_heads=(1, 2), extra_norm_every_n_blocks=2)
     model = nn.ModuleDict(
         dict(
-            backbone=SwinTransformerV2(arch, out_indices=(0, 1)),
+            backbone=SimMIMSwinTransformerV2(arch, out_indices=(0, 1)),
             head=nn.Sequential(nn.Conv2d(32, 4, 1), nn.BatchNorm2d(4)),
         )
     )

@@ -258,6 +258,11 @@ class SwinV2(BaseModule):
                 x = stage.downsample(x)
         return tuple(outs)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages by depth; each takes and returns the main branch, (B, *S, C)."""
+        return [block for stage in self.layers for block in stage.blocks]
+
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Layer index of a parameter, for layer-wise learning-rate decay; same interface as in mmpretrain.
 

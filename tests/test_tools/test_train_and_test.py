@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import pickle
+import runpy
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,17 +19,21 @@ import torch
 from decord import VideoReader
 from mmengine.registry import DefaultScope
 from nano import NANO_CONFIGS
+from nano.cls import write_classes
 from nano.seg import write_segments
 from nano.video import shrink, write_frames, write_kinetics400
 from tool_runs import (
     HELPERS,
     REPOSITORY,
+    TOOLS,
     call,
     call_together,
     check_training,
     command,
     environment,
     free_port,
+    load_tool,
+    restored_process,
     run,
     taken_port,
 )
@@ -36,6 +42,7 @@ import swinv2_mm  # noqa: F401  lets torch.load read checkpoints of mmengine
 from swinv2_mm.cli import launch
 
 DET = NANO_CONFIGS / 'det.py'
+CLS = NANO_CONFIGS / 'cls.py'
 VIDEO = REPOSITORY / 'configs/video/swinv2_t_k400_224x224x32.py'
 CLIP, FRAMES = 8, 40  # frames of a clip (every second one of the video) and of a video
 PLOT = 'analysis_tools/analyze_logs.py'
@@ -204,6 +211,72 @@ def check_curves(log: Path, figure: Path, *options: str) -> None:
     call(log.parent, PLOT, 'plot_curve', log, '--out', figure)
     assert cv2.imread(str(figure)).std() > 1
     assert 's/iter' in call(log.parent, PLOT, 'cal_train_time', log, *options)
+
+
+# ---------------------------------------------------------------- a classifier
+
+
+@pytest.fixture(scope='module')
+def classifier(tmp_path_factory):
+    """A nano classifier after two epochs, in epoch_2.pth of the folder, and its data in `cls`."""
+    folder = tmp_path_factory.mktemp('classifier')
+    write_classes(folder / 'cls')
+    options = ['--work-dir', '.', '--seed', 3, '--cfg-options', f'data_root={folder}/cls']
+    call(folder, 'train.py', CLS, *options)
+    return folder
+
+
+def test_train_equals_the_script_of_mmpretrain(classifier, tmp_path):
+    data = [f'{split}_dataloader.dataset.data_root={classifier}/cls' for split in ('train', 'val', 'test')]
+    options = ['--work-dir', '.', '--no-persistent-workers', '--cfg-options', *data, 'randomness.seed=3']
+    run_mmpretrain(tmp_path, 'train.py', CLS, *options)
+    expected, ours = weights(tmp_path / 'epoch_2.pth'), weights(classifier / 'epoch_2.pth')
+    assert expected.keys() == ours.keys()
+    assert all(torch.equal(expected[key], ours[key]) for key in expected)
+    check_curves(next(classifier.glob('2*/vis_data/2*.json')), tmp_path / 'top1.png')
+
+
+def run_mmpretrain(folder: Path, script: str, *args) -> None:
+    """Run a script of mmpretrain in this process."""
+    with restored_process():
+        os.chdir(folder)
+        path = load_tool(TOOLS / 'analysis_tools/browse_dataset.py').toolbox_script('mmpretrain', script)
+        sys.argv = [str(path), *map(str, args)]
+        runpy.run_path(str(path), run_name='__main__')
+
+
+def test_test_of_a_classifier_on_one_and_two_processes(classifier, tmp_path):
+    """Of five images, two processes test one twice, which must count once. The metrics are those of the predictions."""
+    write_classes(tmp_path / 'cls')
+    cv2.imwrite(str(tmp_path / 'cls/val/dark/grey.png'), np.full((40, 48), 255, np.uint8))  # too bright for its class
+    options = ['--cfg-options', 'data_root=cls']
+    call(tmp_path, 'test.py', CLS, classifier / 'epoch_2.pth', '--out', 'one.pkl', '--show-dir', 'drawn', *options)
+    two = ['--dump', 'two.pkl', '--out', 'metrics.json', '--out-item', 'metrics']
+    call_together(tmp_path, 'test.py', CLS, classifier / 'epoch_2.pth', *two, *options)
+    one, two = predictions(tmp_path / 'one.pkl'), predictions(tmp_path / 'two.pkl')
+    for left, right in zip(one, two, strict=True):
+        assert left['img_path'] == right['img_path']
+        assert_close(left['pred_score'], right['pred_score'])
+    accuracy = sum((image['pred_label'] == image['gt_label']).item() for image in one) / 5
+    assert json.loads((tmp_path / 'metrics.json').read_text()) == pytest.approx({'accuracy/top1': 100 * accuracy})
+    assert len(list(tmp_path.glob('drawn/*.png'))) == 5
+
+
+def test_tta_of_a_classifier_averages_an_image_and_its_mirror_image(classifier, tmp_path):
+    for path in list(write_classes(tmp_path / 'cls').glob('val/*/*.png')):
+        cv2.imwrite(str(path.with_name(f'mirrored_{path.name}')), cv2.imread(str(path))[:, ::-1])
+    options = ['--cfg-options', 'data_root=cls']
+    checkpoint = classifier / 'epoch_2.pth'
+    call(tmp_path, 'test.py', CLS, checkpoint, '--out', 'one.pkl', *options)
+    call(tmp_path, 'test.py', CLS, checkpoint, '--tta', '--out', 'tta.pkl', *options)
+    one, tta = (
+        {Path(image['img_path']).name: image['pred_score'] for image in predictions(tmp_path / name)}
+        for name in ('one.pkl', 'tta.pkl')
+    )
+    for name, scores in tta.items():
+        mirrored = name.removeprefix('mirrored_') if name.startswith('mirrored_') else f'mirrored_{name}'
+        assert_close(scores, (one[name] + one[mirrored]) / 2)
+        assert not torch.equal(one[name], one[mirrored])
 
 
 # ---------------------------------------------------------------- recognizers

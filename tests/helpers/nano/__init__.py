@@ -1,7 +1,8 @@
 """Nano models, configs and data sets, which a CPU trains in a second.
 
-`NANO_CONFIGS` has a small config of each task for the command line; `nano.det`, `nano.seg` and `nano.video` shrink the
-recipes of this repository and write the data of both. `nano.training` compares trainings of several processes.
+`NANO_CONFIGS` has a small config of each task for the command line; `nano.det`, `nano.seg`, `nano.cls` and `nano.video`
+shrink the recipes of this repository and write the data of both. `nano.training` compares trainings of several
+processes.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
-NANO_CONFIGS = Path(__file__).parent / 'configs'  # det.py, seg.py, video.py
+NANO_CONFIGS = Path(__file__).parent / 'configs'  # det.py, seg.py, cls.py, video.py
 ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 CHANNELS = [16, 32, 64, 128]
 

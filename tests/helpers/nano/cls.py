@@ -1,4 +1,4 @@
-"""Classification: the recipes at a nano size, and a tiny data set in the layouts of ImageNet-1K, -22K and -V2."""
+"""Classification: the recipes at a nano size, tiny data in the layouts of ImageNet, and a data set for configs/cls.py."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from nano import ARCH, CHANNELS, shrink_inputs
 
 FACTOR = 8  # 256 pixels become 32
 LABELS = (6, 999)
+CLASSES = ('dark', 'bright')
 
 
 def shrink(cfg: Config) -> Config:
@@ -41,4 +42,19 @@ def write_imagenet(folder: Path) -> Path:
     for split in ('train', 'val'):
         (folder / split).symlink_to('images')
         (folder / f'meta/{split}.txt').write_text(''.join(f'{label}.jpg {label}\n' for label in LABELS))
+    return folder
+
+
+def write_classes(folder: Path, classes: tuple[str, ...] = CLASSES) -> Path:
+    """Write three images for training and two for validation of each class, `SPLIT/CLASS/NUMBER.png`.
+
+    The brightness of the images is that of their class.
+    """
+    generator = np.random.default_rng(0)
+    for split, count in (('train', 3), ('val', 2)):
+        for number, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = generator.integers(0, 64, (40, 48, 3)) + number * 192 // max(1, len(classes) - 1)
+                cv2.imwrite(str(folder / f'{split}/{name}/{name}_{i}.png'), image.astype(np.uint8))
     return folder

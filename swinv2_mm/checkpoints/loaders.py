@@ -306,7 +306,8 @@ def _place_under_backbone(checkpoint: Any, path: Path) -> dict:
     if prefix.endswith('backbone.') or (prefix.removeprefix('module.') and is_of_mm):
         placed = checkpoint if is_of_mm else {'state_dict': weights, 'meta': {}}
     else:
-        backbone = extract_backbone(weights, find_named_windows(path))
+        # the mask token is SimMIM's; plain backbones leave it out
+        backbone = extract_backbone(weights, find_named_windows(path), model_keys=['mask_token'])
         meta = checkpoint['meta'] if is_of_mm else {}
         placed = {'state_dict': {f'backbone.{name}': value for name, value in backbone.items()}, 'meta': meta}
     placed['state_dict'] = _add_metadata(placed['state_dict'], path)

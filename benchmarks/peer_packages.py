@@ -1,4 +1,4 @@
-"""The folder of timm and transformers, which `make setup` keeps out of the environment: mmdet imports any transformers."""
+"""The folder of timm and transformers, kept out of the environment because mmdet imports any transformers."""
 
 import sys
 from pathlib import Path

@@ -18,7 +18,7 @@ def add_scope(scope: str, *parts: dict) -> list[dict]:
     without a base therefore writes `_base_ = []`.
 
     Args:
-        scope: 'mmdet', 'mmseg' or 'mmaction'.
+        scope: 'mmdet', 'mmseg', 'mmaction' or 'mmpretrain'.
         parts: Transforms or parameter schedulers.
 
     Returns:

@@ -29,10 +29,12 @@ BENCHMARKS = (
 TOOLBOXES = {'mmdet', 'mmseg', 'mmaction', 'mmpretrain'}
 EXTENSIONS = {
     'cli/inputs.py': {'mmdet'},
+    'datasets/imagenet_v2.py': {'mmpretrain'},
     'datasets/transforms.py': {'mmdet'},
     'datasets/video.py': {'mmaction'},
     'engine/det_visualization.py': {'mmdet'},
     'engine/video_visualization.py': {'mmaction'},
+    'models/classification.py': {'mmpretrain'},
     'models/det_tta.py': {'mmdet'},
     'models/detection.py': {'mmdet'},
     'models/recognition.py': {'mmaction'},

@@ -150,6 +150,10 @@ BUFFERS = re.compile(r'\.attn_mask$|\.attn\.(relative_coords_table|relative_posi
 # parts of classifiers and of masked-image models with the same prefix as the backbone
 OTHER_HEADS = re.compile(r'^(head|classifier|decoder|mask_token|projector|pre_logits)(\.|$)')
 
+# the classifier of the official code, torchvision and old timm; of timm and mmpretrain; and of transformers
+CLASSIFIER = re.compile(r'(?:head|head\.fc|classifier)\.(weight|bias)')
+CLASSIFIER_PREFIX = 'head.fc.'  # its name in mmpretrain's LinearClsHead
+
 
 def has_log_cpb(names: Collection[str]) -> bool:
     """Whether any key belongs to a Log-CPB: then the state dict is that of a Swin V2, complete or not."""
@@ -187,6 +191,17 @@ def find_backbone(names: list[str]) -> tuple[Layout, str]:
         f'it contains no Swin V2 of a known layout{hint}. It has {len(names)} entries'
         + (f', such as {sample}' if sample else '')
     )
+
+
+def pop_classifier(state_dict: Weights, prefix: str) -> Weights:
+    """Remove the linear classifier of a file from its entries, and return it with the names of mmpretrain's.
+
+    Args:
+        state_dict: Entries of the file.
+        prefix: Prefix of the backbone; transformers has the classifier outside of it.
+    """
+    matches = {name: CLASSIFIER.fullmatch(name.removeprefix(prefix)) for name in state_dict if isinstance(name, str)}
+    return {CLASSIFIER_PREFIX + match[1]: state_dict.pop(name) for name, match in matches.items() if match}
 
 
 def convert_keys(weights: Weights, layout: Layout) -> Weights:

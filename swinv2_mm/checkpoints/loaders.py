@@ -19,7 +19,7 @@ from torch.hub import download_url_to_file
 from . import CheckpointError
 from .backbone import check_complete, extract_backbone, in_file, unwrap
 from .files import read_checkpoint
-from .layouts import Weights, find_backbone, find_backbones, has_log_cpb
+from .layouts import Weights, find_backbone, find_backbones, has_log_cpb, pop_classifier
 
 # ---------------------------------------------------------------- releases
 
@@ -284,8 +284,9 @@ def _place_under_backbone(checkpoint: Any, path: Path) -> dict:
     """Put the weights of a Swin V2 under `backbone.`, and add the source to their metadata.
 
     Every toolbox has its backbone under this name, and a module gets only the entries under its own name. So
-    `load_from` accepts an official file for a whole detector. Checkpoints of whole models and of other backbones are
-    returned unchanged.
+    `load_from` accepts an official file for a whole detector. The classifier of the file stays with the backbone, which
+    gives it to the head of an image classifier. SimMIM's mask token stays too; only `SimMIMSwinTransformerV2` has one.
+    Checkpoints of whole models and of other backbones are returned unchanged.
 
     Raises:
         CheckpointError: The file contains no weights, or a Swin V2 that cannot be converted.
@@ -306,8 +307,8 @@ def _place_under_backbone(checkpoint: Any, path: Path) -> dict:
     if prefix.endswith('backbone.') or (prefix.removeprefix('module.') and is_of_mm):
         placed = checkpoint if is_of_mm else {'state_dict': weights, 'meta': {}}
     else:
-        # the mask token is SimMIM's; plain backbones leave it out
-        backbone = extract_backbone(weights, find_named_windows(path), model_keys=['mask_token'])
+        classifier = pop_classifier(weights, prefix)
+        backbone = extract_backbone(weights, find_named_windows(path), model_keys=['mask_token']) | classifier
         meta = checkpoint['meta'] if is_of_mm else {}
         placed = {'state_dict': {f'backbone.{name}': value for name, value in backbone.items()}, 'meta': meta}
     placed['state_dict'] = _add_metadata(placed['state_dict'], path)
@@ -321,6 +322,6 @@ def _add_metadata(weights: dict, path: str | Path, names: Collection[str] | None
     added = dict(source=str(path), swin_v2_prefixes=prefixes, is_swin_v2=has_log_cpb(names))
     state_dict = OrderedDict(weights)
     state_dict._metadata = OrderedDict(getattr(weights, '_metadata', {}))
-    for module in ('', 'backbone'):
+    for module in ('', 'backbone', 'head'):
         state_dict._metadata[module] = state_dict._metadata.get(module, {}) | added
     return state_dict

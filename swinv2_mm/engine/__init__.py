@@ -4,6 +4,7 @@ from ..version import HAS_OPENMMLAB, check_dependencies
 
 if HAS_OPENMMLAB:
     from .hooks import AtomicCheckpointHook, ReproducibleResumeHook
+    from .non_finite import TerminateOnNonFiniteHook
     from .optim_wrapper_constructor import LearningRateDecayOptimWrapperConstructor, SwinV2OptimWrapperConstructor
 else:
     check_dependencies()
@@ -13,4 +14,5 @@ __all__ = [
     'LearningRateDecayOptimWrapperConstructor',
     'ReproducibleResumeHook',
     'SwinV2OptimWrapperConstructor',
+    'TerminateOnNonFiniteHook',
 ]

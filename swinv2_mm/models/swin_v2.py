@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..arguments import Positive, Rate, check_arguments
 from ..checkpoints.backbone import Target, check_prefix, fit_backbone, in_file
+from ..checkpoints.layouts import CLASSIFIER_PREFIX
 from ..openmmlab import MODELS, BaseModule
 from ..ops.window_attention import check_backend
 from .attention import WindowAttention
@@ -190,6 +191,16 @@ class SwinV2(BaseModule):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
+    @staticmethod
+    def _checkpoint_filter(state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+        """Move the classifier of a released file from the backbone to the head of mmpretrain's ImageClassifier.
+
+        ImageClassifier registers this function as its own loading hook, because the backbone has it.
+        """
+        classifier = prefix + 'backbone.' + CLASSIFIER_PREFIX
+        for name in [name for name in state_dict if name.startswith(classifier)]:
+            state_dict[prefix + CLASSIFIER_PREFIX + name.removeprefix(classifier)] = state_dict.pop(name)
+
     def _state(self) -> dict[str, Tensor | None]:
         """Current state dict, including modules that were replaced, see `checkpoints.backbone.Target`.
 
@@ -246,6 +257,11 @@ class SwinV2(BaseModule):
             if stage.downsample is not None:
                 x = stage.downsample(x)
         return tuple(outs)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages by depth; each takes and returns the main branch, (B, *S, C)."""
+        return [block for stage in self.layers for block in stage.blocks]
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Layer index of a parameter, for layer-wise learning-rate decay; same interface as in mmpretrain.

@@ -164,10 +164,20 @@ def check(args: argparse.Namespace) -> None:
     """
     if min(args.windows) < 1:
         raise ValueError(f'--windows must be at least 1, got {min(args.windows)}')
-    check_outputs(args.out)
+    check_picture(args.out)
+
+
+def check_picture(path: Path) -> None:
+    """Check before a long computation that `--out` can be written as a picture.
+
+    Raises:
+        OSError: The file cannot be written.
+        ValueError: The format is not supported.
+    """
+    check_outputs(path)
     kinds = FigureCanvasBase.get_supported_filetypes()
-    if args.out.suffix[1:].lower() not in kinds:
-        raise ValueError(f'--out {args.out}: the file must end in one of .{", .".join(kinds)}')
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(f'--out {path}: the file must end in one of .{", .".join(kinds)}')
 
 
 def main(argv: Sequence[str] | None = None) -> None:

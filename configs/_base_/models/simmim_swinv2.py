@@ -1,6 +1,7 @@
 # mmpretrain's SimMIM with a Swin V2 backbone, window 12 for images of 192 pixels, and the mean absolute error of masked
 # pixels as loss. The config that inherits it sets `arch` and the neck's `in_channels`.
 model = dict(
+    _scope_='mmpretrain',
     type='SimMIM',
     data_preprocessor=dict(
         type='SelfSupDataPreprocessor',
@@ -18,6 +19,6 @@ model = dict(
     head=dict(
         type='SimMIMHead',
         patch_size=4,  # of the backbone: the mask has one entry per patch
-        loss=dict(type='PixelReconstructionLoss', criterion='L1', channel=3),
+        loss=dict(_scope_='mmpretrain', type='PixelReconstructionLoss', criterion='L1', channel=3),
     ),
 )

@@ -53,7 +53,8 @@ def train_a_step(cfg: Config) -> Runner:
 # Numbers that change results but not which code runs; the tests of the recipes check their values.
 NUMBERS = {
     *('window_size', 'pretrained_window_sizes', 'patch_size', 'drop_path_rate'),
-    *('lr', 'weight_decay', 'batch_size', 'base_batch_size', 'indices', 'begin', 'end', 'T_max', 'interval'),
+    *('lr', 'weight_decay', 'max_norm', 'batch_size', 'base_batch_size', 'indices'),
+    *('begin', 'end', 'T_max', 'interval'),
     *('scale', 'crop_size', 'size', 'clip_len', 'frame_interval'),
 }
 MEMORY_OPTIONS = {'with_cp', 'sequential_stages'}  # they do not change the output of the backbone

@@ -26,10 +26,11 @@ def shrink(cfg: Config, arch: dict = ARCH) -> Config:
 
 
 def write_images(folder: Path) -> Path:
-    """Write two images in two folders below train/, as in ImageNet."""
+    """Write two images in two folders below train/, as in ImageNet-1K, which is also images/, as in ImageNet-22K."""
     generator = np.random.default_rng(0)
     for i in range(2):
         (folder / f'train/{i}').mkdir(parents=True)
         image = cv2.resize(generator.integers(0, 256, (4, 6, 3), dtype=np.uint8), (120, 100))
         cv2.imwrite(str(folder / f'train/{i}/{i}.jpg'), image)
+    (folder / 'images').symlink_to('train')
     return folder

@@ -37,6 +37,7 @@ EXTENSIONS = {
     'models/classification.py': {'mmpretrain'},
     'models/det_tta.py': {'mmdet'},
     'models/detection.py': {'mmdet'},
+    'models/pretraining.py': {'mmpretrain'},
     'models/recognition.py': {'mmaction'},
 }
 

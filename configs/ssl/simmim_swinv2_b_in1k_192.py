@@ -1,5 +1,6 @@
-# SimMIM pre-training of SwinV2-B on the images of ImageNet-1K, with the official settings for SwinV2-B: 192x192, window
-# 12, 800 epochs, lr 4e-4 for 2048 images, drop path 0.1.
+# SimMIM pre-training of SwinV2-B on the images of ImageNet-1K, with the official settings
+# (simmim_pretrain__swinv2_base__img192_window12__800ep.yaml): 192x192, window 12, lr 4e-4 for 2048 images, 800 epochs,
+# of which 10 are warm-up, weight decay 0.05, gradients clipped at 5, drop path 0.1.
 #   tools/dist_train.sh configs/ssl/simmim_swinv2_b_in1k_192.py 8
 _base_ = [
     '../_base_/models/simmim_swinv2.py',

@@ -285,8 +285,8 @@ def _place_under_backbone(checkpoint: Any, path: Path) -> dict:
 
     Every toolbox has its backbone under this name, and a module gets only the entries under its own name. So
     `load_from` accepts an official file for a whole detector. The classifier of the file stays with the backbone, which
-    gives it to the head of an image classifier. Checkpoints of whole models and of other backbones are returned
-    unchanged.
+    gives it to the head of an image classifier. SimMIM's mask token stays too; only `SimMIMSwinTransformerV2` has one.
+    Checkpoints of whole models and of other backbones are returned unchanged.
 
     Raises:
         CheckpointError: The file contains no weights, or a Swin V2 that cannot be converted.
@@ -308,7 +308,7 @@ def _place_under_backbone(checkpoint: Any, path: Path) -> dict:
         placed = checkpoint if is_of_mm else {'state_dict': weights, 'meta': {}}
     else:
         classifier = pop_classifier(weights, prefix)
-        backbone = extract_backbone(weights, find_named_windows(path)) | classifier
+        backbone = extract_backbone(weights, find_named_windows(path), model_keys=['mask_token']) | classifier
         meta = checkpoint['meta'] if is_of_mm else {}
         placed = {'state_dict': {f'backbone.{name}': value for name, value in backbone.items()}, 'meta': meta}
     placed['state_dict'] = _add_metadata(placed['state_dict'], path)

@@ -125,3 +125,30 @@ def test_the_mask_token_starts_as_in_the_official_code():
     assert backbone.mask_token.shape == (1, 1, 1024)
     assert abs(backbone.mask_token.mean()) < 0.002
     assert 0.018 < backbone.mask_token.std() < 0.022
+
+
+def test_the_target_is_normalized_by_the_pixels_around_each_pixel():
+    pytest.importorskip('mmpretrain')
+    from swinv2_mm.models.pretraining import NormalizedSimMIMHead
+
+    head = NormalizedSimMIMHead(4, dict(type='mmpretrain.PixelReconstructionLoss', criterion='L1', channel=3), 7)
+    target = torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    expected = torch.empty_like(target)
+    for y in range(12):
+        for x in range(16):
+            around = target[:, :, max(y - 3, 0) : y + 4, max(x - 3, 0) : x + 4].flatten(2)
+            expected[..., y, x] = (target[..., y, x] - around.mean(2)) / (around.var(2) + 1e-6).sqrt()
+    prediction = torch.randn_like(target, requires_grad=True)
+    mask = torch.zeros(2, 3, 4)
+    mask[:, 0, 1] = mask[1, 2, 3] = 1  # three patches of 16 pixels
+    pixels = mask.repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1)
+    loss = ((prediction - expected).abs() * pixels).sum() / (3 * 16 * 3)
+    torch.testing.assert_close(head.loss(prediction, target, mask), loss, rtol=1e-12, atol=0)
+
+
+def test_the_window_of_the_target_must_be_odd():
+    pytest.importorskip('mmpretrain')
+    from swinv2_mm.models.pretraining import NormalizedSimMIMHead
+
+    with pytest.raises(ValueError, match='norm_window must be an odd number above 1, such as 47, got 48'):
+        NormalizedSimMIMHead(4, dict(type='mmpretrain.PixelReconstructionLoss', criterion='L1'), 48)

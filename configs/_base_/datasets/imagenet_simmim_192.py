@@ -1,5 +1,5 @@
-# Images without labels for SimMIM, all below a folder: here those of ImageNet-1K. Random crops of 67 to 100 % of the
-# image, flips, and masks of 32x32 pixels over 60 % of it.
+# Images without labels for SimMIM, all below a folder: here those of ImageNet-1K. As in the official code
+# (data_simmim_pt.py), random crops of 67 to 100 % of the image, flips, and masks of 32x32 pixels over 60 % of it.
 _base_ = []  # for the import, see add_scope
 from swinv2_mm.scope import add_scope
 
@@ -7,7 +7,8 @@ data_root = 'data/imagenet/'
 
 train_pipeline = add_scope(
     'mmpretrain',
-    dict(type='LoadImageFromFile'),
+    # Pillow's pixels, and its disregard of EXIF orientation
+    dict(type='LoadImageFromFile', imdecode_backend='pillow', color_type='color_ignore_orientation'),
     dict(
         type='RandomResizedCrop',
         scale=192,
@@ -25,7 +26,6 @@ train_dataloader = dict(
     num_workers=8,
     persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=True),
-    collate_fn=dict(type='default_collate'),
     dataset=dict(
         _scope_='mmpretrain',
         type='CustomDataset',

@@ -1,12 +1,14 @@
-# mmpretrain's SimMIM with a Swin V2 backbone, window 12 for images of 192 pixels, and the mean absolute error of masked
-# pixels as loss. The config that inherits it sets `arch` and the neck's `in_channels`.
+# mmpretrain's SimMIM with a Swin V2 backbone and the official settings for Swin V2: window 12 for images of 192 pixels,
+# drop path 0.1, and the mean absolute error of masked pixels, which are normalized in squares of 47 pixels. The config
+# that inherits it sets `arch` and the neck's `in_channels`.
 model = dict(
+    _scope_='mmpretrain',
     type='SimMIM',
     data_preprocessor=dict(
-        type='SelfSupDataPreprocessor',
+        type='ImgDataPreprocessor',
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
-        to_rgb=True,
+        bgr_to_rgb=True,
     ),
     backbone=dict(
         type='swinv2_mm.SimMIMSwinTransformerV2',
@@ -16,8 +18,9 @@ model = dict(
     ),
     neck=dict(type='SimMIMLinearDecoder', in_channels=1024, encoder_stride=32),
     head=dict(
-        type='SimMIMHead',
-        patch_size=4,  # of the backbone: the mask has one entry per patch
-        loss=dict(type='PixelReconstructionLoss', criterion='L1', channel=3),
+        type='swinv2_mm.models.pretraining.NormalizedSimMIMHead',
+        patch_size=4,
+        norm_window=47,
+        loss=dict(_scope_='mmpretrain', type='PixelReconstructionLoss', criterion='L1', channel=3),
     ),
 )

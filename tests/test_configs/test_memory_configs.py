@@ -18,7 +18,7 @@ SHARDING_KEYS = {'runner_type', 'model_wrapper_cfg'}  # the configs of SwinV2-G 
 read = functools.cache(Config.fromfile)
 
 
-@pytest.mark.parametrize('folder', ['det', 'seg', 'video'])
+@pytest.mark.parametrize('folder', ['cls', 'det', 'seg', 'video'])
 def test_no_config_sets_the_keys_of_a_memory_base(folder):
     added = set().union(*(Config.fromfile(base).keys() for base in BASES))
     for path in (CONFIGS / folder).glob('*.py'):
@@ -26,9 +26,9 @@ def test_no_config_sets_the_keys_of_a_memory_base(folder):
         assert found == (SHARDING_KEYS if 'swinv2_g' in path.stem else set()), path
 
 
-@pytest.mark.parametrize('folder', ['det', 'seg', 'video'])
+@pytest.mark.parametrize('folder', ['cls', 'det', 'seg', 'video'])
 def test_every_config_names_existing_classes_and_gives_every_parameter_a_gradient(folder):
-    pytest.importorskip(dict(det='mmdet', seg='mmseg', video='mmaction')[folder])
+    pytest.importorskip(dict(cls='mmpretrain', det='mmdet', seg='mmseg', video='mmaction')[folder])
     for path in (CONFIGS / folder).glob('*.py'):
         cfg = read(path).copy()
         cfg.launcher = 'pytorch'
@@ -37,7 +37,13 @@ def test_every_config_names_existing_classes_and_gives_every_parameter_a_gradien
 
 @pytest.mark.parametrize('base', BASES, ids=lambda path: path.stem)
 @pytest.mark.parametrize(
-    'leaf', ['det/htc_swinv2_l.py', 'seg/upernet_swinv2_l.py', 'video/swinv2_l_k400_224x224x32.py']
+    'leaf',
+    [
+        'cls/swinv2_l_in22k_192.py',
+        'det/htc_swinv2_l.py',
+        'seg/upernet_swinv2_l.py',
+        'video/swinv2_l_k400_224x224x32.py',
+    ],
 )
 def test_a_memory_base_adds_only_its_keys_to_a_config(tmp_path, leaf, base):
     if base.stem.startswith('deepspeed'):

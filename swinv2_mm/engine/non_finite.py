@@ -112,7 +112,7 @@ class TerminateOnNonFiniteHook(Hook):
         culprits = [r for r in reports if r['losses']] or [r for r in reports if r['gradients']]
         if not culprits:
             return
-        message = f'iteration {runner.iter + 1}: {describe(culprits)}'
+        message = f'a loss or gradient of iteration {runner.iter + 1} is not finite: {describe(culprits)}'
         if self.keep_batch:
             paths = [r['path'] for r in culprits]
             if str(path) in paths:
@@ -160,7 +160,7 @@ def describe(reports: Sequence[dict]) -> str:
         more = f', as are {len(gradients) - 1} more' if len(gradients) > 1 else ''
         what = f'the gradient of {name} is {value}{more}'
     files = [file for report in reports for file in report['files']]
-    return f'{what}, in the batch {join(files) or "(the pipeline packs no file names: see meta_keys of its last step)"}'
+    return f'{what}, in the batch {join(files) or "(the pipeline names no files: see meta_keys of its last step)"}'
 
 
 def join(names: Sequence[str]) -> str:

@@ -111,7 +111,7 @@ def fail(runner):
         runner.train()
     before = next(hook.weights for hook in runner.hooks if isinstance(hook, RememberWeights))
     assert all(map(torch.equal, runner.model.parameters(), before))
-    return str(error.value)
+    return str(error.value).removeprefix('a loss or gradient of ')
 
 
 WRAPPERS = pytest.mark.parametrize(
@@ -128,7 +128,7 @@ WRAPPERS = pytest.mark.parametrize(
 @pytest.mark.parametrize(('value', 'loss'), [(math.nan, 'nan'), (1e30, 'inf')])
 def test_terminate_at_a_loss(tmp_path, wrapper, value, loss):
     message = fail(make_runner(tmp_path, bad=5, value=value, **wrapper))
-    assert message == f'iteration 3: loss_cls is {loss}, in the batch 4.png, 5.png'
+    assert message == f'iteration 3 is not finite: loss_cls is {loss}, in the batch 4.png, 5.png'
     assert message in next(tmp_path.glob('*/*.log')).read_text()
 
 
@@ -138,7 +138,8 @@ def test_terminate_at_a_gradient(tmp_path, wrapper, factor):
     """Four parameters are before the factor; clipping would make the gradients of the others NaN too."""
     message = fail(make_runner(tmp_path, iterations=[2], factor=factor, **wrapper))
     value = 'nan' if math.isnan(factor) else '-?inf'
-    line = f'iteration 2: the gradient of second.bias is {value}, as are 3 more, in the batch 2.png, 3.png'
+    line = f'the gradient of second.bias is {value}, as are 3 more, in the batch 2.png, 3.png'
+    line = f'iteration 2 is not finite: {line}'
     assert re.fullmatch(line, message), message
 
 
@@ -162,10 +163,13 @@ def test_fp16_skips_infinite_gradients(tmp_path):
 @pytest.mark.parametrize(
     ('kwargs', 'line'),
     [
-        (dict(dtype='float16', bad=1), 'iteration 1: loss_cls is nan'),
+        (dict(dtype='float16', bad=1), 'iteration 1 is not finite: loss_cls is nan'),
         # a scale of 1 is not the cause
-        (dict(dtype='float16', init_scale=2.0, iterations=[1, 2]), 'iteration 2: the gradient of second.bias is nan'),
-        (dict(dtype='bfloat16', iterations=[1]), 'iteration 1: the gradient of second.bias is nan'),
+        (
+            dict(dtype='float16', init_scale=2.0, iterations=[1, 2]),
+            'iteration 2 is not finite: the gradient of second.bias is nan',
+        ),
+        (dict(dtype='bfloat16', iterations=[1]), 'iteration 1 is not finite: the gradient of second.bias is nan'),
     ],
 )
 def test_terminate_in_mixed_precision(tmp_path, kwargs, line):
@@ -243,25 +247,22 @@ def fail_at_a_loss(folder: Path, data: Path, strategies: list[str]) -> None:
     for strategy in strategies:
         cfg = training.config(folder / strategy, data, strategy)
         cfg.train_dataloader.dataset.type = 'BadPixels'
-        line = (
-            'iteration 2: loss is nan, in the batch (the pipeline packs no file names: see meta_keys of its last step)'
-        )
-        fail_together(cfg, line, kept=[1])
+        fail_together(cfg, 'loss is nan, in the batch (the pipeline names no files', kept=[1])
 
 
 def fail_at_a_gradient(folder: Path, data: Path, strategies: list[str]) -> None:
     for strategy in strategies:
         cfg = training.config(folder / strategy, data, strategy)
         cfg.custom_hooks.append(dict(type='SpoilGradient'))
-        fail_together(cfg, 'iteration 2: the gradient of head.bias is nan, as are ', kept=[0, 1])
+        fail_together(cfg, 'the gradient of head.bias is nan, as are ', kept=[0, 1])
 
 
-def fail_together(cfg: Config, line: str, kept: list[int]) -> None:
+def fail_together(cfg: Config, cause: str, kept: list[int]) -> None:
     """Each process ends with the same message, and those whose batch may be the cause keep it."""
     cfg.custom_hooks.append(dict(HOOK, keep_batch=True))
     with pytest.raises(FloatingPointError) as error:
         training.train(cfg)
-    assert str(error.value).startswith(line), error.value
+    assert f'iteration 2 is not finite: {cause}' in str(error.value)
     names = [f'non_finite_iter_2_rank_{rank}.pth' for rank in kept]
     assert str(error.value).endswith('; kept in ' + ', '.join(f'{cfg.work_dir}/{name}' for name in names))
     assert sorted(path.name for path in Path(cfg.work_dir).glob('non_finite*')) == names

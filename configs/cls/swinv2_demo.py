@@ -45,9 +45,7 @@ train_dataloader = dict(
     num_workers=0,  # training takes all cores of a small machine
     dataset=dict(dataset, ann_file='labelled.txt', data_prefix='train', pipeline=train_pipeline),
 )
-val_dataloader = dict(
-    batch_size=50, num_workers=0, dataset=dict(dataset, data_prefix='val', pipeline=test_pipeline)
-)
+val_dataloader = dict(batch_size=50, num_workers=0, dataset=dict(dataset, data_prefix='val', pipeline=test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(topk=(1,))
 test_evaluator = val_evaluator

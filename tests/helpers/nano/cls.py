@@ -1,4 +1,4 @@
-"""Classification: the recipes at a nano size, tiny data in the layouts of ImageNet, and a data set for configs/cls.py."""
+"""Classification: the recipes at a nano size, tiny data in the layouts of ImageNet, and data for configs/cls.py."""
 
 from pathlib import Path
 

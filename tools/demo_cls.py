@@ -37,12 +37,12 @@ NUM_PICTURES = 24
 SCALE = 3  # of the pictures
 
 
-def draw_reconstructions(checkpoint: Path, path: Path) -> None:
+def draw_reconstructions(data: Path, checkpoint: Path, path: Path) -> None:
     """Draws digits that the training has not seen: original, masked, and with the masked patches predicted."""
-    cfg = launch.load_config(str(ROOT / PRETRAINING))
+    cfg = launch.load_config(str(ROOT / PRETRAINING), {})
     init_default_scope(cfg.default_scope)
     set_random_seed(0)
-    dataset = DATASETS.build(dict(cfg.train_dataloader.dataset, data_root=str(ROOT / DATA), data_prefix='val'))
+    dataset = DATASETS.build(dict(cfg.train_dataloader.dataset, data_root=str(data), data_prefix='val'))
     samples = [dataset[i] for i in range(0, len(dataset), len(dataset) // NUM_PICTURES)]
     model = MODELS.build(cfg.model)
     load_checkpoint(model, str(checkpoint), map_location='cpu')
@@ -56,7 +56,7 @@ def draw_reconstructions(checkpoint: Path, path: Path) -> None:
 
     def images(values: Tensor) -> np.ndarray:
         values = values * model.data_preprocessor.std + model.data_preprocessor.mean
-        return values.permute(0, 2, 3, 1).clamp(0, 255).byte().numpy()
+        return values.permute(0, 2, 3, 1).clamp(0, 255).round().byte().numpy()
 
     columns = [images(x), images(x * (1 - mask)), images(x * (1 - mask) + prediction * mask)]
     join([enlarge(np.hstack(row)) for row in zip(*columns, strict=True)], path, columns=3)
@@ -79,6 +79,11 @@ def draw_predictions(dump: Path, path: Path) -> None:
         write(heading, text, (4, 20), (0, 0, red))
         pictures.append(np.vstack([heading, picture]))
     join(pictures, path, columns=8)
+
+
+def start_from(checkpoint: Path) -> list[str]:
+    """Options of a training that starts from pre-trained weights of the backbone."""
+    return [f'model.backbone.init_cfg.{key}' for key in ('type=Pretrained', f'checkpoint={checkpoint}')]
 
 
 def folder(work_dir: Path, step: str, start: str, test: int | None = None) -> Path:
@@ -112,9 +117,7 @@ def demo(work_dir: Path, processes: int) -> None:
         run('tools/dist_train.sh', PRETRAINING, processes, '--work-dir', pretrain_dir)
 
     def finetune(start: str) -> None:
-        init_cfg = 'model.backbone.init_cfg'
-        options = [f'{init_cfg}.type=Pretrained', f'{init_cfg}.checkpoint={checkpoint_of(pretrain_dir)}']
-        weights = ['--cfg-options', *options] if start == STARTS[0] else []
+        weights = ['--cfg-options', *start_from(checkpoint_of(pretrain_dir))] if start == STARTS[0] else []
         run('tools/dist_train.sh', FINETUNING, processes, '--work-dir', folder(work_dir, 'train', start), *weights)
 
     def test() -> None:
@@ -133,7 +136,7 @@ def demo(work_dir: Path, processes: int) -> None:
         timing.begin(title)
         action()
     files = {'reconstructions': work_dir / 'reconstructions.png', 'predictions': work_dir / 'predictions.png'}
-    draw_reconstructions(checkpoint_of(pretrain_dir), files['reconstructions'])
+    draw_reconstructions(ROOT / DATA, checkpoint_of(pretrain_dir), files['reconstructions'])
     draw_predictions(folder(work_dir, 'test', STARTS[0], 1) / 'predictions.pkl', files['predictions'])
     print()
     print_table(work_dir)

@@ -25,6 +25,7 @@ model = dict(
 )
 
 # Data: 32x32 pixels, random crops and rotations.
+data_root = 'data/digits/'
 image_size = 32
 train_pipeline = add_scope(
     'mmpretrain',
@@ -39,7 +40,7 @@ test_pipeline = add_scope(
     dict(type='Resize', scale=image_size, interpolation='bicubic'),
     dict(type='PackInputs'),
 )
-dataset = dict(_delete_=True, _scope_='mmpretrain', type='CustomDataset', data_root='data/digits/')
+dataset = dict(_delete_=True, _scope_='mmpretrain', type='CustomDataset', data_root=data_root)
 train_dataloader = dict(
     batch_size=20,
     num_workers=0,  # training takes all cores of a small machine

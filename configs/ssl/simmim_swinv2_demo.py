@@ -23,6 +23,7 @@ model = dict(
 )
 
 # Data: 32x32 pixels, random crops, masks of 8x8 pixels. A flip would make other shapes than digits.
+data_root = 'data/digits/'
 train_pipeline = add_scope(
     'mmpretrain',
     dict(type='LoadImageFromFile'),
@@ -33,7 +34,7 @@ train_pipeline = add_scope(
 train_dataloader = dict(
     batch_size=32,
     num_workers=0,  # training takes all cores of a small machine
-    dataset=dict(data_root='data/digits/', pipeline=train_pipeline),
+    dataset=dict(data_root=data_root, pipeline=train_pipeline),
 )
 
 # Schedule: 62 steps of 64 images in each epoch.

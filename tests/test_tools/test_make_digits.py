@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from tool_runs import TOOLS, load_tool
+from tool_runs import REPOSITORY, TOOLS, call, check_training, load_tool
 
 
 @pytest.fixture(scope='module')
@@ -66,3 +66,32 @@ def test_make_digits_wrong_arguments(tool, tmp_path, capsys):
             tool.main([str(argument) for argument in arguments])
         assert message in capsys.readouterr().err
     assert (tmp_path / 'mine/photo.png').exists()
+
+
+def test_demo_pretrains_finetunes_and_tests_at_both_windows(data, tmp_path):
+    """The steps of `make demo-cls`, with one step of each training; then its pictures."""
+    demo = load_tool(TOOLS / 'demo_cls.py')
+    few = ['--cfg-options', f'data_root={data}', 'default_hooks.checkpoint.interval=1']
+    once = ['train_dataloader.dataset.indices=4', 'train_cfg.max_epochs=1']
+    pretrained, finetuned = tmp_path / 'pretrained', tmp_path / 'finetuned'
+    call(tmp_path, 'train.py', REPOSITORY / demo.PRETRAINING, '--work-dir', pretrained, *few, *once)
+    check_training(pretrained)
+    start = demo.start_from(demo.checkpoint_of(pretrained))
+    options = [*few, *once, *start, 'val_dataloader.dataset.indices=4']
+    call(tmp_path, 'train.py', REPOSITORY / demo.FINETUNING, '--work-dir', finetuned, *options)
+    check_training(finetuned)
+    for number, config in enumerate(demo.TESTS.values()):
+        test_dir = tmp_path / str(number)
+        options = ['--dump', test_dir / 'predictions.pkl', *few, 'test_dataloader.dataset.indices=24']
+        call(tmp_path, 'test.py', REPOSITORY / config, demo.checkpoint_of(finetuned), '--work-dir', test_dir, *options)
+        assert 0 <= demo.accuracy(test_dir) <= 100
+        demo.draw_predictions(test_dir / 'predictions.pkl', tmp_path / 'predictions.png')
+        assert cv2.imread(str(tmp_path / 'predictions.png')).shape[:2] == (3 * (28 + 3 * 28 + 8), 8 * (3 * 28 + 8))
+    demo.draw_reconstructions(data, demo.checkpoint_of(pretrained), tmp_path / 'reconstructions.png')
+    picture = cv2.imread(str(tmp_path / 'reconstructions.png'))[: 3 * 32, : 3 * 96].astype(int)
+    original, masked, reconstructed = np.hsplit(picture, 3)
+    hidden = masked[..., 0] != masked[..., 2]  # the digits are grey, the mean of ImageNet's images is not
+    assert hidden.mean() == 10 / 16  # 0.6 of 16 patches, rounded up
+    assert np.array_equal(original[~hidden], masked[~hidden])
+    assert np.array_equal(original[~hidden], reconstructed[~hidden])
+    assert not np.array_equal(masked[hidden], reconstructed[hidden])

@@ -12,10 +12,18 @@ from torch import nn
 DATA_SAMPLES = {
     'mmdet': 'mmdet.structures.DetDataSample',
     'mmseg': 'mmseg.structures.SegDataSample',
+    'mmpretrain': 'mmpretrain.structures.DataSample',
     'mmaction': 'mmaction.structures.ActionDataSample',
 }
-DEFAULT_SHAPES = {'mmdet': [800, 1280], 'mmseg': [1024, 2048], 'mmaction': [224, 224]}
+DEFAULT_SHAPES = {'mmdet': [800, 1280], 'mmseg': [1024, 2048], 'mmpretrain': [224, 224], 'mmaction': [224, 224]}
 DEFAULT_CLIP = [32, 224, 224]  # for video models with a time axis
+# transforms of classifiers after which all images have the same size: the option, and whether its order is (W, H)
+FIXED_SIZES = {
+    'RandomResizedCrop': ('scale', False),
+    'RandomCrop': ('crop_size', False),
+    'Resize': ('scale', True),
+    'CenterCrop': ('crop_size', True),
+}
 OBJECTS = 100  # per image of a random batch; the most crowded images of COCO have about as many
 
 
@@ -23,7 +31,7 @@ def toolbox(cfg: Config) -> str:
     """Toolbox of a config, by its `default_scope`.
 
     Raises:
-        ValueError: `default_scope` is not one of the three toolboxes.
+        ValueError: `default_scope` is not one of the toolboxes.
     """
     scope = cfg.get('default_scope')
     if scope not in DATA_SAMPLES:
@@ -99,6 +107,8 @@ def _fixed_size(cfg: Config) -> Sequence[int] | None:
     steps = {str(step.type).split('.')[-1]: step for step in dataset.get('pipeline') or ()}  # the last one of each type
     if cfg.default_scope == 'mmseg':
         return preprocessor.get('size')
+    if cfg.default_scope == 'mmpretrain':
+        return _last_size(dataset.get('pipeline') or ())
     for augment in preprocessor.get('batch_augments') or ():
         if augment.type == 'BatchFixedSizePad':
             return augment.size
@@ -110,15 +120,28 @@ def _fixed_size(cfg: Config) -> Sequence[int] | None:
     return (steps['SampleFrames'].clip_len, height, width) if is_video else (height, width)
 
 
+def _last_size(pipeline: Sequence[dict]) -> Sequence[int] | None:
+    """(H, W) after the last of `FIXED_SIZES`, unless a transform after it keeps the aspect ratio."""
+    for step in reversed(pipeline):
+        kind = str(step.type).split('.')[-1]
+        if kind == 'ResizeEdge' or step.get('keep_ratio'):
+            break
+        if kind in FIXED_SIZES:
+            option, width_first = FIXED_SIZES[kind]
+            size = [step[option]] * 2 if isinstance(step[option], int) else step[option]
+            return size[::-1] if width_first else size
+    return None
+
+
 def random_data(cfg: Config, shape: tuple[int, ...]) -> dict[str, list]:
     """One random sample in the format of a data loader: uint8 input of `shape`, and its data sample.
 
-    Of targets, only the class of a video is set; `random_batch` adds those of images.
+    Of targets, only the class of an image or a video is set; `random_batch` adds those of detection and segmentation.
     """
     sample = get_object_from_string(DATA_SAMPLES[cfg.default_scope])()
     size = shape[-2:]
     sample.set_metainfo(dict(img_id=0, ori_shape=size, img_shape=size, pad_shape=size, scale_factor=(1.0, 1.0)))
-    if cfg.default_scope == 'mmaction':
+    if cfg.default_scope in ('mmaction', 'mmpretrain'):
         sample.set_gt_label(0)
     return dict(inputs=[torch.randint(0, 256, shape, dtype=torch.uint8)], data_samples=[sample])
 

@@ -236,7 +236,8 @@ class _Features(nn.Module):
     features: tuple[Tensor, ...]
 
     def forward(self, _: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return self.features[0] if len(self.features) == 1 else self.features
+        is_tensor = len(self.features) == 1 and self.features[0].dim() == 5  # a single output of the video backbone
+        return self.features[0] if is_tensor else self.features
 
 
 def _build_heads(cfg: Config, shape: tuple[int, ...]) -> nn.Module:

@@ -2,14 +2,15 @@
 
 python tools/analysis_tools/browse_dataset.py configs/det/htc_swinv2_t.py --not-show --output-dir samples
 
-Runs the script of the config's toolbox with the same arguments. Other arguments are passed on to it: mmaction's script
-also has the folder as second argument, --phase train|val|test, --mode original|transformed|concat|pipeline,
---show-number and --fps.
+Runs the script of the config's toolbox with the same arguments. Other arguments are passed on to it: the scripts of
+mmpretrain and mmaction also have --phase train|val|test, --mode original|transformed|concat|pipeline and --show-number,
+that of mmaction the folder as second argument and --fps.
 """
 
 import argparse
 import functools
 import importlib.util
+import inspect
 import os
 import runpy
 import sys
@@ -26,6 +27,7 @@ from swinv2_mm.cli import checks, classes, launch
 SCRIPTS = {
     'mmdet': 'analysis_tools/browse_dataset.py',
     'mmseg': 'analysis_tools/browse_dataset.py',
+    'mmpretrain': 'visualization/browse_dataset.py',
     'mmaction': 'visualizations/browse_dataset.py',
 }
 
@@ -70,11 +72,12 @@ def prepare(cfg: Config, toolbox: str) -> None:
 
 
 def patch_visualizer(toolbox: str) -> None:
-    """Work around errors of the toolboxes' visualizers.
+    """Work around errors of the toolboxes' scripts and visualizers.
 
     mmdet's uses the classes of instances for the values of a semantic map, but COCO-Stuff has more values. mmseg's
-    passes OpenCV an array that is not contiguous, on which OpenCV cannot draw. mmaction's saves videos with moviepy 1;
-    without it, the frames are saved as images.
+    passes OpenCV an array that is not contiguous, on which OpenCV cannot draw. mmpretrain's script calls a function of
+    matplotlib as older releases define it. mmaction's saves videos with moviepy 1; without it, the frames are saved as
+    images.
     """
     if toolbox == 'mmdet':
         _name_stuff()
@@ -82,11 +85,27 @@ def patch_visualizer(toolbox: str) -> None:
         from mmseg.visualization import SegLocalVisualizer
 
         change_arguments(SegLocalVisualizer, lambda kwargs: kwargs.update(image=np.ascontiguousarray(kwargs['image'])))
+    elif toolbox == 'mmpretrain':
+        _default_renderer()
     elif toolbox == 'mmaction' and not _has_moviepy_1():
         from mmaction.visualization import ActionVisualizer
 
         change_arguments(ActionVisualizer, lambda kwargs: kwargs.update(out_type='img'))
         print('moviepy<2 is not installed: the frames are saved as images.')
+
+
+def _default_renderer() -> None:
+    """Make the renderer optional that `adjust_bbox` requires since matplotlib 3.11."""
+    from matplotlib import _tight_bbox
+
+    adjust = _tight_bbox.adjust_bbox
+    if 'renderer' in inspect.signature(adjust).parameters:
+
+        @functools.wraps(adjust)
+        def adjust_bbox(figure, box, renderer=None, *args):
+            return adjust(figure, box, renderer or figure.canvas.get_renderer(), *args)
+
+        _tight_bbox.adjust_bbox = adjust_bbox
 
 
 def _name_stuff() -> None:

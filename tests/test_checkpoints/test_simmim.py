@@ -37,6 +37,7 @@ def pretrained(folder) -> tuple[Path, SimMIMSwinTransformerV2]:
     launch.adapt_to_cpu(cfg)
     cfg.work_dir = str(folder / 'pretrained')
     cfg.param_scheduler, cfg.optim_wrapper.optimizer.lr = None, 0.1  # the one step changes every parameter by 0.1
+    cfg.model.backbone.window_size = PRETRAINED
     runner = Runner.from_cfg(shrink(cfg, ARCH))
     runner.train()
     return folder / 'pretrained/epoch_1.pth', runner.model.backbone

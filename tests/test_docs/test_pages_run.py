@@ -8,6 +8,7 @@ from pathlib import Path
 import nano.cls
 import nano.det
 import nano.seg
+import nano.ssl
 import nano.video
 import oracles
 import pytest
@@ -30,6 +31,7 @@ TASKS = dict(
     cls=(nano.cls.shrink, nano.cls.write_imagenet),
     det=(nano.det.shrink, nano.det.write_shapes),
     seg=(nano.seg.shrink, nano.seg.write_ade20k),
+    ssl=(nano.ssl.shrink, nano.ssl.write_images),
     video=(nano.video.shrink, nano.video.write_kinetics400),
 )
 CHECKPOINT = 'nano.pth'

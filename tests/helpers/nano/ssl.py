@@ -8,12 +8,12 @@ from mmengine.config import Config
 
 from nano import ARCH, CHANNELS
 
-SIZE = 96  # of 192 pixels: 24, 12, 6 and 3 tokens, one window in each stage
+SIZE = 96  # of 192 pixels
 
 
 def shrink(cfg: Config, arch: dict = ARCH) -> Config:
-    """The config as one step of training of a nano model on small images."""
-    cfg.model.backbone.update(arch=arch, window_size=(6, 6, 6, 3))
+    """The config as one step of training of a nano model on small images; windows stay."""
+    cfg.model.backbone.arch = arch
     cfg.model.neck.in_channels = CHANNELS[-1]
     loader = cfg.train_dataloader
     loader.update(batch_size=2, num_workers=0)

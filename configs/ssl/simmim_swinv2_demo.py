@@ -1,5 +1,6 @@
 # SimMIM pre-training of a nano SwinV2 on the digits of tools/misc/make_digits.py, without their labels. The first step
-# of `make demo-cls`, on a CPU. It has all parts of simmim_swinv2_b_in1k_192.py; size and schedule differ.
+# of `make demo-cls`, on a CPU. It has all parts of simmim_swinv2_b_in1k_192.py except
+# the normalized target; size and schedule differ.
 #   python tools/misc/make_digits.py data/digits
 #   tools/dist_train.sh configs/ssl/simmim_swinv2_demo.py 2
 _base_ = [
@@ -19,7 +20,13 @@ model = dict(
         out_indices=(2,),
     ),
     neck=dict(in_channels=128, encoder_stride=8),
-    head=dict(patch_size=2),
+    # raw pixels as target, so that predictions can be drawn
+    head=dict(
+        _delete_=True,
+        type='SimMIMHead',
+        patch_size=2,
+        loss=dict(type='PixelReconstructionLoss', criterion='L1', channel=3),
+    ),
 )
 
 # Data: 32x32 pixels, random crops, masks of 8x8 pixels. A flip would make other shapes than digits.

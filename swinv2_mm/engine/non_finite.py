@@ -28,7 +28,8 @@ class TerminateOnNonFiniteHook(Hook):
 
     A FloatingPointError names the iteration, the loss or the parameter, and the files of the batch. If several
     gradients are not finite, it names the parameter that comes last in the model: the backward pass reached it first.
-    All processes end together, with the same message, even if the loss of only one of them is not finite.
+    All processes end together, with the same message, even if the loss of only one of them is not finite. Files are
+    those in the data samples: PackActionInputs of mmaction packs them with `meta_keys=('img_shape', 'filename')`.
 
     Gradients are checked after each backward pass and before they are clipped: a norm that is NaN makes all of them
     NaN. In fp16 they may overflow: the loss scaler skips these iterations and lowers its scale, and only once that is

@@ -18,7 +18,7 @@ SHARDING_KEYS = {'runner_type', 'model_wrapper_cfg'}  # the configs of SwinV2-G 
 read = functools.cache(Config.fromfile)
 
 
-@pytest.mark.parametrize('folder', ['cls', 'det', 'seg', 'video'])
+@pytest.mark.parametrize('folder', ['cls', 'det', 'seg', 'ssl', 'video'])
 def test_no_config_sets_the_keys_of_a_memory_base(folder):
     added = set().union(*(Config.fromfile(base).keys() for base in BASES))
     for path in (CONFIGS / folder).glob('*.py'):
@@ -26,9 +26,9 @@ def test_no_config_sets_the_keys_of_a_memory_base(folder):
         assert found == (SHARDING_KEYS if 'swinv2_g' in path.stem else set()), path
 
 
-@pytest.mark.parametrize('folder', ['cls', 'det', 'seg', 'video'])
+@pytest.mark.parametrize('folder', ['cls', 'det', 'seg', 'ssl', 'video'])
 def test_every_config_names_existing_classes_and_gives_every_parameter_a_gradient(folder):
-    pytest.importorskip(dict(cls='mmpretrain', det='mmdet', seg='mmseg', video='mmaction')[folder])
+    pytest.importorskip(dict(det='mmdet', seg='mmseg', video='mmaction').get(folder, 'mmpretrain'))
     for path in (CONFIGS / folder).glob('*.py'):
         cfg = read(path).copy()
         cfg.launcher = 'pytorch'

@@ -5,6 +5,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import nano.cls
 import nano.det
 import nano.seg
 import nano.video
@@ -21,18 +22,23 @@ from swinv2_mm.cli import launch
 from swinv2_mm.models import SwinTransformerV2
 from swinv2_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
-for toolbox in ('mmdet', 'mmseg', 'mmaction'):
+for toolbox in ('mmdet', 'mmseg', 'mmaction', 'mmpretrain'):
     pytest.importorskip(toolbox)
 
 pytestmark = pytest.mark.slow
 TASKS = dict(
+    cls=(nano.cls.shrink, nano.cls.write_imagenet),
     det=(nano.det.shrink, nano.det.write_shapes),
     seg=(nano.seg.shrink, nano.seg.write_ade20k),
     video=(nano.video.shrink, nano.video.write_kinetics400),
 )
 CHECKPOINT = 'nano.pth'
 RELEASE = re.compile(r'swinv2://\w+')
-EXAMPLES = (('make_shapes_coco.py', 'shapes_coco'), ('make_motion_clips.py', 'motion_clips'))  # of the pages
+EXAMPLES = (  # of the pages
+    ('make_shapes_coco.py', 'shapes_coco'),
+    ('make_motion_clips.py', 'motion_clips'),
+    ('make_digits.py', 'digits'),
+)
 PROCESSES = 'benchmark_loading.py', 'benchmark_memory.py', 'kernel_report.py', 'study_window_transfer.py'  # start some
 # run by CI as they are, or by tests of their own: downloads, GPUs, many machines
 ELSEWHERE = (
@@ -68,12 +74,19 @@ def folder(tmp_path_factory) -> Path:
         (root / 'configs' / task).mkdir(parents=True)
         for path in (REPOSITORY / 'configs' / task).glob('*.py'):
             is_demo = 'demo' in path.name  # small already, with data of its own
-            place = data / ('objects365' if 'objects365' in path.name else 'coco') if task == 'det' else data
+            place = data / folder_in_data(path.stem)
             cfg = launch.load_config(str(path), {} if is_demo else dict(data_root=f'{place}/'))
             (cfg if is_demo else shrink(cfg)).dump(root / 'configs' / task / path.name)
     backbone = oracles.randomize(SwinTransformerV2(nano.ARCH, window_size=8, pretrained_window_sizes=8))
     torch.save(dict(state_dict=backbone.state_dict(), meta={}), root / CHECKPOINT)
     return root
+
+
+def folder_in_data(config: str) -> str:
+    """Where the data of a config lie in what `write_data` writes for its task."""
+    if config.startswith(('cascade', 'htc')):
+        return 'objects365' if 'objects365' in config else 'coco'
+    return 'v2' if 'imagenet_v2' in config else '.'
 
 
 def checkpoint_of(path: str, folder: Path) -> None:
@@ -111,7 +124,9 @@ def test_a_command_runs(command, folder):
     if command.startswith('python -c'):
         exec(shlex.split(command)[2], {})
         return
-    script, *arguments = script_call(shlex.split(RELEASE.sub(CHECKPOINT, command), comments=True))
+    classifier = re.search(r'test.* configs/cls/(\w+)\.py', command)  # a released one loads whole
+    release = f'work_dirs/{classifier[1]}/released.pth' if classifier else CHECKPOINT
+    script, *arguments = script_call(shlex.split(RELEASE.sub(release, command), comments=True))
     if '--launcher' in arguments:  # here it runs in one process
         at = arguments.index('--launcher')
         del arguments[at : at + 2]

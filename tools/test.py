@@ -176,6 +176,8 @@ def check(args: argparse.Namespace, cfg: Config) -> None:
         ValueError: Anything else.
     """
     checks.check_checkpoint(args.checkpoint, 'CHECKPOINT')
+    if cfg.get('test_dataloader') is None:
+        raise ValueError('the config has no test_dataloader: it is for training only')
     classes.check_classes(cfg)
     checks.check_data(cfg, ['test'])
     checks.check_metrics(cfg, ['test'])

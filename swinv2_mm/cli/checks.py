@@ -16,21 +16,23 @@ from mmengine.runner import find_latest_checkpoint
 
 from swinv2_mm.arguments import did_you_mean
 from swinv2_mm.checkpoints import loaders
+from swinv2_mm.cli.folders import check_folders, has_folders, with_paths_of_split
 from swinv2_mm.registry import TRANSFORMS
 
 
 def check_data(cfg: Config, splits: Iterable[str]) -> None:
-    """Check that the files and folders of the data sets exist.
+    """Check that the files and folders of the data sets exist; of classifiers, also what `check_folders` checks.
 
     Looks at `ann_file` and `data_prefix` of every data set, inside wrappers too, joined with `data_root` as mmengine's
     BaseDataset joins them, and at the evaluators' `ann_file`. Paths with a protocol (s3://...) are not checked.
 
     Args:
-        cfg: A config of mmdet, mmseg or mmaction.
+        cfg: A config of one of the toolboxes.
         splits: Some of 'train', 'val' and 'test'.
 
     Raises:
         FileNotFoundError: A path does not exist; the message names the split, the path and the options that set it.
+        ValueError: See `check_folders`.
     """
     for split in splits:
         for path, option, root_option in _data_paths(cfg, split):
@@ -43,12 +45,16 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
                 f'{split} data: {path} does not exist{seen_from(path)}; it is set by {option}. Put the '
                 f'data there, or set their path: --cfg-options {" or ".join(ways_out)}'
             )
+        for dataset, option in _split_datasets(cfg, split):
+            if has_folders(cfg, dataset):
+                check_folders(cfg, split, dataset, option)
 
 
 def _data_paths(cfg: Config, split: str) -> Iterator[tuple[str, str, str | None]]:
     """Yield each path of a split, its option, and the option of the root folder it is relative to, if any."""
-    loader = cfg.get(f'{split}_dataloader') or {}
-    for dataset, option in _leaf_datasets(loader.get('dataset'), f'{split}_dataloader.dataset'):
+    for dataset, option in _split_datasets(cfg, split):
+        if has_folders(cfg, dataset):
+            dataset = with_paths_of_split(dataset)
         if (dataset.get('backend_args') or {}).get('backend', 'local') != 'local':
             continue
         root = dataset.get('data_root') or ''
@@ -79,6 +85,12 @@ def _metrics(cfg: Config, split: str) -> Iterator[tuple[dict, str]]:
             yield metric, f'{split}_evaluator.{i}' if several else f'{split}_evaluator'
 
 
+def _split_datasets(cfg: Config, split: str) -> Iterator[tuple[dict, str]]:
+    """Yield the data sets of a split, each with its option; see `_leaf_datasets`."""
+    loader = cfg.get(f'{split}_dataloader') or {}
+    yield from _leaf_datasets(loader.get('dataset'), f'{split}_dataloader.dataset')
+
+
 def _leaf_datasets(dataset, option: str) -> Iterator[tuple[dict, str]]:
     """Yield the data sets inside RepeatDataset, ConcatDataset and other wrappers, each with its option."""
     if not isinstance(dataset, dict):
@@ -99,8 +111,7 @@ def check_transforms(cfg: Config, splits: Iterable[str]) -> None:
         ValueError: A transform has a wrong argument.
     """
     for split in splits:
-        loader = cfg.get(f'{split}_dataloader') or {}
-        for dataset, _ in _leaf_datasets(loader.get('dataset'), ''):
+        for dataset, _ in _split_datasets(cfg, split):
             for transform in dataset.get('pipeline') or ():
                 if str(transform.get('type')).startswith('swinv2_mm.'):
                     TRANSFORMS.build(copy.deepcopy(transform))

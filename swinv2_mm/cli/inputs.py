@@ -136,13 +136,17 @@ def _last_size(pipeline: Sequence[dict]) -> Sequence[int] | None:
 def random_data(cfg: Config, shape: tuple[int, ...]) -> dict[str, list]:
     """One random sample in the format of a data loader: uint8 input of `shape`, and its data sample.
 
-    Of targets, only the class of an image or a video is set; `random_batch` adds those of detection and segmentation.
+    Of targets, the class of an image or a video is set, and SimMIM's mask; `random_batch` adds those of detection and
+    segmentation.
     """
     sample = get_object_from_string(DATA_SAMPLES[cfg.default_scope])()
     size = shape[-2:]
     sample.set_metainfo(dict(img_id=0, ori_shape=size, img_shape=size, pad_shape=size, scale_factor=(1.0, 1.0)))
     if cfg.default_scope in ('mmaction', 'mmpretrain'):
         sample.set_gt_label(0)
+    if cfg.model.get('type') == 'SimMIM':
+        patch = cfg.model.backbone.get('patch_size', 4)
+        sample.set_mask(torch.ones([side // patch for side in size], dtype=torch.int64))
     return dict(inputs=[torch.randint(0, 256, shape, dtype=torch.uint8)], data_samples=[sample])
 
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import importlib.util
 import logging
 import os
 import signal
@@ -25,6 +26,8 @@ from swinv2_mm.cli.errors import one_line_errors, rank
 from swinv2_mm.parallel.sharding import SHARDED_WRAPPERS, ShardedRunner
 from swinv2_mm.registry import MODEL_WRAPPERS, RUNNERS
 
+# extras of this package that install a toolbox
+EXTRAS = {'mmdet': 'det', 'mmseg': 'seg', 'mmpretrain': 'cls', 'mmaction': 'video'}
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -65,10 +68,14 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
     try:
         cfg = Config.fromfile(path)
     except ModuleNotFoundError as error:
+        extra = next((extra for toolbox, extra in EXTRAS.items() if toolbox in str(error)), None)
+        install = f": pip install 'swinv2_mm[{extra}]'" if extra else ''
+        raise ModuleNotFoundError(f'config {path} cannot be read: {error}{install}') from error
+    scope = cfg.get('default_scope')
+    if scope in EXTRAS and importlib.util.find_spec(scope) is None:
         raise ModuleNotFoundError(
-            f'config {path} cannot be read: {error}. The extras of this package name the toolboxes: '
-            'pip install swinv2_mm[det], [seg], [video] or [cls]'
-        ) from error
+            f"config {path} needs {scope}, which is not installed: pip install 'swinv2_mm[{EXTRAS[scope]}]'"
+        )
     former_root = cfg.get('data_root')
     try:
         cfg.merge_from_dict(cfg_options or {})

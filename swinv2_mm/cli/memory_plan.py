@@ -235,7 +235,7 @@ class _Features(nn.Module):
 
     features: tuple[Tensor, ...]
 
-    def forward(self, _: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, *_: Tensor) -> Tensor | tuple[Tensor, ...]:
         is_tensor = len(self.features) == 1 and self.features[0].dim() == 5  # a single output of the video backbone
         return self.features[0] if is_tensor else self.features
 

@@ -13,7 +13,7 @@ from swinv2_mm.models import GlobalAttention
 from swinv2_mm.models.swin_v2 import SwinV2
 from swinv2_mm.registry import MODEL_WRAPPERS, RUNNERS
 
-TOOLBOXES = ('mmdet', 'mmseg')
+TOOLBOXES = ('mmdet', 'mmseg', 'mmpretrain')
 # heads of mmsegmentation that read other feature maps than those of their `in_index`
 IGNORE_IN_INDEX = {
     *('DDRHead', 'DepthwiseSeparableASPPHead', 'IterativeDecodeHead'),
@@ -26,7 +26,8 @@ def check_unused(cfg: Config, backbone: SwinV2) -> None:
 
     DistributedDataParallel waits for the gradient of each parameter, and raises an error at the second step if one is
     missing. The outputs in use are known for models of mmdet and mmsegmentation that have a neck with `start_level`, or
-    no neck and heads with `in_index`. All other models are assumed to use every output.
+    no neck and heads with `in_index`, and for classifiers of mmpretrain. All other models are assumed to use every
+    output.
 
     Args:
         cfg: Config of a training.
@@ -44,7 +45,7 @@ def check_unused(cfg: Config, backbone: SwinV2) -> None:
         return
     find = f'{"model_wrapper_cfg." if cfg.get("model_wrapper_cfg") else ""}find_unused_parameters=True'
     listed, ways_out = ' and '.join(map(str, without_gradient)), find
-    if changes:
+    if changes is not None:
         changes = {'model.backbone.out_indices': [stages[i] for i in used], **changes}
         ways_out = f'{" ".join(_option(*change) for change in changes.items())}, or {find}'
     raise ValueError(
@@ -72,16 +73,19 @@ def _waits_for_gradients(cfg: Config) -> bool:
     )
 
 
-def _used_outputs(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]]:
-    """Indices of the backbone's outputs that are used, and config options for a model that gets only these, if any.
+def _used_outputs(cfg: Config, count: int) -> tuple[list[int], dict[str, Any] | None]:
+    """Indices of the backbone's outputs that are used, and config options for a model that gets only these.
+
+    The options are None if there can be no such model.
 
     Args:
         cfg: The config.
         count: Number of outputs.
     """
-    known = None
-    if _is_stock(find_model(cfg.model.get('type'), cfg.get('default_scope'))):
-        known = _used_by_neck(cfg, count) if cfg.model.get('neck') else _used_by_heads(cfg, count)
+    known, model = None, find_model(cfg.model.get('type'), cfg.get('default_scope'))
+    if _is_stock(model):
+        used = _used_by_neck if cfg.model.get('neck') else _used_by_heads
+        known = (_used_by_classifier if model.__name__ == 'ImageClassifier' else used)(cfg, count)
     return known or (list(range(count)), {})
 
 
@@ -94,7 +98,19 @@ def _first_neck(cfg: Config) -> tuple[Mapping, int, str]:
     return {}, 0, ''
 
 
-def _used_by_neck(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]] | None:
+def _used_by_classifier(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]] | None:
+    """Heads for classes read the last output, and GlobalAveragePooling passes on all outputs."""
+    neck, head, scope = cfg.model.get('neck'), cfg.model.get('head'), cfg.get('default_scope')
+    is_known = _extends(head, 'ClsHead', scope) and (not neck or _extends(neck, 'GlobalAveragePooling', scope))
+    return ([count - 1], {}) if is_known else None
+
+
+def _extends(part, base: str, scope: str | None) -> bool:
+    found = find_model(part.get('type'), scope) if isinstance(part, dict) else None
+    return isinstance(found, type) and issubclass(found, find_model(base, scope))
+
+
+def _used_by_neck(cfg: Config, count: int) -> tuple[list[int], dict[str, Any] | None] | None:
     neck, before, option = _first_neck(cfg)
     found = find_model(neck.get('type'), cfg.get('default_scope'))
     arguments = arguments_of(found) if _is_stock(found) else {}
@@ -108,7 +124,7 @@ def _used_by_neck(cfg: Config, count: int) -> tuple[list[int], dict[str, Any]] |
     if not used or len(channels) != count:  # the neck itself reports this
         return None
     if before and used[-1] != count - 1:  # GlobalAttention is built for the last output, which nothing uses
-        return used, {}
+        return used, None
     changes = {f'{option}.in_channels': type(channels)(channels[i] for i in used), f'{option}.start_level': 0}
     return used, {**changes, **({} if end == -1 else {f'{option}.end_level': -1})}
 

@@ -9,12 +9,13 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODELS, DefaultScope
-from nano import ARCH, CHANNELS
+from nano import ARCH, CHANNELS, NANO_CONFIGS
 from nano.det import narrow
 from processes import ProcessError, run_processes
 from torch import nn
 
 from swinv2_mm.cli.classes import check_classes
+from swinv2_mm.cli.inputs import random_data
 from swinv2_mm.cli.unused import check_unused
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -129,6 +130,32 @@ def test_check_unused_in_index_of_heads(heads):
         better = apply_hint(cfg)
         assert not without_gradient(better)
         assert error_of(better) is None
+
+
+def test_check_unused_outputs_of_a_classifier():
+    """Its head reads the last feature map; the default of the backbone is all four."""
+    pytest.importorskip('mmpretrain')
+    cfg = Config.fromfile(NANO_CONFIGS / 'cls.py')
+    cfg.launcher = 'pytorch'
+    assert error_of(cfg) is None
+    cfg.model.backbone.out_indices = (1, 2, 3)
+    assert error_of(cfg).startswith('nothing uses output 1 and 2 of model.backbone.out_indices=(1, 2, 3)')
+    assert 'model.backbone.out_indices="[3]", or ' in error_of(cfg)
+    assert unused_by_classifier(cfg) == {f'norm{i}.{name}' for i in (1, 2) for name in ('weight', 'bias')}
+    better = apply_hint(cfg)
+    assert error_of(better) is None
+    assert not unused_by_classifier(better)
+    cfg.model.neck.type = 'LinearNeck'  # may use any output
+    assert error_of(cfg) is None
+
+
+def unused_by_classifier(cfg: Config) -> set[str]:
+    """Parameters of the backbone that get no gradient from the loss."""
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(cfg.model)
+    data = model.data_preprocessor(random_data(cfg, (3, 64, 64)), True)
+    model(**data, mode='loss')['loss'].backward()
+    return {name for name, p in model.backbone.named_parameters() if p.grad is None}
 
 
 def test_check_unused_end_level_of_a_neck():

@@ -1,19 +1,28 @@
 """The checks before a launch: each error is one line, with exit code 2. The commands that the launch scripts start."""
 
+import contextlib
+import importlib.util
+import os
+import re
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 from nano import NANO_CONFIGS
+from nano.cls import write_classes
 from tool_runs import TOOLS, call, environment, folder_on_path, free_port, refuse, run, taken_port
 
 from swinv2_mm.cli import checks, classes, launch
 
+CLS = NANO_CONFIGS / 'cls.py'
 DET = Path(__file__).parents[2] / 'configs/det'
 SCRIPTS = sorted(
     str(path.relative_to(TOOLS)) for path in TOOLS.rglob('*.py') if 'def main(' in path.read_text(encoding='utf-8')
@@ -41,6 +50,41 @@ def test_load_config_names_a_missing_toolbox(error_of, tmp_path):
     config = tmp_path / 'config.py'
     config.write_text("_base_ = 'mmpose::_base_/default_runtime.py'")
     assert 'mmpose is not installed' in error_of('train', config)
+
+
+@pytest.mark.parametrize('text', ["_base_ = 'mmpretrain::_base_/default_runtime.py'", "default_scope = 'mmpretrain'"])
+def test_load_config_names_the_extra_of_a_missing_toolbox(error_of, tmp_path, monkeypatch, text):
+    config = tmp_path / 'config.py'
+    config.write_text(text)
+    monkeypatch.setitem(sys.modules, 'mmpretrain', None)
+    line = error_of('train', config)
+    assert 'mmpretrain' in line
+    assert line.endswith(": pip install 'swinv2_mm[cls]'")
+
+
+@pytest.mark.parametrize('tool', ['train', 'test'])
+def test_load_config_gives_data_loaders_the_defaults_of_mmpretrain(monkeypatch, tool):
+    """Those of its scripts. Without a GPU, pinned memory would only make torch warn."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    script = Path(importlib.util.find_spec('mmpretrain').origin).parent / f'.mim/tools/{tool}.py'
+    args = SimpleNamespace(**dict.fromkeys(['cfg_options', 'resume', 'work_dir', 'show_dir', 'checkpoint']), config='a')
+    flags = ('amp', 'auto_scale_lr', 'no_validate', 'no_pin_memory', 'no_persistent_workers', 'show', 'tta')
+    args.__dict__.update(dict.fromkeys(flags, False), launcher='none')
+    loader = f'{tool}_dataloader'
+    options = {f'{loader}.num_workers': 2}
+    cfg = Config.fromfile(CLS)
+    cfg.merge_from_dict(options)
+    expected = runpy.run_path(str(script))['merge_args'](cfg, args)[loader]
+    ours = launch.load_config(str(CLS), options)[loader]
+    assert {**expected, 'persistent_workers': True} == ours  # its test.py starts the workers once anyway
+
+
+def test_load_config_keeps_the_loaders_of_a_config():
+    options = {'train_dataloader.collate_fn.type': 'pseudo_collate', 'train_dataloader.pin_memory': False}
+    loader = launch.load_config(str(CLS), options).train_dataloader
+    assert loader.collate_fn.type == 'pseudo_collate'
+    assert not loader.pin_memory
+    assert not loader.persistent_workers  # torch refuses it without workers
 
 
 def test_load_config_names_a_missing_config(error_of):
@@ -121,6 +165,116 @@ def test_check_data_of_segmentation(tmp_path, split, missing):
     cfg = launch.load_config(str(NANO_CONFIGS / 'seg.py'), dict(data_root=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match=f'{tmp_path}/{missing}'):
         checks.check_data(cfg, [split])
+
+
+@pytest.fixture
+def classes_data(tmp_path):
+    return write_classes(tmp_path / 'cls')
+
+
+def test_check_data_of_classes_accepts(classes_data):
+    (classes_data / 'val/bright/bright_0.png').rename(classes_data / 'val/dark/other.PNG')
+    (classes_data / 'val/bright/bright_1.png').unlink()  # mmpretrain needs the folder for the numbers of the classes
+    (classes_data / 'train/dark/deeper').mkdir()
+    (classes_data / 'train/dark/dark_0.png').rename(classes_data / 'train/dark/deeper/a.png')
+    checks.check_data(launch.load_config(str(CLS), dict(data_root=str(classes_data))), ['train', 'val', 'test'])
+
+
+@pytest.mark.parametrize(
+    ('change', 'text'),
+    [
+        (lambda root: shutil.rmtree(root / 'train'), 'train data: {root}/train does not exist; it is set by '),
+        (
+            lambda root: [path.rename(f'{path}.txt') for path in root.glob('train/*/*')],
+            'train data: no image (.jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif) in the folders of {root}/train. Each '
+            'class has a folder there, as in {root}/train/cat/1.jpg; or list images and classes in a file: '
+            '--cfg-options train_dataloader.dataset.ann_file=PATH',
+        ),
+        (
+            lambda root: [path.rename(root / 'val' / path.name) for path in root.glob('val/*/*')],
+            'val data: no image (.jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif) in the folders of {root}/val. ',
+        ),
+        (
+            lambda root: [path.unlink() for path in root.glob('train/dark/*')],
+            'train data: no image (.jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif) in {root}/train/dark. Each folder of ',
+        ),
+        (
+            lambda root: shutil.copytree(root / 'train/dark', root / 'train/grey'),
+            'train data: {root}/train has 3 folders, one for each class, but model.head.num_classes=2: '
+            '--cfg-options model.head.num_classes=3 data_preprocessor.num_classes=3',
+        ),
+    ],
+    ids=['no_folder', 'no_image', 'no_folders', 'empty_class', 'too_many_classes'],
+)
+def test_check_data_of_classes(error_of, classes_data, change, text):
+    change(classes_data)
+    line = error_of('train', CLS, '--cfg-options', f'data_root={classes_data}')
+    assert line.startswith('error: ' + text.format(root=classes_data))
+
+
+@pytest.mark.parametrize(
+    ('dataset', 'text'),
+    [
+        (dict(type='ImageNet', split='train'), '2 folders, one for each class, but test_dataloader.dataset has 1000'),
+        (dict(type='ImageNet', split='train', metainfo=dict(classes=('a', 'b'))), None),
+        (dict(type='ImageNet', split='val'), None),  # listed in meta/val.txt
+        (dict(type='mmpretrain.ImageNet', split='test'), ' no image '),
+        (dict(type='ImageNet21k', split='train'), None),
+        (dict(type='CustomDataset'), None),
+        (dict(type='CustomDataset', data_prefix='train', classes=('a',)), 'but test_dataloader.dataset has 1 classes'),
+        (dict(type='CustomDataset', data_prefix=dict(img_path='train')), None),
+        (dict(type='CustomDataset', data_prefix='~/cls/train'), None),
+        (dict(type='CustomDataset', data_prefix='train', with_label=False), None),
+        (dict(type='CustomDataset', data_prefix='test', with_label=False), ' no image '),
+        (dict(type='CustomDataset', data_prefix='train', extensions=('.gif',)), 'no image (.gif) in the folders of '),
+        (dict(type='CustomDataset', data_prefix='test', ann_file='meta/val.txt'), None),
+        (dict(type='CustomDataset', data_prefix='train', ann_file='gone.txt'), 'gone.txt does not exist'),
+    ],
+    ids=str,
+)
+def test_check_data_of_classes_fails_where_mmpretrain_fails(classes_data, monkeypatch, dataset, text):
+    from mmpretrain.registry import DATASETS
+
+    monkeypatch.setenv('HOME', str(classes_data.parent))
+    (classes_data / 'test').mkdir()
+    (classes_data / 'meta').mkdir()
+    (classes_data / 'meta/val.txt').write_text('a.png 0')
+    cfg = launch.load_config(str(CLS), {'model.head.num_classes': 1000})
+    cfg.test_dataloader.dataset = dict(dataset, data_root=str(classes_data))
+    errors = (AssertionError, FileNotFoundError, RuntimeError, ValueError)
+    mmpretrain = DefaultScope.overwrite_default_scope('mmpretrain')
+    with mmpretrain, contextlib.nullcontext() if text is None else pytest.raises(errors):
+        DATASETS.build(cfg.test_dataloader.dataset)
+    with contextlib.nullcontext() if text is None else pytest.raises(errors, match=re.escape(text)):
+        checks.check_data(cfg, ['test'])
+
+
+def test_check_data_of_classes_lists_no_folder_to_its_end(classes_data, monkeypatch):
+    """ImageNet has 1.28 M images in 1000 folders; after the first image of a folder no other is looked at."""
+    for i in range(500):
+        (classes_data / f'train/dark/{i}.png').touch()
+    seen = []
+    monkeypatch.setattr(os, 'scandir', lambda path, scan=os.scandir: Counted(scan(path), seen))
+    checks.check_data(launch.load_config(str(CLS), dict(data_root=str(classes_data))), ['train'])
+    assert len(seen) == 2 + 2  # folders, and the first image in each
+
+
+class Counted:
+    """Entries of a folder, which are noted when they are asked for."""
+
+    def __init__(self, entries, seen: list) -> None:
+        self.entries, self.seen = entries, seen
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.entries.close()
+
+    def __iter__(self):
+        for entry in self.entries:
+            self.seen.append(entry.name)
+            yield entry
 
 
 def test_check_data_of_videos(tmp_path):
@@ -301,6 +455,10 @@ def test_train_wrong_flags(error_of, data, flags, text):
             'DetTTAModel of mmdet merges only boxes',
         ),
         ('video', ['--tta'], '--tta: the config has no tta_model and no tta_pipeline'),
+        ('cls', ['--tta', '--show-dir', 'a'], '--show and --show-dir draw one view of each image'),
+        ('cls', ['--out-item', 'metrics'], '--out-item says what --out saves: add --out FILE'),
+        ('cls', ['--out-item', 'metrics', '--out', 'a.txt'], '--out a.txt: the file must end in .json or .pkl or .yml'),
+        ('cls', ['--cfg-options', 'test_dataloader=None'], 'the config has no test_dataloader: it is for training'),
         (
             'det',
             ['--show-dir', 'a', '--cfg-options', 'default_hooks.visualization=None'],

@@ -5,8 +5,8 @@ python tools/analysis_tools/benchmark.py configs/det/htc_swinv2_t.py --checkpoin
 python tools/analysis_tools/benchmark.py configs/video/swinv2_t_k400_224x224x32.py --task train --shape 32 224 224
 
 Inference runs on a random input of shape --shape, or on the images of the test set one by one. Training runs on batches
-of the training set, or for video on a random clip of shape --shape. A clip is one view of a video. Data loading is not
-timed. The tasks `dataloader` and `dataset` do that: they run mmdet's script with the same arguments.
+of the training set, or for mmpretrain and video on a random input of shape --shape. A clip is one view of a video. Data
+loading is not timed. The tasks `dataloader` and `dataset` do that: they run mmdet's script with the same arguments.
 """
 
 import argparse
@@ -175,7 +175,9 @@ def check(args: argparse.Namespace, cfg: Config) -> tuple[int, ...] | None:
     toolbox(cfg)
     classes.check_classes(cfg)
     checks.check_checkpoint(args.checkpoint, '--checkpoint')
-    makes_labels = args.task == 'train' and cfg.default_scope == 'mmaction'
+    makes_labels = args.task == 'train' and cfg.default_scope in ('mmaction', 'mmpretrain')
+    if args.task == 'inference' and cfg.model.get('type') == 'SimMIM':
+        raise ValueError('a model for pre-training predicts nothing: measure it with --task train')
     if args.shape and args.task != 'inference' and not makes_labels:
         raise ValueError(f'--shape makes inputs without labels, and --task {args.task} takes the data of the config')
     if args.shape:

@@ -1,6 +1,7 @@
-"""FLOPs and parameters of the parts of a detector, segmentor or video recognizer, for one input shape.
+"""FLOPs and parameters of the parts of a detector, segmentor, classifier or video recognizer, for one input shape.
 
 python tools/analysis_tools/get_flops.py configs/det/htc_swinv2_t.py --shape 800 1280
+python tools/analysis_tools/get_flops.py configs/cls/swinv2_b_in1k_256.py --shape 256
 python tools/analysis_tools/get_flops.py configs/video/swinv2_t_k400_224x224x32.py --shape 32 224 224
 
 One FLOP is one multiply-add, as in Microsoft's tables of Swin and in the toolboxes' own scripts; a norm counts 5 per
@@ -67,7 +68,7 @@ def complexity(cfg: Config, shape: tuple[int, ...]) -> Complexity:
     traced are not counted, nor are auxiliary heads, which are for training only.
 
     Args:
-        cfg: A config of mmdet, mmseg or mmaction.
+        cfg: A config of one of the toolboxes.
         shape: Shape of the input, from `input_shape`.
     """
     torch.manual_seed(0)
@@ -89,6 +90,8 @@ def complexity(cfg: Config, shape: tuple[int, ...]) -> Complexity:
 def _forward(model: nn.Module, inputs: Tensor, samples: list):
     if hasattr(model, 'cls_head'):  # mmaction's mode='tensor' stops before the head
         return model.extract_feat(inputs, stage='head', data_samples=samples)
+    if hasattr(model, 'target_generator'):  # that of mmpretrain's SimMIM before the decoder
+        return model.neck(model.extract_feat(inputs)[0])
     return type(model).forward(model, inputs, samples, mode='tensor')
 
 
@@ -206,7 +209,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs='+',
         metavar='N',
         help='input: one side of a square, H W, or for video T H W or all axes '
-        '(default: 800 1280 for mmdet, 1024 2048 for mmseg, 32 224 224 for clips, 224 224 for frames)',
+        '(default: 800 1280 for mmdet, 1024 2048 for mmseg, 224 224 for mmpretrain and frames, 32 224 224 for clips)',
     )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='change the config: key=value')
     return parser.parse_args(argv)

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--save-path', help='write the config to this .py, .json or .yml file as well')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='change the config: key=value')
     args = parser.parse_args(argv)
-    with launch.one_line_errors(FileNotFoundError, ValueError):
+    with launch.one_line_errors(FileNotFoundError, ModuleNotFoundError, ValueError):
         if args.save_path and not args.save_path.endswith(('.py', '.json', '.yml')):
             raise ValueError(f'--save-path {args.save_path}: the file must end in .py, .json or .yml')
         cfg = launch.load_config(args.config, args.cfg_options)

@@ -43,7 +43,7 @@ def draw_reconstructions(data: Path, checkpoint: Path, path: Path) -> None:
     init_default_scope(cfg.default_scope)
     set_random_seed(0)
     dataset = DATASETS.build(dict(cfg.train_dataloader.dataset, data_root=str(data), data_prefix='val'))
-    samples = [dataset[i] for i in range(0, len(dataset), len(dataset) // NUM_PICTURES)]
+    samples = [dataset[i] for i in spread(len(dataset))]
     model = MODELS.build(cfg.model)
     load_checkpoint(model, str(checkpoint), map_location='cpu')
     inputs = torch.stack([sample['inputs'] for sample in samples])
@@ -62,6 +62,11 @@ def draw_reconstructions(data: Path, checkpoint: Path, path: Path) -> None:
     join([enlarge(np.hstack(row)) for row in zip(*columns, strict=True)], path, columns=3)
 
 
+def spread(count: int) -> range:
+    """Indices of the images to draw: they come in the order of their classes."""
+    return range(0, count, count // NUM_PICTURES)[:NUM_PICTURES]
+
+
 def enlarge(image: np.ndarray) -> np.ndarray:
     """The image with each pixel as a square."""
     return cv2.resize(image, None, fx=SCALE, fy=SCALE, interpolation=cv2.INTER_NEAREST)
@@ -71,7 +76,7 @@ def draw_predictions(dump: Path, path: Path) -> None:
     """Draws digits with the predicted class; a wrong one is red, with the true class behind it."""
     predictions = pickle.loads(dump.read_bytes())
     pictures = []
-    for prediction in predictions[:: len(predictions) // NUM_PICTURES]:
+    for prediction in (predictions[i] for i in spread(len(predictions))):
         predicted, true = int(prediction['pred_label']), int(prediction['gt_label'])
         picture = enlarge(cv2.imread(prediction['img_path']))
         heading = np.full((28, picture.shape[1], 3), 255, np.uint8)
@@ -127,9 +132,9 @@ def demo(work_dir: Path, processes: int) -> None:
                 dump = ['--work-dir', test_dir, '--dump', test_dir / 'predictions.pkl']
                 run('tools/dist_test.sh', config, checkpoint_of(folder(work_dir, 'train', start)), processes, *dump)
 
-    steps = {'make the data set': (10, make_data), 'pre-train': (150, pretrain)}
-    steps |= {f'fine-tune, {start}': (55, partial(finetune, start)) for start in STARTS}
-    steps['test'] = (50, test)
+    steps = {'make the data set': (10, make_data), 'pre-train': (140, pretrain)}
+    steps |= {f'fine-tune, {start}': (50, partial(finetune, start)) for start in STARTS}
+    steps['test'] = (60, test)
     timing = Steps('SimMIM and classification', {title: seconds for title, (seconds, _) in steps.items()})
     timing.announce()
     for title, (_, action) in steps.items():

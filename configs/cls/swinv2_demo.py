@@ -52,7 +52,7 @@ val_evaluator = dict(topk=(1,))
 test_evaluator = val_evaluator
 
 # Schedule: 5 steps of 40 images in each epoch.
-max_epochs = 80
+max_epochs = 60
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = add_scope(

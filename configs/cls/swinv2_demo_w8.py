@@ -1,5 +1,5 @@
 # swinv2_demo.py with images and windows of twice the side, for a test of the same checkpoint without training.
-#   python tools/test.py configs/cls/swinv2_demo_w8.py work_dirs/demo_cls/finetune/epoch_80.pth
+#   python tools/test.py configs/cls/swinv2_demo_w8.py work_dirs/demo_cls/train_pre-trained/epoch_60.pth
 _base_ = './swinv2_demo.py'
 from swinv2_mm.scope import add_scope
 

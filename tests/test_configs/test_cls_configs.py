@@ -1,5 +1,6 @@
 """Classification configs build, have the numbers of the paper and of the official code, and train."""
 
+import re
 from pathlib import Path
 
 import oracles
@@ -8,7 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, DefaultScope
-from mmengine.runner import Runner
+from mmengine.runner import Runner, load_checkpoint
 from nano import closest, smaller_backbone, train_a_step
 from nano.cls import LABELS, shrink, write_imagenet
 
@@ -20,7 +21,8 @@ pytest.importorskip('mmpretrain')
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'cls'
 LEAVES = sorted(p.stem for p in CONFIGS.glob('*.py'))
-PAPER = sorted(set(LEAVES) - {'swinv2_demo'})
+DEMOS = [name for name in LEAVES if name.startswith('swinv2_demo')]
+PAPER = sorted(set(LEAVES) - set(DEMOS))
 TEST_SYSTEMS = [name for name in PAPER if name.endswith('imagenet_v2')]
 RECIPE_NAMES = sorted(set(PAPER) - set(TEST_SYSTEMS))
 TRAINED = ['swinv2_t_in1k_256', 'swinv2_b_in22k_192', 'swinv2_g_in22k_192', 'swinv2_g_w40_in22kto1k_640']
@@ -72,6 +74,13 @@ def test_builds_with_the_parameters_of_the_official_model(name):
     )
     extra = (head.num_classes - 1000) * (head.in_channels + 1)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[cfg.model.backbone.arch] + extra
+
+
+@pytest.mark.parametrize('name', DEMOS)
+def test_a_demo_builds(name):
+    with torch.device('meta'):
+        model = MODELS.build(read(name).model)
+    assert model.head.in_channels == model.backbone.num_features[-1]
 
 
 @pytest.mark.parametrize('name', PAPER)
@@ -319,6 +328,49 @@ def test_the_releases_of_the_readme_are_those_of_the_configs():
         assert checkpoint.startswith(f'swinv2://{backbone.arch}_')
         side = read(name).train_dataloader.dataset.pipeline[1].scale
         assert f'_{side}' in checkpoint or f'to{side}' in checkpoint
+
+
+RELEASES = dict(releases()) | {'swinv2_b_in22k_192': 'swinv2://base_window12_192_22k'}
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'swinv2_t_in1k_256',
+        'swinv2_t_w16_in1k_256',
+        'swinv2_b_in22k_192',
+        'swinv2_b_w16_in22kto1k_256',
+        pytest.param('swinv2_b_w24_in22kto1k_384', marks=pytest.mark.slow),
+    ],
+)
+@torch.no_grad()
+def test_a_config_has_the_logits_of_the_released_model(name, tmp_path):
+    """Those of timm, at the image size, window and pre-training window that the name of the release has."""
+    oracles.find_peers()
+    from timm.models.swin_transformer_v2 import SwinTransformerV2
+
+    checkpoint = RELEASES[name]
+    arch = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(2, 4, 8, 16))
+    window, image = map(int, re.search(r'window(?:\d+to)?(\d+)_(?:\d+to)?(\d+)', checkpoint).groups())
+    cfg = read(name)
+    timm = SwinTransformerV2(
+        image,
+        window_size=window,
+        pretrained_window_sizes=(12, 12, 12, 6) if '12to' in checkpoint else (0, 0, 0, 0),
+        num_classes=cfg.model.head.num_classes,
+        embed_dim=arch['embed_dims'],
+        depths=arch['depths'],
+        num_heads=arch['num_heads'],
+    )
+    timm = oracles.randomize(timm).eval()
+    path = tmp_path / loaders.find_release(checkpoint).file_name
+    torch.save(timm.state_dict(), path)
+    cfg.model.backbone.update(arch=arch, init_cfg=None, attention_backend='reference')
+    cfg.model.head.in_channels = 128
+    model = MODELS.build(cfg.model).eval()
+    load_checkpoint(model, str(path))
+    x = torch.randn(1, 3, image, image, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(x), timm(x))
 
 
 def test_the_metafile_lists_every_config():

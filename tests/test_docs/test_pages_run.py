@@ -59,6 +59,9 @@ SMALL = {
     r'make_motion_clips\.py': '--train 4 --val 4',
     r'study_window_transfer\.py': '--size 32 --window 2 --factors 1 2 --steps 2 --batch-size 2 --train-images 3'
     ' --test-images 2 --seeds 4',
+    # nano configs start from random weights
+    r' model\.backbone\.init_cfg\.checkpoint=': 'model.backbone.init_cfg._delete_=True'
+    ' model.backbone.init_cfg.type=Pretrained',
 }
 
 

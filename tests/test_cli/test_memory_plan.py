@@ -1,11 +1,12 @@
 """Planned memory compared with real trainings, and its arithmetic with a calculation by hand."""
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 from tool_runs import REPOSITORY
 
 from swinv2_mm.cli import inputs, memory_plan
@@ -76,6 +77,8 @@ def measured(cfg: Config, shape: tuple[int, ...], samples: int, bfloat16: bool =
         # more samples than MAX_HEAD_SAMPLES
         pytest.param('seg/upernet_swinv2_demo.py', [128], 5, 'auto', marks=pytest.mark.slow),
         ('video/swinv2_demo.py', [8, 64, 64], 4, 'auto'),
+        ('cls/swinv2_demo.py', [64], 4, 'auto'),
+        pytest.param('ssl/simmim_swinv2_demo.py', [64], 4, 'auto', marks=pytest.mark.slow),
     ],
 )
 def test_activations_of_a_real_training(name, size, samples, backend):
@@ -223,6 +226,18 @@ def test_model_size_of_each_kind_of_config(name, least, most):
     assert all(state.parameters + state.gradients + state.optimizer < ddp.total for state in others)
 
 
+def packed(step: dict) -> tuple[int, ...]:
+    """Shape of a larger image after a transform of mmpretrain."""
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        transforms = [
+            TRANSFORMS.build(dict(config, _scope_='mmpretrain')) for config in (step, dict(type='PackInputs'))
+        ]
+    results = dict(img=np.zeros((50, 60, 3), np.uint8), img_shape=(50, 60), ori_shape=(50, 60))
+    for transform in transforms:
+        results = transform(results)
+    return tuple(results['inputs'].shape)
+
+
 def test_training_shape_is_height_then_width():
     cfg = read('video/swinv2_t_k400_224x224x32.py')
     assert inputs.training_shape(cfg, None) == (1, 3, 32, 224, 224)
@@ -233,6 +248,18 @@ def test_training_shape_is_height_then_width():
     cfg = read('seg/upernet_swinv2_l.py')
     cfg.model.data_preprocessor.size = (96, 160)
     assert inputs.training_shape(cfg, None) == (3, 96, 160)
+    cfg = read('cls/swinv2_demo.py')
+    sizes = {
+        (3, 32, 32): dict(type='RandomResizedCrop', scale=32),
+        (3, 24, 32): dict(type='RandomResizedCrop', scale=(24, 32)),
+        (3, 20, 32): dict(type='RandomCrop', crop_size=(20, 32), padding=4),
+        (3, 16, 32): dict(type='Resize', scale=(32, 16)),
+        (3, 12, 32): dict(type='CenterCrop', crop_size=(32, 12)),
+    }
+    for shape, step in sizes.items():
+        cfg.train_dataloader.dataset.pipeline = [dict(type='RandomCrop', crop_size=8), step, dict(type='PackInputs')]
+        assert inputs.training_shape(cfg, None) == shape
+        assert packed(step) == shape
     cfg = read('det/htc_swinv2_demo.py')
     assert inputs.training_shape(cfg, None) == (3, 128, 128)
     cfg.train_dataloader.dataset.pipeline[2].scale = (160, 96)

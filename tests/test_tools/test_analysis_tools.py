@@ -16,6 +16,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from nano import ARCH, NANO_CONFIGS
+from nano.cls import write_classes
 from nano.seg import write_segments
 from nano.video import shrink, write_frames, write_kinetics400
 from tool_runs import REPOSITORY, TOOLS, call, load_tool, refuse, run
@@ -251,6 +252,29 @@ def test_get_flops_without_the_auxiliary_head(tool):
     assert head == 16 * 16 * (8 * 16 * 9 + 8 * 2 + 8 * 2)  # convolution, batch norm at 2 for each element, classes
 
 
+def test_get_flops_of_a_classifier(tool):
+    cfg = launch.load_config(str(NANO_CONFIGS / 'cls.py'))
+    flops = {name: flops for name, flops, _ in tool('get_flops').complexity(cfg, (3, 64, 96)).parts}
+    assert flops['backbone'] == multiply_adds(ARCH, (4, 4), (64, 96)) + output_norm(ARCH, 2 * 3)
+    assert flops['head'] == 128 * 2
+
+
+def test_get_flops_of_simmim(tool):
+    """With its decoder, a convolution of one pixel to the pixels of a patch of the last stage."""
+    cfg = pretraining_config()
+    flops = {name: flops for name, flops, _ in tool('get_flops').complexity(cfg, (3, 64, 96)).parts}
+    assert flops['backbone'] == multiply_adds(ARCH, (4, 4), (64, 96)) + output_norm(ARCH, 2 * 3)
+    assert flops['neck'] == 2 * 3 * 128 * 32 * 32 * 3
+
+
+def pretraining_config() -> Config:
+    """SimMIM of a nano backbone."""
+    cfg = launch.load_config(str(REPOSITORY / 'configs/ssl/simmim_swinv2_b_in1k_192.py'))
+    cfg.model.backbone.update(arch=ARCH, window_size=4)
+    cfg.model.neck.in_channels = 128
+    return cfg
+
+
 def test_get_flops_names_a_head_that_cannot_be_traced(tool):
     """The head of Mask2Former needs annotations in its forward pass."""
     get_flops = tool('get_flops')
@@ -345,8 +369,11 @@ def test_benchmark_counts_views_as_clips(tool):
 
 @pytest.mark.parametrize(
     ('config', 'how'),
-    [('det.py', call), ('seg.py', call), ('video.py', call), pytest.param('det.py', run, marks=pytest.mark.slow)],
-    ids=['det', 'seg', 'video', 'as_users'],
+    [
+        *[(f'{task}.py', call) for task in ('det', 'seg', 'cls', 'video')],
+        pytest.param('det.py', run, marks=pytest.mark.slow),
+    ],
+    ids=['det', 'seg', 'cls', 'video', 'as_users'],
 )
 def test_benchmark_inference_on_random_inputs(tmp_path, config, how):
     output = how(tmp_path, BENCHMARK, NANO_CONFIGS / config, '--shape', 64, '--max-iter', 3, '--repeat-num', 2)
@@ -363,6 +390,14 @@ def test_benchmark_on_the_data_of_the_config(shapes, tmp_path):
         options = ['--task', task, '--max-iter', 9, '--num-warmup', 1]  # more batches than there are
         output = call(tmp_path, BENCHMARK, NANO_CONFIGS / 'det.py', *options, '--cfg-options', f'data_root={shapes}')
         assert ' img/s' in output
+
+
+def test_benchmark_of_training_without_data(tmp_path):
+    """On a random image with a label, or with SimMIM's mask."""
+    pretraining_config().dump(tmp_path / 'simmim.py')
+    for config in (NANO_CONFIGS / 'cls.py', 'simmim.py'):
+        options = ['--task', 'train', '--shape', 64, '--max-iter', 2, '--num-warmup', 1]
+        assert ' img/s' in call(tmp_path, BENCHMARK, config, *options)
 
 
 def test_benchmark_of_a_recognizer(clips, tmp_path):
@@ -382,17 +417,19 @@ def test_benchmark_data_loading(shapes, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _restore_visualizers(monkeypatch):
-    """Restore the visualizers of the toolboxes after each test: browse_dataset.py patches them."""
+    """Restore after each test what browse_dataset.py patches: visualizers of the toolboxes, and matplotlib."""
+    from matplotlib import _tight_bbox
     from mmaction.visualization import ActionVisualizer
     from mmdet.visualization import DetLocalVisualizer
     from mmseg.visualization import SegLocalVisualizer
 
-    for visualizer, name in (
+    for owner, name in (
         (DetLocalVisualizer, '_draw_sem_seg'),
         (SegLocalVisualizer, 'add_datasample'),
         (ActionVisualizer, 'add_datasample'),
+        (_tight_bbox, 'adjust_bbox'),
     ):
-        monkeypatch.setattr(visualizer, name, getattr(visualizer, name))
+        monkeypatch.setattr(owner, name, getattr(owner, name))
 
 
 @pytest.fixture
@@ -447,6 +484,14 @@ def test_browse_dataset_of_a_segmentor(segments, tmp_path, how):
     assert [path.name for path in images] == [f'{i}.png' for i in range(4)]
     for path in images:
         assert_not_blank(path)
+
+
+def test_browse_dataset_of_a_classifier(tmp_path):
+    write_classes(tmp_path / 'cls')
+    options = ['--not-show', '--output-dir', tmp_path / 'out', '--show-number', 1]  # each takes seconds
+    call(tmp_path, BROWSE, NANO_CONFIGS / 'cls.py', *options, '--cfg-options', f'data_root={tmp_path}/cls')
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['bright_0.png']
+    assert_not_blank(tmp_path / 'out/bright_0.png')
 
 
 def test_browse_dataset_with_the_arguments_of_mmaction(frames, tmp_path):
@@ -564,6 +609,11 @@ def test_analyze_logs_errors(log_file, tmp_path, lines, args, text):
             'benchmark.py',
             [NANO_CONFIGS / 'det.py', '--task', 'train', '--shape', 64],
             '--shape makes inputs without labels',
+        ),
+        (
+            'benchmark.py',
+            [REPOSITORY / 'configs/ssl/simmim_swinv2_demo.py', '--shape', 32],
+            'a model for pre-training predicts nothing: measure it with --task train',
         ),
         ('benchmark.py', [NANO_CONFIGS / 'det.py', '--max-iter', 0], '--max-iter must be at least 1, got 0'),
         (

@@ -30,9 +30,11 @@ model = dict(
     backbone=dict(_delete_=True, type='swinv2_mm.{backbone}', arch='tiny', window_size=8),
     {rest})
 """
-# this package is imported only through the registry, except that mmaction2's wheel needs its workarounds first
+# this package is imported only through the registry, except that mmaction2's wheel needs its workarounds first; so does
+# mmpretrain, which mmdet and mmaction import if it is installed
 CHECK = """
 import sys, torch
+sys.modules['mmpretrain'] = None
 if sys.argv[1] == 'mmaction':
     import swinv2_mm
 from mmengine.config import Config

@@ -246,12 +246,16 @@ def run_mmpretrain(folder: Path, script: str, *args) -> None:
 
 
 def test_test_of_a_classifier_on_one_and_two_processes(classifier, tmp_path):
-    """Of five images, two processes test one twice, which must count once. The metrics are those of the predictions."""
+    """Of five images, two processes test one twice, which must count once. The metrics are those of the predictions.
+
+    Grey images get three equal channels, from OpenCV and from Pillow, which reads them in the second test.
+    """
     write_classes(tmp_path / 'cls')
     cv2.imwrite(str(tmp_path / 'cls/val/dark/grey.png'), np.full((40, 48), 255, np.uint8))  # too bright for its class
     options = ['--cfg-options', 'data_root=cls']
     call(tmp_path, 'test.py', CLS, classifier / 'epoch_2.pth', '--out', 'one.pkl', '--show-dir', 'drawn', *options)
     two = ['--dump', 'two.pkl', '--out', 'metrics.json', '--out-item', 'metrics']
+    options.append('test_dataloader.dataset.pipeline.0.imdecode_backend=pillow')
     call_together(tmp_path, 'test.py', CLS, classifier / 'epoch_2.pth', *two, *options)
     one, two = predictions(tmp_path / 'one.pkl'), predictions(tmp_path / 'two.pkl')
     for left, right in zip(one, two, strict=True):

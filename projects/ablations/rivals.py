@@ -46,7 +46,9 @@ class LinearCPB(nn.Sequential):
 class TableBias(nn.Module):
     """Parameterized position bias, interpolated for larger windows as in Swin V1 (Table 1, "parameterized").
 
-    As in Log-CPB the bias is 16 * sigmoid of the parameters. They start at zero, a bias of 8, as the MLPs nearly do.
+    As in Log-CPB the bias is 16 * sigmoid of a table, which starts at zero, a bias of 8, as the MLPs nearly do. The
+    table is 10 times its parameters: AdamW moves each of them by at most the learning rate, while in an MLP the steps
+    of many weights add up. Without this factor, the bias learns too slowly for a short training.
 
     Args:
         log_cpb: The Log-CPB to replace.
@@ -61,7 +63,7 @@ class TableBias(nn.Module):
 
     def forward(self) -> Tensor:
         """Bias of every relative position: (heads, prod(2 * window - 1)), between 0 and 16."""
-        bias = 16 * self.table.sigmoid()
+        bias = 16 * (10 * self.table).sigmoid()
         if self.window_size == self.pretrained_window_size:
             return bias
         grid = bias.unflatten(1, [2 * p - 1 for p in self.pretrained_window_size])

@@ -1,4 +1,4 @@
-"""The task of the study: in which of eight directions does one mark lie from another?
+"""The task of the study: in which direction does one mark lie from another?
 
 A scene is a set of discs at random places. Its label is the direction from the first disc, which is red, to the second,
 which is blue; the others distract. Colours tell the discs apart, so that a scene looks the same at every size, and only
@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DIRECTIONS = 8
-COLOURS = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.2, 0.9], [0.1, 0.7, 0.2], [0.9, 0.8, 0.1], [0.9, 0.9, 0.9]])
+DIRECTIONS = 4
+COLOURS = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.2, 0.9], [0.1, 0.7, 0.2], [0.9, 0.8, 0.1]])
 RADIUS = 0.07  # of the discs, where 1 is the side of the image
-DISTANCE = 0.25  # smallest distance of two centres: two tokens of the last stage at the training size
+LENGTHS = 0.3, 0.5  # distance of the two marks: more than a merged cell at the training size
+GAP = 0.2  # smallest distance of two centres
 
 
 class Scenes(NamedTuple):
@@ -22,7 +23,7 @@ class Scenes(NamedTuple):
 
     places: Tensor  # (N, discs, 2), x and y of the centres; y points down
     grey: Tensor  # (N,), of the background, from 0 to 0.5
-    labels: Tensor  # (N,), direction from disc 0 to disc 1 in steps of 45 degrees, from the x axis towards the y axis
+    labels: Tensor  # (N,), direction from disc 0 to disc 1: 0 right, 1 down, 2 left, 3 up
 
     def select(self, index: Tensor | slice) -> 'Scenes':
         """Some of the scenes."""
@@ -32,15 +33,19 @@ class Scenes(NamedTuple):
 def make_scenes(count: int, seed: int) -> Scenes:
     """Draw scenes at random. Discs do not touch each other or the border."""
     rng = np.random.default_rng(seed)
+    labels = rng.integers(0, DIRECTIONS, count)
     places = np.zeros((count, len(COLOURS), 2))
     pairs = np.triu_indices(len(COLOURS), 1)
     todo = np.arange(count)
     while len(todo):
-        places[todo] = rng.uniform(RADIUS, 1 - RADIUS, (len(todo), *places.shape[1:]))
-        offsets = places[todo][:, pairs[0]] - places[todo][:, pairs[1]]
-        todo = todo[(np.linalg.norm(offsets, axis=-1) < DISTANCE).any(1)]
-    x, y = (places[:, 1] - places[:, 0]).T
-    labels = np.round(np.arctan2(y, x) / (2 * np.pi / DIRECTIONS)).astype(int) % DIRECTIONS
+        drawn = rng.uniform(RADIUS, 1 - RADIUS, (len(todo), *places.shape[1:]))
+        angles = (labels[todo] + rng.uniform(-0.5, 0.5, len(todo))) * (2 * np.pi / DIRECTIONS)
+        lengths = rng.uniform(*LENGTHS, len(todo))
+        drawn[:, 1] = drawn[:, 0] + lengths[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
+        places[todo] = drawn
+        near = (np.linalg.norm(drawn[:, pairs[0]] - drawn[:, pairs[1]], axis=-1) < GAP).any(1)
+        outside = (np.abs(drawn[:, 1] - 0.5) > 0.5 - RADIUS).any(1)
+        todo = todo[near | outside]
     grey = rng.uniform(0, 0.5, count)
     return Scenes(torch.from_numpy(places).float(), torch.from_numpy(grey).float(), torch.from_numpy(labels))
 

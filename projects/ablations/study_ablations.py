@@ -330,7 +330,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--variants', list(VARIANTS), 'models', nargs='+', choices=list(VARIANTS))
     add('--seeds', [0, 1, 2], 'seeds of weights and batches', nargs='+', type=int)
     add('--factors', [1.0, 1.5, 2.0, 3.0], 'test sizes relative to the training size', nargs='+', type=float)
-    add('--window', 8, 'training window, in tokens; the images have eight times as many pixels', type=int)
+    add('--window', 4, 'training window, in tokens; the images have eight times as many pixels', type=int)
     add('--steps', 800, 'training steps', type=int)
     add('--batch-size', 32, 'images per training step', type=int)
     add('--lr', 2e-3, 'learning rate after warm-up', type=float)

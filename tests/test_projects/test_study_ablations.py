@@ -105,16 +105,16 @@ def test_table_bias_is_its_parameters_at_the_training_window():
     bias = rivals.TableBias(LogCPB((4, 4), (4, 4), 3))
     assert bias.table.shape == (3, 49)
     assert bias().eq(8).all()
-    torch.nn.init.normal_(bias.table)
-    expected = 16 / (1 + np.exp(-bias.table.detach().double().numpy()))
+    torch.nn.init.normal_(bias.table, std=0.1)
+    expected = 16 / (1 + np.exp(-10 * bias.table.detach().double().numpy()))
     np.testing.assert_allclose(bias().detach().numpy(), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize('window', [(6, 6), (8, 8), (12, 12), (5, 9)])
 def test_table_bias_is_resized_by_cubic_convolution_for_larger_windows(window):
     bias = rivals.TableBias(LogCPB((4, 4), (4, 4), 3))
-    torch.nn.init.normal_(bias.table)
-    grid = 16 * bias.table.detach().double().sigmoid().view(3, 7, 7).numpy()
+    torch.nn.init.normal_(bias.table, std=0.1)
+    grid = 16 * (10 * bias.table.detach().double()).sigmoid().view(3, 7, 7).numpy()
     rows, columns = (cubic_matrix(7, 2 * w - 1) for w in window)
     expected = np.einsum('yi,xj,hij->hyx', rows, columns, grid).reshape(3, -1)
     np.testing.assert_allclose(set_window(bias, window)().detach().numpy(), expected, rtol=1e-4, atol=1e-4)
@@ -158,7 +158,7 @@ def test_pre_norm_with_dot_product_is_the_block_of_swin_v1(shift):
         attention.q_bias.copy_(theirs.attn.qkv.bias[:16])
         attention.v_bias.copy_(theirs.attn.qkv.bias[32:])  # the bias of the keys cancels in the softmax
         theirs.attn.relative_position_bias_table.uniform_(1, 15)
-        attention.cpb_mlp.table.copy_((theirs.attn.relative_position_bias_table / 16).logit().T)
+        attention.cpb_mlp.table.copy_((theirs.attn.relative_position_bias_table / 16).logit().T / 10)
         for ours, other in (
             (attention.proj, theirs.attn.proj),
             (block.norm1, theirs.norm1),

@@ -1,7 +1,7 @@
 """The task of the study: in which direction does one mark lie from another?
 
 A scene is a set of discs at random places. Its label is the direction from the first disc, which is red, to the second,
-which is blue; the others distract. Colours tell the discs apart, so that a scene looks the same at every size, and only
+which is blue; the third distracts. Colours tell the discs apart, so that a scene looks the same at every size, and only
 places decide about the label.
 """
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 DIRECTIONS = 4
-COLOURS = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.2, 0.9], [0.1, 0.7, 0.2], [0.9, 0.8, 0.1]])
-RADIUS = 0.07  # of the discs, where 1 is the side of the image
-LENGTHS = 0.3, 0.5  # distance of the two marks: more than a merged cell at the training size
-GAP = 0.2  # smallest distance of two centres
+COLOURS = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.2, 0.9], [0.1, 0.7, 0.2]])
+RADIUS = 0.1  # of the discs, where 1 is the side of the image
+LENGTHS = 0.3, 0.45  # distance of the two marks: more than a merged cell at the training size
+GAP = 0.25  # smallest distance of two centres
 
 
 class Scenes(NamedTuple):

@@ -295,23 +295,15 @@ def draw(results: list[dict], args: argparse.Namespace) -> Figure:
     for i, variant in enumerate(args.variants):
         scores = values_of(results, variant, 'accuracy')
         x = np.arange(len(args.factors)) + 0.06 * (i - (len(args.variants) - 1) / 2)  # offset, to avoid overlap
-        line = axes.errorbar(
-            x,
-            scores.mean(0),
-            spread_over_seeds(scores),
-            marker='o',
-            markersize=5,
-            capsize=3,
-            label=VARIANTS[variant].label,
-        )
-        axes.plot(np.broadcast_to(x, scores.shape).ravel(), scores.ravel(), '.', color=line[0].get_color(), alpha=0.5)
+        (line,) = axes.plot(x, scores.mean(0), label=VARIANTS[variant].label)
+        axes.plot(np.broadcast_to(x, scores.shape).ravel(), scores.ravel(), '.', color=line.get_color())
     axes.axhline(100 / DIRECTIONS, color='grey', linestyle=':', label='chance')
     axes.set_xticks(range(len(args.factors)), columns(args))
     axes.set_xlabel('window and image side at test time; training was at the first')
     axes.set_ylabel('accuracy, %')
-    axes.set_title(f'Larger windows without fine-tuning, {len(args.seeds)} seeds each (bars: ± std)', fontsize=10)
+    axes.set_title(f'Larger windows without fine-tuning, lines: means, dots: {len(args.seeds)} seeds', fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc='outside lower center', ncols=3, fontsize=8)
     return figure
 
 

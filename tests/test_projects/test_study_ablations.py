@@ -298,7 +298,7 @@ def test_markdown_and_plot_have_means_and_deviations():
     assert lines[2] == '| Parameterized | 51.0 ± 1.4 | 42.0 ± 2.8 | 25.5 ± 0.7 |'
     assert lines[3] == '| Log CPB | 51.0 ± 0.0 | 51.0 ± 1.4 | 25.5 ± 0.0 |'
     assert lines[-1] == '| Log CPB | 1.00 ± 0.00 | 2.00 ± 0.00 | 3.00 ± 0.00 | 4.50 ± 0.71 |'
-    labels = [text.get_text() for text in tool.draw(results, args).axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in tool.draw(results, args).legends[0].get_texts()]
     assert sorted(labels) == ['Log CPB', 'Parameterized', 'chance']
 
 

@@ -41,7 +41,7 @@ EXAMPLES = (  # of the pages
     ('make_motion_clips.py', 'motion_clips'),
     ('make_digits.py', 'digits'),
 )
-PROCESSES = 'benchmark_loading.py', 'benchmark_memory.py', 'kernel_report.py', 'study_window_transfer.py'  # start some
+PROCESSES = 'benchmark_loading.py', 'benchmark_memory.py', 'kernel_report.py', 'study_ablations.py'  # start some
 # run by CI as they are, or by tests of their own: downloads, GPUs, many machines
 ELSEWHERE = (
     r'(git|pip|make|source|cd|export) ',
@@ -59,11 +59,11 @@ SMALL = {
     r'tools/benchmark\.py': '--max-iter 1 --num-warmup 0',
     r'make_shapes_coco\.py': '--train 2 --val 1 --size 96',
     r'make_motion_clips\.py': '--train 4 --val 4',
-    r'study_window_transfer\.py': '--size 32 --window 2 --factors 1 2 --steps 2 --batch-size 2 --train-images 3'
-    ' --test-images 2 --seeds 4',
     # nano configs start from random weights
     r' model\.backbone\.init_cfg\.checkpoint=': 'model.backbone.init_cfg._delete_=True'
     ' model.backbone.init_cfg.type=Pretrained',
+    r'study_ablations\.py': '--window 4 --factors 1 2 --steps 2 --batch-size 2 --train-scenes 9 --test-scenes 4'
+    ' --seeds 4',
 }
 
 

@@ -91,8 +91,8 @@ def stub_mmpretrain_multimodal() -> None:
     placeholders for them. Delete when mmpretrain can be imported with the current transformers.
     """
     name = 'mmpretrain.utils.dependency'
-    if importlib.util.find_spec('mmpretrain') and name not in sys.modules and _has_new_transformers():
-        folder = importlib.util.find_spec('mmpretrain').submodule_search_locations[0]
+    folder = _folder('mmpretrain')
+    if folder and name not in sys.modules and _has_new_transformers():
         spec = importlib.util.spec_from_file_location(name, os.path.join(folder, 'utils', 'dependency.py'))
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)  # without the package, which imports everything
@@ -100,12 +100,18 @@ def stub_mmpretrain_multimodal() -> None:
         sys.modules[name] = module
 
 
+def _folder(package: str) -> str | None:
+    """Folder of an installed package; None if there is none, or only a folder of this name without an `__init__.py`."""
+    spec = importlib.util.find_spec(package)
+    return os.path.dirname(spec.origin) if spec is not None and spec.origin else None
+
+
 def _has_new_transformers() -> bool:
     """Whether transformers is installed, in a release without `modeling_utils.apply_chunking_to_forward`."""
-    transformers = importlib.util.find_spec('transformers')
-    if transformers is None:
+    folder = _folder('transformers')
+    if folder is None:
         return False
-    with open(os.path.join(os.path.dirname(transformers.origin), 'modeling_utils.py'), encoding='utf-8') as file:
+    with open(os.path.join(folder, 'modeling_utils.py'), encoding='utf-8') as file:
         return 'apply_chunking_to_forward' not in file.read()
 
 
@@ -120,11 +126,14 @@ def declare_torchvision_operators() -> None:
     torchvision::nms does not exist". mmpretrain needs only its transforms, which are plain Python. The operators are
     declared without an implementation, so that calling one is an error. Delete when mmpretrain needs no torchvision.
     """
-    spec = importlib.util.find_spec('torchvision')
-    if spec is None or torch.version.cuda or torch.version.hip or hasattr(torch.ops.torchvision, 'nms'):
+    folder = _folder('torchvision') if _folder('mmpretrain') else None
+    if folder is None or torch.version.cuda or torch.version.hip or hasattr(torch.ops.torchvision, 'nms'):
+        return
+    library = os.path.join(folder, '_C.so')
+    if not os.path.exists(library):
         return
     try:
-        torch.ops.load_library(os.path.join(os.path.dirname(spec.origin), '_C.so'))
+        torch.ops.load_library(library)
     except OSError:
         declared = torch.library.Library('torchvision', 'DEF')
         for name in TORCHVISION_OPERATORS:

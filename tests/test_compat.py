@@ -254,3 +254,10 @@ def test_stub_mmpretrain_multimodal_makes_mmpretrain_importable(tmp_path):
     assert run_python(unpatched, path=(tmp_path,)).returncode != 0
     mended = run_python('import swinv2_mm\nimport mmpretrain.models', path=(tmp_path,))
     assert mended.returncode == 0, mended.stderr
+
+
+def test_import_next_to_a_folder_that_is_no_package(tmp_path):
+    """Python takes a folder without `__init__.py` for a package if there is no other of its name."""
+    (tmp_path / 'transformers').mkdir()
+    result = run_python('import swinv2_mm', path=(tmp_path,))
+    assert result.returncode == 0, result.stderr

@@ -150,9 +150,7 @@ BUFFERS = re.compile(r'\.attn_mask$|\.attn\.(relative_coords_table|relative_posi
 # parts of classifiers and of masked-image models with the same prefix as the backbone
 OTHER_HEADS = re.compile(r'^(head|classifier|decoder|mask_token|projector|pre_logits)(\.|$)')
 
-# the classifier of the official code, torchvision and old timm; of timm and mmpretrain; and of transformers
-CLASSIFIER = re.compile(r'(?:head|head\.fc|classifier)\.(weight|bias)')
-CLASSIFIER_PREFIX = 'head.fc.'  # its name in mmpretrain's LinearClsHead
+CLASSIFIER_PREFIX = 'head.fc.'  # of the linear classifier in mmpretrain's LinearClsHead
 
 
 def has_log_cpb(names: Collection[str]) -> bool:
@@ -196,12 +194,15 @@ def find_backbone(names: list[str]) -> tuple[Layout, str]:
 def pop_classifier(state_dict: Weights, prefix: str) -> Weights:
     """Remove the linear classifier of a file from its entries, and return it with the names of mmpretrain's.
 
-    Args:
-        state_dict: Entries of the file.
-        prefix: Prefix of the backbone; transformers has the classifier outside of it.
+    It is `head` in the official code, torchvision and old timm, `head.fc` in timm. In transformers it is `classifier`,
+    next to the backbone `swinv2`.
     """
-    matches = {name: CLASSIFIER.fullmatch(name.removeprefix(prefix)) for name in state_dict if isinstance(name, str)}
-    return {CLASSIFIER_PREFIX + match[1]: state_dict.pop(name) for name, match in matches.items() if match}
+    for name in (f'{prefix}head.fc', f'{prefix}head', f'{prefix.removesuffix("swinv2.")}classifier'):
+        weight = state_dict.get(f'{name}.weight')
+        if isinstance(weight, Tensor) and weight.dim() == 2:  # not the convolution of a segmentation head
+            kinds = (kind for kind in ('weight', 'bias') if f'{name}.{kind}' in state_dict)
+            return {CLASSIFIER_PREFIX + kind: state_dict.pop(f'{name}.{kind}') for kind in kinds}
+    return {}
 
 
 def convert_keys(weights: Weights, layout: Layout) -> Weights:

@@ -29,6 +29,8 @@ class SimMIMSwinTransformerV2(SwinTransformerV2):
 
     def __init__(self, *args, out_indices: Sequence[int] = (3,), **kwargs) -> None:
         super().__init__(*args, out_indices=out_indices, **kwargs)
+        if len(self.out_indices) != 1:
+            raise ValueError(f'SimMIM decodes one stage, but out_indices={self.out_indices}: give the last stage only')
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.num_features[0]))
         self._reset_mask_token()
 

@@ -128,3 +128,18 @@ def test_init_cfg_of_backbone_keeps_the_head_fresh(tmp_path):
     assert torch.equal(model.backbone.norm3.weight, weights['norm3.weight'])
     assert 0.01 < model.head.fc.weight.std() < 0.03  # the official initialisation: 0.02
     assert any('left out of the backbone, as parts of other heads: head' in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ('name', 'shape'),
+    [('classifier', (CLASSES, 128, 1, 1)), ('encoder.head', (CLASSES, 128, 1, 1)), ('head', (CLASSES, 128))],
+)
+def test_load_checkpoint_leaves_out_other_heads(name, shape, tmp_path):
+    """The convolution of a segmentation head, and a linear layer outside of the backbone."""
+    _, weights = layouts.source('official')
+    weights = {f'encoder.{key}': value for key, value in weights.items() if not key.startswith('head.')}
+    torch.save(weights | {f'{name}.weight': torch.ones(shape), f'{name}.bias': torch.ones(CLASSES)}, tmp_path / 'a.pth')
+    model = build(layouts.WINDOWS)
+    fresh = model.head.fc.bias.clone()
+    load_checkpoint(model, str(tmp_path / 'a.pth'))
+    assert torch.equal(model.head.fc.bias, fresh)

@@ -97,7 +97,7 @@ def test_loss_and_gradients_equal_transformers(backend):
 
 @torch.no_grad()
 def test_without_a_mask_it_is_the_plain_backbone():
-    plain, backbone = build_backbone(SwinTransformerV2, out_indices=(1, 3)), build_backbone(out_indices=(1, 3))
+    plain, backbone = build_backbone(SwinTransformerV2, out_indices=(3,)), build_backbone()
     backbone.load_state_dict(plain.state_dict(), strict=False)
     images = random_images()
     for outs in (backbone(images), backbone(images, torch.zeros(2, 32, 32))):
@@ -116,6 +116,11 @@ def test_features_do_not_depend_on_masked_pixels():
 def test_a_mask_of_another_shape_is_an_error():
     with pytest.raises(ValueError, match=r'shape \(2, 32, 32\), got \(2, 16, 16\): set input_size'):
         build_backbone()(random_images(), torch.zeros(2, 16, 16))
+
+
+def test_several_outputs_are_an_error():
+    with pytest.raises(ValueError, match=r'SimMIM decodes one stage, but out_indices=\(0, 3\)'):
+        SimMIMSwinTransformerV2('tiny', out_indices=(0, 3))
 
 
 def test_the_mask_token_starts_as_in_the_official_code():

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -47,20 +48,26 @@ class TerminateOnNonFiniteHook(Hook):
     def __init__(self, keep_batch: bool = False) -> None:
         self.keep_batch = keep_batch
         self._batch = self._losses = None
+        self._installed = ExitStack()  # removes the check when it is closed
 
     def before_train(self, runner) -> None:
         """Add the check to the backward pass."""
+        self._remove()  # after an exception or Ctrl-C, mmengine does not call `after_train`
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self._parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._losses_hook = model.register_forward_hook(self._remember_losses)
+        self._parameters = list(model.named_parameters())  # also those that are unfrozen later
+        self._installed.callback(model.register_forward_hook(self._remember_losses).remove)
         # no hook of mmengine runs between the backward pass and the clipping of gradients
         wrapper = runner.optim_wrapper
         wrapper.backward = functools.partial(self._backward, runner, wrapper.backward)
+        self._installed.callback(delattr, wrapper, 'backward')  # the method of the class remains
 
     def after_train(self, runner) -> None:
         """Remove the check."""
-        self._losses_hook.remove()
-        del runner.optim_wrapper.backward  # the method of the class remains
+        self._remove()
+
+    def _remove(self) -> None:
+        self._installed.close()
+        self._batch = self._losses = None
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Remember the batch."""
@@ -84,7 +91,7 @@ class TerminateOnNonFiniteHook(Hook):
         self._batch = self._losses = None  # so that their memory is freed
 
     def _total(self, loss: Tensor) -> Tensor:
-        """A number that is infinite or NaN if the loss or a gradient is. Does not wait for the GPU."""
+        """A number that is infinite or NaN if the loss or a gradient is: one tensor, so that the caller waits once."""
         gradients = [gradient for _, gradient in self._gradients()]
         norms = torch._foreach_norm(gradients) if gradients else []  # as in torch.nn.utils.clip_grad_norm_
         return torch.stack([loss.detach().abs().float(), *(norm.to(loss.device).float() for norm in norms)]).sum()
@@ -121,6 +128,9 @@ class TerminateOnNonFiniteHook(Hook):
             message += f'; kept in {join(paths)}'
         if is_main_process():
             runner.logger.error(message)
+        self._remove()
+        for _, parameter in self._parameters:
+            parameter.grad = None  # else a training that is started again in this process would add to it
         barrier()  # when a process fails, the launcher ends the others
         raise FloatingPointError(message)
 

@@ -17,6 +17,8 @@ model = dict(
     train_cfg=None,
 )
 train_dataloader = dict(batch_size=48, sampler=dict(type='InfiniteSampler'))
+val_dataloader = dict(batch_size=48)
+test_dataloader = val_dataloader
 auto_scale_lr = dict(base_batch_size=384)
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=steps, val_interval=steps // 30)
 param_scheduler = add_scope(

@@ -40,7 +40,7 @@ test_pipeline = add_scope(
     dict(type='PackInputs'),
 )
 train_dataloader = dict(batch_size=8, dataset=dict(pipeline=train_pipeline))
-val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+val_dataloader = dict(batch_size=8, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 epochs = 10
 train_cfg = dict(max_epochs=epochs)

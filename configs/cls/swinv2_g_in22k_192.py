@@ -4,8 +4,9 @@
 #   tools/dist_train.sh configs/cls/swinv2_g_in22k_192.py 8 \
 #       --cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=CHECKPOINT
 # The paper's 70 M images were never published; here it is ImageNet-22K, for as many steps. Not stated: the window (that
-# of B and L), the number of classes, label smoothing and the end of the decay (the official code's). No Mixup and no
-# CutMix, which the paper does not list for G. Memory as in configs/det/htc_swinv2_g.py.
+# of B and L), the number of classes, label smoothing, the start of the warm-up and the end of the decay (the official
+# code's). No Mixup and no CutMix: the paper lists the augmentation, without them. Memory as in
+# configs/det/htc_swinv2_g.py.
 _base_ = ['./swinv2_l_in22k_192.py', '../_base_/memory/fsdp.py']
 from swinv2_mm.scope import add_scope
 
@@ -17,6 +18,8 @@ model = dict(
     train_cfg=None,
 )
 train_dataloader = dict(batch_size=48, sampler=dict(type='InfiniteSampler'))
+val_dataloader = dict(batch_size=48)
+test_dataloader = val_dataloader
 auto_scale_lr = dict(base_batch_size=384)
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=steps, val_interval=steps // 30)
 param_scheduler = add_scope(

@@ -4,8 +4,9 @@
 #   tools/dist_train.sh configs/cls/swinv2_g_w40_in22kto1k_640.py 8 \
 #       --cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=CHECKPOINT
 # The weights were never released, so nothing can be tested against the paper's number. Not stated: the window, here a
-# sixteenth of the image as in the other models; augmentation and test crops, here those of L at 384. Memory as in
-# configs/det/htc_swinv2_g.py.
+# sixteenth of the image as in the other models; test crops and all of the augmentation, with Mixup, CutMix and label
+# smoothing, here those of L at 384; the start of the warm-up and the end of the decay, here the official code's; a
+# layer-wise decay of the learning rate, here none. Memory as in configs/det/htc_swinv2_g.py.
 _base_ = [
     '../_base_/models/classifier_swinv2.py',
     '../_base_/datasets/imagenet_384.py',
@@ -40,7 +41,7 @@ test_pipeline = add_scope(
     dict(type='PackInputs'),
 )
 train_dataloader = dict(batch_size=8, dataset=dict(pipeline=train_pipeline))
-val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+val_dataloader = dict(batch_size=8, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 epochs = 10
 train_cfg = dict(max_epochs=epochs)

@@ -7,5 +7,7 @@ model = dict(
     head=dict(in_channels=1536),
 )
 train_dataloader = dict(batch_size=64)
+val_dataloader = dict(batch_size=64)
+test_dataloader = val_dataloader
 optim_wrapper = dict(accumulative_counts=2)  # 8 GPUs x 64 images x 2 = 1024
 auto_scale_lr = dict(base_batch_size=512)

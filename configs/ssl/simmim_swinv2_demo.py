@@ -1,6 +1,6 @@
 # SimMIM pre-training of a nano SwinV2 on the digits of tools/misc/make_digits.py, without their labels. The first step
-# of `make demo-cls`, on a CPU. It has all parts of simmim_swinv2_b_in1k_192.py except
-# the normalized target; size and schedule differ.
+# of `make demo-cls`, on a CPU. It has all parts of simmim_swinv2_b_in1k_192.py except the normalized target; size and
+# schedule differ.
 #   python tools/misc/make_digits.py data/digits
 #   tools/dist_train.sh configs/ssl/simmim_swinv2_demo.py 2
 _base_ = [

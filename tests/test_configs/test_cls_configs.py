@@ -23,8 +23,8 @@ CONFIGS = Path(__file__).parents[2] / 'configs' / 'cls'
 LEAVES = sorted(p.stem for p in CONFIGS.glob('*.py'))
 DEMOS = [name for name in LEAVES if name.startswith('swinv2_demo')]
 PAPER = sorted(set(LEAVES) - set(DEMOS))
-TEST_SYSTEMS = [name for name in PAPER if name.endswith('imagenet_v2')]
-RECIPE_NAMES = sorted(set(PAPER) - set(TEST_SYSTEMS))
+IMAGENET_V2 = [name for name in PAPER if name.endswith('imagenet_v2')]
+RECIPE_NAMES = sorted(set(PAPER) - set(IMAGENET_V2))
 TRAINED = ['swinv2_t_in1k_256', 'swinv2_b_in22k_192', 'swinv2_g_in22k_192', 'swinv2_g_w40_in22kto1k_640']
 TRAINED_BY_PACKAGE = 'swinv2_b_w24_in22kto1k_384'
 
@@ -111,7 +111,7 @@ def test_differs_only_in_numbers_from_a_config_trained_above(name):
     assert closest(shrink(read(name)), [shrink(read(other)) for other in (*TRAINED, TRAINED_BY_PACKAGE)]) == []
 
 
-@pytest.mark.parametrize('name', TEST_SYSTEMS)
+@pytest.mark.parametrize('name', IMAGENET_V2)
 def test_an_imagenet_v2_config_changes_only_the_test_data(name, data, tmp_path):
     cfg = read(name)
     trained = read('swinv2_g_w40_in22kto1k_640' if '_g_' in name else f'{name[:8]}_w24_in22kto1k_384')
@@ -221,6 +221,14 @@ def test_every_config_is_augmented_as_in_the_official_code():
         mixes = add_scope('mmpretrain', dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0))
         assert cfg.model.train_cfg == (None if name == 'swinv2_g_in22k_192' else dict(augments=mixes))
         assert cfg.model.head.loss.label_smooth_val == 0.1
+
+
+def test_no_config_tests_with_more_images_than_it_trains_with():
+    """Tests run in fp32, where training is in bf16."""
+    for name in PAPER:
+        cfg = read(name)
+        for split in ('val', 'test'):
+            assert cfg[f'{split}_dataloader'].batch_size <= cfg.train_dataloader.batch_size, (name, split)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ import mmengine
 from mmengine.config import Config, ConfigDict
 
 import swinv2_mm  # noqa: F401  before any toolbox: it applies workarounds that the toolboxes' imports need
+from swinv2_mm.checkpoints import CheckpointError
 from swinv2_mm.cli import checks, classes, launch
 from swinv2_mm.cli.errors import rank
+from swinv2_mm.cli.weights import TestedWeightsHook
 
 VIDEO_HOOK = 'swinv2_mm.engine.video_visualization.VideoVisualizationHook'
 # options of sharded training; a test needs all weights in each process
@@ -181,6 +183,7 @@ def check(args: argparse.Namespace, cfg: Config) -> None:
     classes.check_classes(cfg)
     checks.check_data(cfg, ['test'])
     checks.check_metrics(cfg, ['test'])
+    checks.check_num_classes(cfg, ['test'])
     checks.check_transforms(cfg, ['test'])
     checks.check_processes(args.preflight)
 
@@ -195,8 +198,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         configure(args, cfg)
     if args.preflight:
         return
-    with launch.process_group():
-        metrics = launch.build_runner(cfg).test()
+    with launch.process_group(), launch.one_line_errors(CheckpointError):
+        runner = launch.build_runner(cfg)
+        runner.register_hook(TestedWeightsHook())
+        metrics = runner.test()
         if args.out_item == 'metrics' and rank() == 0:
             mmengine.dump(metrics, args.out)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from mmengine.config import Config
 
 import swinv2_mm  # noqa: F401  before any toolbox: it applies workarounds that the toolboxes' imports need
+from swinv2_mm.checkpoints import CheckpointError
 from swinv2_mm.cli import checks, classes, launch, unused
 
 
@@ -88,6 +89,7 @@ def check(args: argparse.Namespace, cfg: Config) -> None:
     checks.check_init_cfg(cfg)
     checks.check_data(cfg, ['train', 'val'])
     checks.check_metrics(cfg, ['val'])
+    checks.check_num_classes(cfg, ['val'])
     checks.check_transforms(cfg, ['train', 'val'])
     if cfg.get('resume') and cfg.get('load_from') is None:
         checks.check_last_checkpoint(cfg.work_dir)
@@ -105,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check(args, cfg)
     if args.preflight:
         return
-    with launch.process_group():
+    with launch.process_group(), launch.one_line_errors(CheckpointError):
         launch.build_runner(cfg).train()
 
 

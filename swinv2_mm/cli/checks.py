@@ -16,7 +16,7 @@ from mmengine.runner import find_latest_checkpoint
 
 from swinv2_mm.arguments import did_you_mean
 from swinv2_mm.checkpoints import loaders
-from swinv2_mm.cli.folders import check_folders, has_folders, with_paths_of_split
+from swinv2_mm.cli.folders import check_folders, check_same_classes, has_folders, with_paths_of_split
 from swinv2_mm.registry import TRANSFORMS
 
 
@@ -34,6 +34,7 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
         FileNotFoundError: A path does not exist; the message names the split, the path and the options that set it.
         ValueError: See `check_folders`.
     """
+    classes = {}
     for split in splits:
         for path, option, root_option in _data_paths(cfg, split):
             if '://' in path or os.path.exists(path):
@@ -47,7 +48,9 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
             )
         for dataset, option in _split_datasets(cfg, split):
             if has_folders(cfg, dataset):
-                check_folders(cfg, split, dataset, option)
+                found = check_folders(cfg, split, dataset, option)
+                if found is not None:
+                    check_same_classes(split, found, *classes.setdefault('first', (split, found)))
 
 
 def _data_paths(cfg: Config, split: str) -> Iterator[tuple[str, str, str | None]]:
@@ -134,6 +137,29 @@ def check_metrics(cfg: Config, splits: Iterable[str]) -> None:
                     f'{option}.metric={kinds} asks for masks, but without a mask_head the model predicts only boxes: '
                     f'--cfg-options {option}.metric=bbox'
                 )
+
+
+def check_num_classes(cfg: Config, splits: Iterable[str]) -> None:
+    """Check that the parts of a classifier agree on the number of classes; mmpretrain fails later, or after an epoch.
+
+    Raises:
+        ValueError: They do not; the message names the options.
+    """
+    model = cfg.get('model') or {}
+    classes = (model.get('head') or {}).get('num_classes')
+    if cfg.get('default_scope') != 'mmpretrain' or classes is None:
+        return
+    mixed = (model.get('data_preprocessor') or {}).get('num_classes')
+    if (model.get('train_cfg') or {}).get('augments') and mixed not in (None, classes):
+        raise ValueError(
+            f'model.data_preprocessor.num_classes={mixed}, for Mixup and CutMix, but model.head.num_classes={classes}: '
+            'both must be the number of classes'
+        )
+    for split in splits:
+        for metric, option in _metrics(cfg, split):
+            topk = metric.get('topk', 1)
+            if max([topk] if isinstance(topk, int) else topk) > classes:
+                raise ValueError(f'{option}.topk={topk} of {classes} classes: --cfg-options {option}.topk=1')
 
 
 def has_masks(model: dict) -> bool:

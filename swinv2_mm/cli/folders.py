@@ -27,7 +27,7 @@ def with_paths_of_split(dataset: dict) -> dict:
     return {**dataset, 'data_prefix': prefix, 'ann_file': ann_file}
 
 
-def check_folders(cfg: Config, split: str, dataset: dict, option: str) -> None:
+def check_folders(cfg: Config, split: str, dataset: dict, option: str) -> list[str] | None:
     """Check that such a data set has images, and not more classes than the model; not if an `ann_file` lists them.
 
     Of the training set, each folder needs an image: mmpretrain would log a warning, and train without that class. In
@@ -39,6 +39,9 @@ def check_folders(cfg: Config, split: str, dataset: dict, option: str) -> None:
         dataset: The config of the data set; its folder exists.
         option: Its option.
 
+    Returns:
+        Names of the class folders in the order of their numbers, or None if the classes are not from folders.
+
     Raises:
         FileNotFoundError: There is no image, or none of a class.
         ValueError: The number of folders does not fit the classes of the data set or of the model.
@@ -49,13 +52,13 @@ def check_folders(cfg: Config, split: str, dataset: dict, option: str) -> None:
         dataset.get('data_root') or '', prefix.get('img_path', '') if isinstance(prefix, dict) else prefix
     )
     if dataset['ann_file'] or not os.path.isdir(root):  # mmpretrain reads other storage too
-        return
+        return None
     extensions = tuple(extension.lower() for extension in dataset.get('extensions', EXTENSIONS))
     no_image = f'{split} data: no image ({", ".join(extensions)}) in'
     if dataset.get('split') == 'test' or not dataset.get('with_label', True):
         if not _has_image(root, extensions):
             raise FileNotFoundError(f'{no_image} {root} and the folders in it. Put the data there')
-        return
+        return None
     folders = sorted(entry.path for entry in os.scandir(root) if entry.is_dir())
     empty = [folder for folder in folders if not _has_image(folder, extensions)]
     if len(empty) == len(folders):
@@ -69,6 +72,22 @@ def check_folders(cfg: Config, split: str, dataset: dict, option: str) -> None:
             'images there, or remove the folder from all splits'
         )
     _check_number(cfg, f'{split} data: {root} has {len(folders)} folders, one for each class', dataset, option, folders)
+    return [os.path.basename(folder) for folder in folders]
+
+
+def check_same_classes(split: str, classes: Sequence[str], first_split: str, first_classes: Sequence[str]) -> None:
+    """Check that two splits have the same class folders: mmpretrain numbers those of each split on their own.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if classes != first_classes:
+        differ = sorted(set(classes) ^ set(first_classes))
+        raise ValueError(
+            f'{split} data: its class folders are not those of {first_split}: only one of them has '
+            f'{", ".join(differ[:3])}{", ..." * (len(differ) > 3)}. Classes are numbered in their order, so '
+            'both splits need the same folders, even if some are empty'
+        )
 
 
 def _check_number(cfg: Config, found: str, dataset: dict, option: str, folders: Sequence[str]) -> None:

@@ -29,9 +29,9 @@ class TokenAveragePooling(GlobalAveragePooling):
 @MODELS.register_module()
 @check_arguments()
 class SwinV2ClsHead(LinearClsHead):
-    """mmpretrain's LinearClsHead with the official initialisation, and without silence about other classes.
+    """mmpretrain's LinearClsHead with the official initialisation; it raises if the number of classes differs.
 
-    A checkpoint with another number of classes is an error. mmengine would log a line, and keep random weights.
+    For a checkpoint with other classes mmengine would log a line, and keep random weights.
 
     Args:
         num_classes: Number of classes.
@@ -60,7 +60,7 @@ class SwinV2ClsHead(LinearClsHead):
             with in_file(local_metadata.get('source')):
                 raise CheckpointError(
                     f'it classifies into {len(weight)} classes, and the model has num_classes={self.num_classes}. Set '
-                    'model.head.num_classes to that of the checkpoint, or start with a fresh head: load only the '
+                    'model.head.num_classes to that of the checkpoint, or train with a fresh head: load only the '
                     'backbone, by model.backbone.init_cfg=dict(type="Pretrained", checkpoint=...) instead of load_from'
                 )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

@@ -83,7 +83,8 @@ def folder(tmp_path_factory) -> Path:
             cfg = launch.load_config(str(path), {} if is_demo else dict(data_root=f'{place}/'))
             (cfg if is_demo else shrink(cfg)).dump(root / 'configs' / task / path.name)
     backbone = oracles.randomize(SwinTransformerV2(nano.ARCH, window_size=8, pretrained_window_sizes=8))
-    torch.save(dict(state_dict=backbone.state_dict(), meta={}), root / CHECKPOINT)
+    classifier = {'head.weight': torch.zeros(1000, nano.CHANNELS[-1]), 'head.bias': torch.zeros(1000)}
+    torch.save(dict(state_dict=backbone.state_dict() | classifier, meta={}), root / CHECKPOINT)
     return root
 
 

@@ -203,13 +203,32 @@ def test_check_data_of_classes_accepts(classes_data):
             'train data: {root}/train has 3 folders, one for each class, but model.head.num_classes=2: '
             '--cfg-options model.head.num_classes=3 data_preprocessor.num_classes=3',
         ),
+        (
+            lambda root: (root / 'val/bright').rename(root / 'val/light'),
+            'val data: its class folders are not those of train: only one of them has bright, light. ',
+        ),
     ],
-    ids=['no_folder', 'no_image', 'no_folders', 'empty_class', 'too_many_classes'],
+    ids=['no_folder', 'no_image', 'no_folders', 'empty_class', 'too_many_classes', 'other_classes'],
 )
 def test_check_data_of_classes(error_of, classes_data, change, text):
     change(classes_data)
     line = error_of('train', CLS, '--cfg-options', f'data_root={classes_data}')
     assert line.startswith('error: ' + text.format(root=classes_data))
+
+
+@pytest.mark.parametrize(
+    ('options', 'text'),
+    [
+        (
+            ['model.train_cfg.augments=Mixup', 'model.head.num_classes=3'],
+            'model.data_preprocessor.num_classes=2, for Mixup and CutMix, but model.head.num_classes=3: both must be',
+        ),
+        (['val_evaluator.topk=[1,5]'], 'val_evaluator.topk=[1, 5] of 2 classes: --cfg-options val_evaluator.topk=1'),
+    ],
+)
+def test_check_num_classes(error_of, classes_data, options, text):
+    line = error_of('train', CLS, '--cfg-options', f'data_root={classes_data}', *options)
+    assert line.startswith(f'error: {text}')
 
 
 @pytest.mark.parametrize(

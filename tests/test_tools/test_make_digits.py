@@ -48,7 +48,7 @@ def test_make_digits_splits_at_random(tool, data, tmp_path):
     tool.main([str(tmp_path / 'other'), '--labelled', '50', '--seed', '1'])
 
     def read(root):
-        return np.stack([cv2.imread(str(root / f'val/3/{i:03d}.png'), 0) for i in range(100)])
+        return np.stack([cv2.imread(str(root / f'val/3/3_{i:03d}.png'), 0) for i in range(100)])
 
     assert np.array_equal(read(tmp_path / 'again'), read(data))
     assert not np.array_equal(read(tmp_path / 'other'), read(data))

@@ -236,6 +236,28 @@ def test_train_equals_the_script_of_mmpretrain(classifier, tmp_path):
     check_curves(next(classifier.glob('2*/vis_data/2*.json')), tmp_path / 'top1.png')
 
 
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda weights: {k: v for k, v in weights.items() if k.startswith('backbone.')}, 'no weights for head, which'),
+        (
+            lambda weights: weights | {'head.fc.weight': torch.zeros(3, 128), 'head.fc.bias': torch.zeros(3)},
+            r'head.fc.weight has the shape (3, 128), and (2, 128) in the model. If the classes differ, set num_classes',
+        ),
+    ],
+    ids=['backbone', 'other_classes'],
+)
+@pytest.mark.parametrize('flags', [(), ('--tta',)])
+def test_test_refuses_a_checkpoint_without_the_head(classifier, tmp_path, change, message, flags):
+    checkpoint = torch.load(classifier / 'epoch_2.pth', weights_only=True)
+    torch.save(dict(checkpoint, state_dict=change(checkpoint['state_dict'])), tmp_path / 'other.pth')
+    options = [*flags, '--cfg-options', f'data_root={classifier}/cls', 'model.head.type=LinearClsHead']
+    with pytest.raises(AssertionError) as error:  # exit code 2
+        call(tmp_path, 'test.py', CLS, 'other.pth', *options)
+    assert 'error: checkpoint other.pth cannot be tested: ' in str(error.value)
+    assert message in str(error.value)
+
+
 def run_mmpretrain(folder: Path, script: str, *args) -> None:
     """Run a script of mmpretrain in this process."""
     with restored_process():

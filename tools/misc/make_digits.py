@@ -40,10 +40,10 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_images(folder: Path, images: np.ndarray) -> None:
-    """Writes images as PNG files that are named by their number."""
+    """Writes images as PNG files, named by class and number: mmpretrain's --show-dir drops the folder."""
     folder.mkdir(parents=True)
     for index, image in enumerate(images):
-        cv2.imwrite(str(folder / f'{index:03d}.png'), image)
+        cv2.imwrite(str(folder / f'{folder.name}_{index:03d}.png'), image)
 
 
 def make_dataset(out: Path, labelled: int, seed: int) -> None:
@@ -56,7 +56,7 @@ def make_dataset(out: Path, labelled: int, seed: int) -> None:
             of_class = rng.permutation(np.flatnonzero(classes == digit))
             write_images(root / 'train' / str(digit), images[of_class[:TRAIN_PER_CLASS]])
             write_images(root / 'val' / str(digit), images[of_class[TRAIN_PER_CLASS:]])
-            lines += [f'{digit}/{index:03d}.png {digit}\n' for index in range(labelled // CLASSES)]
+            lines += [f'{digit}/{digit}_{index:03d}.png {digit}\n' for index in range(labelled // CLASSES)]
         (root / 'labelled.txt').write_text(''.join(lines))
         (root / MARK).write_text(f'--labelled {labelled} --seed {seed}\n')
 

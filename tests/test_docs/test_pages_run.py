@@ -83,8 +83,8 @@ def folder(tmp_path_factory) -> Path:
             cfg = launch.load_config(str(path), {} if is_demo else dict(data_root=f'{place}/'))
             (cfg if is_demo else shrink(cfg)).dump(root / 'configs' / task / path.name)
     backbone = oracles.randomize(SwinTransformerV2(nano.ARCH, window_size=8, pretrained_window_sizes=8))
-    classifier = {'head.weight': torch.zeros(1000, nano.CHANNELS[-1]), 'head.bias': torch.zeros(1000)}
-    torch.save(dict(state_dict=backbone.state_dict() | classifier, meta={}), root / CHECKPOINT)
+    torch.save(dict(state_dict=backbone.state_dict(), meta={}), root / CHECKPOINT)
+    (root / 'work_dirs').mkdir()
     return root
 
 
@@ -130,18 +130,18 @@ def test_a_command_runs(command, folder):
     if command.startswith('python -c'):
         exec(shlex.split(command)[2], {})
         return
-    classifier = re.search(r'test.* configs/cls/(\w+)\.py', command)  # a released one loads whole
-    release = f'work_dirs/{classifier[1]}/released.pth' if classifier else CHECKPOINT
-    script, *arguments = script_call(shlex.split(RELEASE.sub(release, command), comments=True))
+    tested = re.search(r'test\.(?:py|sh) (?:.* )?configs/\w+/(\w+)\.py', command)  # whole models
+    checkpoint = f'work_dirs/{tested[1]}/whole.pth' if tested else CHECKPOINT
+    script, *arguments = script_call(shlex.split(RELEASE.sub(checkpoint, command), comments=True))
     if '--launcher' in arguments:  # here it runs in one process
         at = arguments.index('--launcher')
         del arguments[at : at + 2]
     if script.startswith('tools/misc/make_'):
         shutil.rmtree(folder / arguments[0], ignore_errors=True)
-    for word in arguments:
+    for word in [*arguments, checkpoint]:
         for path in re.findall(r'work_dirs/\w+/\w+\.pth', word):
             checkpoint_of(path, folder)
-    names = {'CHECKPOINT': CHECKPOINT, 'SRC': CHECKPOINT, 'DST': 'converted.pth'}
+    names = {'CHECKPOINT': checkpoint, 'SRC': CHECKPOINT, 'DST': 'converted.pth'}
     if 'LOG.json' in arguments:
         names['LOG.json'] = log_of_a_training(folder)
     arguments = [names.get(word, word) for word in arguments] + small(command)

@@ -91,7 +91,7 @@ class TerminateOnNonFiniteHook(Hook):
         self._batch = self._losses = None  # so that their memory is freed
 
     def _total(self, loss: Tensor) -> Tensor:
-        """A number that is infinite or NaN if the loss or a gradient is: one tensor, so that the caller waits once."""
+        """A number that is infinite or NaN if the loss or a gradient is; reading it is the only wait for the GPU."""
         gradients = [gradient for _, gradient in self._gradients()]
         norms = torch._foreach_norm(gradients) if gradients else []  # as in torch.nn.utils.clip_grad_norm_
         return torch.stack([loss.detach().abs().float(), *(norm.to(loss.device).float() for norm in norms)]).sum()

@@ -6,7 +6,7 @@ from tool_runs import refuse
 from swinv2_mm.engine import TerminateOnNonFiniteHook
 
 
-def test_every_other_step_is_checked(monkeypatch, capsys):
+def test_each_step_is_checked(monkeypatch, capsys):
     checked = []
     total = TerminateOnNonFiniteHook._total
     monkeypatch.setattr(TerminateOnNonFiniteHook, '_total', lambda self, loss: checked.append(1) or total(self, loss))

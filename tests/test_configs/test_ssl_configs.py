@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from augmentation import assert_crops, assert_flips
 from loading_paths import start_training
 from mmengine.config import Config
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, DefaultScope
 from nano import closest, smaller_backbone, train_a_step
 from nano.ssl import shrink, write_images
+from PIL import Image
 
 from swinv2_mm.cli import launch
 
@@ -126,8 +128,9 @@ def test_has_the_numbers_of_the_paper_and_the_official_code(name):
     assert list(pipeline) == [
         *('LoadImageFromFile', 'RandomResizedCrop', 'RandomFlip', 'SimMIMMaskGenerator', 'PackInputs')
     ]
-    crop, masks = pipeline['RandomResizedCrop'], pipeline['SimMIMMaskGenerator']
-    assert (crop.scale, crop.crop_ratio_range, crop.aspect_ratio_range) == (192, (0.67, 1.0), (3 / 4, 4 / 3))
+    assert_crops(pipeline['RandomResizedCrop'], 192, (0.67, 1.0), Image.Resampling.BILINEAR)
+    assert_flips(pipeline['RandomFlip'])
+    masks = pipeline['SimMIMMaskGenerator']
     assert (masks.input_size, masks.mask_patch_size, masks.model_patch_size, masks.mask_ratio) == (192, 32, 4, 0.6)
 
 

@@ -9,10 +9,14 @@ import argparse
 import inspect
 import re
 import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
+
+from swinv2_mm.cli import launch
 
 NANO_CONFIGS = Path(__file__).parent / 'configs'  # det.py, seg.py, cls.py, video.py
 ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
@@ -38,6 +42,24 @@ def shrink_inputs(cfg: Config, factor: int) -> None:
     if 'tta_pipeline' in cfg:
         cfg.tta_pipeline = shrink_sizes(cfg.tta_pipeline, factor)
     cfg.default_hooks.logger.interval = 1
+
+
+@dataclass(frozen=True)
+class ConfigFolder:
+    """A folder of configs, with the function that shrinks them."""
+
+    path: Path
+    shrink: Callable[[Config], Config]
+
+    def read(self, name: str) -> Config:
+        return Config.fromfile(self.path / f'{name}.py')
+
+    def load(self, name: str | Path, data: Path, work_dir: Path) -> Config:
+        """The config at a nano size, adapted to the CPU as the tools do it; `name` may be a path without `.py`."""
+        cfg = launch.load_config(str(self.path / f'{name}.py'), dict(data_root=str(data)))
+        launch.adapt_to_cpu(cfg)
+        cfg.work_dir = str(work_dir)
+        return self.shrink(cfg)
 
 
 def train_a_step(cfg: Config) -> Runner:

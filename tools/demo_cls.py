@@ -132,9 +132,9 @@ def demo(work_dir: Path, processes: int) -> None:
                 dump = ['--work-dir', test_dir, '--dump', test_dir / 'predictions.pkl']
                 run('tools/dist_test.sh', config, checkpoint_of(folder(work_dir, 'train', start)), processes, *dump)
 
-    steps = {'make the data set': (10, make_data), 'pre-train': (140, pretrain)}
-    steps |= {f'fine-tune, {start}': (50, partial(finetune, start)) for start in STARTS}
-    steps['test'] = (60, test)
+    steps = {'make the data set': (10, make_data), 'pre-train': (130, pretrain)}
+    steps |= {f'fine-tune, {start}': (60, partial(finetune, start)) for start in STARTS}
+    steps['test'] = (80, test)
     timing = Steps('SimMIM and classification', {title: seconds for title, (seconds, _) in steps.items()})
     timing.announce()
     for title, (_, action) in steps.items():

@@ -45,7 +45,7 @@ train_dataloader = dict(
 )
 
 # Schedule: 62 steps of 64 images in each epoch.
-max_epochs = 12
+max_epochs = 10
 train_cfg = dict(max_epochs=max_epochs)
 optim_wrapper = dict(optimizer=dict(lr=1e-3, betas=(0.9, 0.98)))
 param_scheduler = add_scope(

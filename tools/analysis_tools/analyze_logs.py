@@ -4,7 +4,7 @@ python tools/analysis_tools/analyze_logs.py plot_curve LOG.json --keys loss bbox
 python tools/analysis_tools/analyze_logs.py cal_train_time LOG.json
 
 The commands and flags are those of mmdet's script. That script needs seaborn, and confuses training and validation in
-the logs of mmseg, whose metrics have no prefix. This one reads the logs of all three toolboxes.
+the logs of mmseg, whose metrics have no prefix. This one reads the logs of all four toolboxes.
 """
 
 import argparse

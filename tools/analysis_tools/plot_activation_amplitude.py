@@ -25,6 +25,7 @@ import swinv2_mm  # noqa: F401  before any toolbox: it applies workarounds that 
 from swinv2_mm.cli import checks, classes, launch
 from swinv2_mm.cli.errors import check_outputs
 from swinv2_mm.cli.inputs import toolbox
+from swinv2_mm.ops.files import write_whole
 
 from get_flops import build_model  # isort: skip
 from plot_position_bias import check_picture  # isort: skip
@@ -217,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     draw(names, [result['variance'] for result in results]).savefig(args.out, dpi=200)
     print(args.out)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + '\n')
+        write_whole(args.json, json.dumps(results, indent=2) + '\n')
         print(args.json)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
@@ -71,6 +72,19 @@ def train_a_step(cfg: Config) -> Runner:
     assert all(p in stepped for p in trainable), 'some parameters got no gradient'
     assert all(p.isfinite().all() for p in trainable)
     return runner
+
+
+def check_bfloat16(cfg: Config) -> None:
+    """Assert that a training step under autocast has a finite loss and finite gradients of all parameters."""
+    runner = Runner.from_cfg(cfg)
+    batch = next(iter(runner.build_dataloader(runner.cfg.train_dataloader)))
+    batch = runner.model.data_preprocessor(batch, True)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        losses = runner.model(**batch, mode='loss')
+    total, _ = runner.model.parse_losses(losses)
+    total.backward()
+    assert total.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in runner.model.parameters())
 
 
 # Numbers that change results but not which code runs; the tests of the recipes check their values.

@@ -1,0 +1,84 @@
+"""Print a config that inherits from any config of mmdet, mmseg or mmaction2 and has a Swin V2 backbone.
+
+python tools/misc/with_swinv2.py mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py --arch base > mine.py
+python tools/misc/with_swinv2.py configs/my_config.py --arch large --window 24 > mine.py
+
+The channels that neck and heads read, the normalisation of images and the optimizer change with the backbone. Before it
+is printed, the config trains a step on random data, with one block in each stage. If that fails, the part that does not
+work with Swin V2 is named, and nothing is printed.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+
+import swinv2_mm  # noqa: F401  before any toolbox: it applies workarounds that the toolboxes' imports need
+from swinv2_mm.checkpoints.loaders import SCHEME, find_release
+from swinv2_mm.cli.errors import one_line_errors
+from swinv2_mm.models.sizes import ARCHS
+
+# pre-trained weights of each size; those of H and G were never released
+WEIGHTS = {
+    'tiny': 'swinv2://tiny_window8_256',
+    'small': 'swinv2://small_window8_256',
+    'base': 'swinv2://base_window12_192_22k',
+    'large': 'swinv2://large_window12_192_22k',
+    'giant_simmim': 'swinv2://simmim_giant_22k_500k',
+}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        'config',
+        help='config of a toolbox, such as mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py, or a file; '
+        'the path of a file is printed relative to the working folder',
+    )
+    parser.add_argument('--arch', choices=list(ARCHS), default='tiny', help='size of the backbone (default: tiny)')
+    parser.add_argument(
+        '--window', type=int, help='window size in tokens (default: 16; of clips, 7, with 8 frames in a window)'
+    )
+    parser.add_argument(
+        '--weights', help='checkpoint: swinv2://NAME, a file or an address (default: a release of this size)'
+    )
+    return parser.parse_args(argv)
+
+
+def convert(args: argparse.Namespace) -> str:
+    """The text of the new config.
+
+    Raises:
+        FileNotFoundError: There is no such config.
+        ModuleNotFoundError: Its toolbox is not installed.
+        ValueError: The config cannot be read, or does not work with Swin V2; or an argument is out of range.
+    """
+    from swinv2_mm.cli import launch, with_swinv2  # here, because mmengine imports DeepSpeed, which prints
+
+    if args.window is not None and args.window < 1:
+        raise ValueError(f'--window must be at least 1, got {args.window}')
+    weights = args.weights or WEIGHTS.get(args.arch)
+    if str(weights).startswith(SCHEME):
+        find_release(weights)
+    is_file = '::' not in args.config
+    cfg = launch.load_config(args.config) if is_file else with_swinv2.read(with_swinv2.source(args.config, {}))
+    backbone = with_swinv2.Backbone(args.arch, args.window, weights)
+    parts, notes = with_swinv2.changes(cfg, backbone)
+    base = os.path.abspath(args.config) if is_file else args.config
+    with_swinv2.check(with_swinv2.read(with_swinv2.source(base, parts)))
+    return with_swinv2.source(f'./{os.path.relpath(base)}' if is_file else base, parts, notes)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_args(argv)
+    errors = one_line_errors(FileNotFoundError, ModuleNotFoundError, ValueError)
+    with errors, contextlib.redirect_stdout(sys.stderr):  # the standard output is for the config alone
+        text = convert(args)
+    print(text, end='')
+
+
+if __name__ == '__main__':
+    main()

@@ -20,7 +20,6 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from swinv2_mm.cli.inputs import input_shape, random_batch, toolbox
-from swinv2_mm.engine.optim_wrapper_constructor import SwinV2OptimWrapperConstructor
 from swinv2_mm.models.sizes import resolve_arch
 
 STRIDES = (4, 8, 16, 32)  # of the stages of a Swin V2
@@ -273,8 +272,8 @@ def _new_optimization(cfg: Config) -> tuple[dict, list[str]]:
         raise ValueError(f'optim_wrapper of type {wrapper.get("type")} has no optimizer')
     result, notes = dict(optim_wrapper=dict(constructor='swinv2_mm.SwinV2OptimWrapperConstructor')), []
     paramwise = wrapper.get('paramwise_cfg') or {}
-    is_default = wrapper.get('constructor') in (None, 'DefaultOptimWrapperConstructor')
-    kept = {k: v for k, v in paramwise.items() if is_default and k in SwinV2OptimWrapperConstructor.options}
+    # options of another constructor mean something else
+    kept = dict(paramwise) if wrapper.get('constructor') in (None, 'DefaultOptimWrapperConstructor') else {}
     if 'custom_keys' in kept:
         kept['custom_keys'] = {k: v for k, v in kept['custom_keys'].items() if not _is_of_old_backbone(k)}
     if kept != paramwise:

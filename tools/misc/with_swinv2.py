@@ -14,10 +14,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-import swinv2_mm  # noqa: F401  before any toolbox: it applies workarounds that the toolboxes' imports need
-from swinv2_mm.checkpoints.loaders import SCHEME, find_release
-from swinv2_mm.cli.errors import one_line_errors
-from swinv2_mm.models.sizes import ARCHS
+with contextlib.redirect_stdout(sys.stderr):  # mmengine imports DeepSpeed, which prints there
+    import swinv2_mm  # noqa: F401  before any toolbox: it applies workarounds that the toolboxes' imports need
+    from swinv2_mm.checkpoints.loaders import SCHEME, find_release
+    from swinv2_mm.cli import launch, with_swinv2
+    from swinv2_mm.models.sizes import ARCHS
 
 # pre-trained weights of each size; those of H and G were never released
 WEIGHTS = {
@@ -55,8 +56,6 @@ def convert(args: argparse.Namespace) -> str:
         ModuleNotFoundError: Its toolbox is not installed.
         ValueError: The config cannot be read, or does not work with Swin V2; or an argument is out of range.
     """
-    from swinv2_mm.cli import launch, with_swinv2  # here, because mmengine imports DeepSpeed, which prints
-
     if args.window is not None and args.window < 1:
         raise ValueError(f'--window must be at least 1, got {args.window}')
     weights = args.weights or WEIGHTS.get(args.arch)
@@ -74,7 +73,7 @@ def convert(args: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    errors = one_line_errors(FileNotFoundError, ModuleNotFoundError, ValueError)
+    errors = launch.one_line_errors(FileNotFoundError, ModuleNotFoundError, ValueError)
     with errors, contextlib.redirect_stdout(sys.stderr):  # the standard output is for the config alone
         text = convert(args)
     print(text, end='')

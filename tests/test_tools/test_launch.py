@@ -94,7 +94,7 @@ def test_load_config_names_a_missing_config(error_of):
 def test_load_config_names_a_line_that_is_not_python(tmp_path):
     path = tmp_path / 'mine.py'
     path.write_text('model = dict(\n    a b\n)\n')
-    with pytest.raises(ValueError, match=r"config \S*mine.py or .* not valid Python: .*line 2.*, '    a b\\n'"):
+    with pytest.raises(ValueError, match=r"config \S*mine.py or .* not valid Python: .*line 2.*, '    a b'"):
         launch.load_config(str(path))
 
 

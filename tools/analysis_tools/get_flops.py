@@ -93,8 +93,9 @@ def _forward(model: nn.Module, inputs: Tensor, samples: list):
         return model.extract_feat(inputs, stage='head', data_samples=samples)
     if hasattr(model, 'target_generator'):  # that of mmpretrain's SimMIM before the decoder
         return model.neck(model.extract_feat(inputs)[0])
-    if 'batch_data_samples' in inspect.signature(getattr(model, 'decode_head', len)).parameters:  # mmseg's Mask2Former
-        return model.decode_head(model.extract_feat(inputs), samples)
+    head = getattr(model, 'decode_head', None)
+    if head and 'batch_data_samples' in inspect.signature(head.forward).parameters:  # Mask2Former
+        return head(model.extract_feat(inputs), samples)
     return type(model).forward(model, inputs, samples, mode='tensor')
 
 

@@ -7,11 +7,10 @@ from mmengine.config import Config
 from nano import ARCH, CHANNELS, shrink_inputs
 
 FACTOR = 8  # 1024 pixels become 128
-# the last four limit proposals and results
 SIZES = dict(
     **dict(feedforward_channels=32, num_layers=2, num_queries=10, num_dn_queries=4),
     **dict(stacked_convs=1, fc_out_channels=32),
-    **dict(nms_pre=50, max_per_img=10, max_per_image=10, num=16),
+    **dict(nms_pre=50, max_per_img=10, max_per_image=10, num=16, score_thr=0.0),  # of an untrained model
 )
 # not for DINO, where mmdet has written some of them into the code
 WIDTHS = dict(embed_dims=32, num_feats=16, feat_channels=32, out_channels=32)

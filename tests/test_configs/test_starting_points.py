@@ -16,6 +16,7 @@ from nano.starting_points import shrink
 from torch import nn
 
 from swinv2_mm.checkpoints import loaders
+from swinv2_mm.models import BFloat16SwinTransformerV2
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')

@@ -37,7 +37,7 @@ def new_optimization(cfg: Config) -> tuple[dict, list[str]]:
     if is_new and cfg.default_scope in BACKBONE_LR:
         kept['custom_keys'] = dict(backbone=dict(lr_mult=BACKBONE_LR[cfg.default_scope])) | kept.get('custom_keys', {})
     if kept != paramwise:
-        result['optim_wrapper']['paramwise_cfg'] = dict(_delete_=True, **kept)
+        result['optim_wrapper']['paramwise_cfg'] = dict(_delete_=True, **kept) if paramwise else kept
     if is_new:
         optimizer, batch_size = OPTIMIZERS[cfg.default_scope]
         result['optim_wrapper']['optimizer'] = dict(_delete_=True, **optimizer)
@@ -51,7 +51,8 @@ def new_optimization(cfg: Config) -> tuple[dict, list[str]]:
         schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
         adapted = _new_schedule(schedulers, optimizer['lr'] / wrapper.optimizer.lr)
         if adapted != schedulers:
-            result['param_scheduler'] = adapted
+            # `_scope_`, which mmengine adds, is the default scope
+            result['param_scheduler'] = [{k: v for k, v in s.items() if k != '_scope_'} for s in adapted]
     return result, notes
 
 

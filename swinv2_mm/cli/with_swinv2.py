@@ -5,6 +5,7 @@ training step of the new model on random data.
 """
 
 import math
+import textwrap
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from swinv2_mm.cli.channels import new_channels
@@ -100,7 +102,11 @@ def changes(cfg: Config, backbone: Backbone) -> tuple[dict, list[str]]:
 
 def source(base: str, parts: dict, notes: Sequence[str] = ()) -> str:
     """The text of a config that inherits `base` and overrides `parts`."""
-    comments = ''.join(f'# {note}.\n' for note in notes)
+    comments = ''.join(
+        textwrap.fill(f'{note}.', LINE_LENGTH, initial_indent='# ', subsequent_indent='# ', break_long_words=False)
+        + '\n'
+        for note in notes
+    )
     return f'{comments}_base_ = {base!r}\n\n' + ''.join(f'{key} = {_code(value)}\n' for key, value in parts.items())
 
 
@@ -139,23 +145,25 @@ def _feature_maps(cfg: Config) -> list[FeatureMap]:
     """What the backbone of a config returns.
 
     Raises:
-        ValueError: It does not take RGB, or cannot be built or run.
+        ValueError: It does not take RGB, mixes the frames of a clip, or cannot be built or run.
     """
-    channels = cfg.model.backbone.get('in_channels', 3)
+    kind = cfg.model.backbone.type
+    channels, frames = cfg.model.backbone.get('in_channels', 3), cfg.model.backbone.get('num_frames', 8)
     if channels != 3:
-        raise ValueError(f'model.backbone of type {cfg.model.backbone.type} takes {channels} channels, not RGB')
+        raise ValueError(f'model.backbone of type {kind} takes {channels} channels, not RGB')
+    if any(fnmatch(str(kind), pattern) for pattern in MIX_FRAMES):
+        raise ValueError(f'model.backbone of type {kind} mixes the frames of a clip, which a 2D Swin V2 does not')
     old = {k: None if k in ('init_cfg', 'pretrained') else v for k, v in cfg.model.backbone.items()}
-    size = old.get('img_size', 224)
-    x = torch.zeros(1, 3, *([8] if _is_3d(cfg) else []), *(size if isinstance(size, (list, tuple)) else [size] * 2))
+    x = torch.zeros(1, 3, *([frames] if _is_3d(cfg) else []), *to_2tuple(old.get('img_size', 224)))
     try:
         module = revert_sync_batchnorm(MODELS.build(old))
         module.eval()  # of mmdet's ResNet, it returns None
         out = module(x)
     except Exception as error:
-        raise ValueError(f'model.backbone of type {old["type"]} cannot be run: {_one_line(error)}') from error
+        raise ValueError(f'model.backbone of type {kind} cannot be run: {_one_line(error)}') from error
     maps = [out] if isinstance(out, Tensor) else out
     if not all(isinstance(m, Tensor) and m.dim() == x.dim() for m in maps):
-        raise ValueError(f'model.backbone of type {old["type"]} returns no plain feature maps')
+        raise ValueError(f'model.backbone of type {kind} returns no plain feature maps')
     return [FeatureMap(m.shape[1], x.shape[-1] // m.shape[-1]) for m in maps]
 
 
@@ -167,11 +175,9 @@ def _stages(cfg: Config, maps: list[FeatureMap]) -> tuple[tuple[int, ...], list[
     """The stages of a Swin V2 that stand for the feature maps of the former backbone, and notes about them.
 
     Raises:
-        ValueError: It has other strides, or mixes the frames of a clip.
+        ValueError: It has other strides.
     """
     old = cfg.model.backbone
-    if any(fnmatch(str(old.type), pattern) for pattern in MIX_FRAMES):
-        raise ValueError(f'model.backbone of type {old.type} mixes the frames of a clip, which a 2D Swin V2 does not')
     strides, indices = tuple(m.stride for m in maps), tuple(old.get('out_indices', ()))
     note = f'model.backbone: the former one has strides {strides}'
     if list(strides) == sorted(set(strides)) and set(strides) <= set(STRIDES):
@@ -226,8 +232,11 @@ def _new_normalization(cfg: Config) -> dict:
 # ---------------------------------------------------------------- check
 
 
-def check(cfg: Config) -> None:
+def check(cfg: Config) -> list[str]:
     """Train a step of a config's model on random data, with one block in each stage of its backbone.
+
+    Returns:
+        Parameters of the backbone that get no gradient: norms of feature maps that no neck or head reads.
 
     Raises:
         ValueError: It fails; the message names the part of the model.
@@ -255,11 +264,14 @@ def check(cfg: Config) -> None:
         data = model.data_preprocessor(batch, True)
         MessageHub.get_current_instance().update_info('iter', 0)  # as the Runner does; some heads read it
         loss = model.parse_losses(model(**data, mode='loss'))[0]
-        optimizer.update_params(loss)
+        loss.backward()
+        unused = [name for name, p in model.backbone.named_parameters() if p.requires_grad and p.grad is None]
+        optimizer.step()
     except Exception as error:
         raise ValueError(f'{_failed_part(model, error)}: {_one_line(error)}') from error
     if not loss.isfinite():
         raise ValueError(f'the loss of a training step on random data is {loss.item()}')
+    return unused
 
 
 def _sample_few(part) -> None:

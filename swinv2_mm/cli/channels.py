@@ -35,7 +35,7 @@ def new_channels(model: dict, old: list[int], new: list[int]) -> dict:
 @torch.no_grad()
 def _neck_channels(neck: dict, channels: list[int]) -> list[int]:
     """Channels of each feature map that a neck returns."""
-    maps = [torch.zeros(1, width, 64 >> i, 64 >> i) for i, width in enumerate(channels)]
+    maps = tuple(torch.zeros(1, width, 64 >> i, 64 >> i) for i, width in enumerate(channels))
     try:
         return [m.shape[1] for m in revert_sync_batchnorm(MODELS.build(neck)).eval()(maps)]
     except Exception as error:

@@ -179,7 +179,7 @@ def _add_objects(sample, size: tuple[int, int], model: nn.Module, objects: int) 
     sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
     if not getattr(model, 'with_rpn', True):
         sample.proposals = InstanceData(bboxes=corners.flatten(1))
-    is_panoptic = hasattr(model, 'panoptic_head')
+    is_panoptic = hasattr(model, 'panoptic_head') or hasattr(model, 'semantic_head')
     if getattr(model, 'with_mask', False) or is_panoptic:
         from mmdet.structures.mask import BitmapMasks
 

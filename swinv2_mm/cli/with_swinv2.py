@@ -256,6 +256,7 @@ def check(cfg: Config) -> list[str]:
     model = None
     try:
         model = revert_sync_batchnorm(MODELS.build(model_cfg)).to(get_device())
+        model.init_weights()  # without it, some heads predict boxes of negative size
         # without the type, because AmpOptimWrapper refuses a CPU
         wrapper = cfg.get('optim_wrapper') or dict(optimizer=OPTIMIZERS[cfg.default_scope][0])
         wrapper = {key: wrapper[key] for key in ('optimizer', 'constructor', 'paramwise_cfg') if key in wrapper}

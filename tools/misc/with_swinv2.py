@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 
 with contextlib.redirect_stdout(sys.stderr):  # mmengine imports DeepSpeed, which prints there
+    from mmengine.logging import MMLogger
+
     import swinv2_mm  # noqa: F401  before any toolbox: it applies workarounds that the toolboxes' imports need
     from swinv2_mm.checkpoints.loaders import SCHEME, find_release
     from swinv2_mm.cli import launch, with_swinv2
@@ -56,6 +58,7 @@ def convert(args: argparse.Namespace) -> str:
         ModuleNotFoundError: Its toolbox is not installed.
         ValueError: The config cannot be read, or does not work with Swin V2; or an argument is out of range.
     """
+    MMLogger.get_instance('with_swinv2', log_level='WARNING')  # or mmengine logs how each parameter is initialised
     if args.window is not None and args.window < 1:
         raise ValueError(f'--window must be at least 1, got {args.window}')
     weights = args.weights or WEIGHTS.get(args.arch)

@@ -61,7 +61,7 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
     Raises:
         FileNotFoundError: There is no such file.
         ModuleNotFoundError: It inherits from a toolbox that is not installed.
-        ValueError: An option does not fit the config.
+        ValueError: It is not valid Python, or an option does not fit it.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f'config {path} does not exist{seen_from(path)}')
@@ -71,6 +71,8 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
         extra = next((extra for toolbox, extra in EXTRAS.items() if toolbox in str(error)), None)
         install = f": pip install 'swinv2_mm[{extra}]'" if extra else ''
         raise ModuleNotFoundError(f'config {path} cannot be read: {error}{install}') from error
+    except SyntaxError as error:
+        raise ValueError(f'config {path} or one of its bases is not valid Python: {error}, {error.text!r}') from error
     scope = cfg.get('default_scope')
     if scope in EXTRAS and importlib.util.find_spec(scope) is None:
         raise ModuleNotFoundError(

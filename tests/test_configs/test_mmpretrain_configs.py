@@ -24,11 +24,3 @@ def test_the_smaller_backbone_of_the_readme_fits(path):
     layer = model.head if path.parent.name == 'cls' else model.neck.decoder[0]
     assert model.backbone.num_features[-1] == layer.in_channels == 256
     assert cfg.model.backbone.get('init_cfg') is None
-
-
-@pytest.mark.parametrize('folder', FOLDERS, ids=lambda folder: folder.name)
-def test_the_metafile_lists_every_config(folder):
-    import yaml
-
-    metafile = yaml.safe_load((folder / 'metafile.yml').read_text())
-    assert sorted(Path(m['Config']).stem for m in metafile['Models']) == [p.stem for p in PAPER[folder]]

@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
-from nano import check_bfloat16, closest, smaller_backbone, train_a_step
+from nano import ConfigFolder, check_bfloat16, closest, smaller_backbone, train_a_step
 from nano.video import shrink, write_kinetics400
 
 from swinv2_mm.checkpoints import loaders
@@ -26,6 +26,8 @@ GIANT = [name for name in PAPER if name.startswith('swinv2_g_')]
 TEST_SYSTEMS = [name for name in GIANT if 'w24' in name]
 TRAINED = ['swinv2_t_k400_224x224x32', 'swinv2_g_k400_256x256x8']
 TRAINED_BY_PACKAGE = 'swinv2_g_k400_320x320x8_w24_4x5'
+FOLDER = ConfigFolder(CONFIGS, shrink)
+read, load = FOLDER.read, FOLDER.load
 
 
 @pytest.fixture(autouse=True)
@@ -34,21 +36,9 @@ def _mmaction_scope():
         yield
 
 
-def read(name: str) -> Config:
-    return Config.fromfile(CONFIGS / f'{name}.py')
-
-
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     return write_kinetics400(tmp_path_factory.mktemp('kinetics'))
-
-
-def load(name: str | Path, data: Path, work_dir: Path) -> Config:
-    """The config at a nano size, adapted to the CPU as the tools do it."""
-    cfg = launch.load_config(str(CONFIGS / f'{name}.py'), dict(data_root=str(data)))
-    launch.adapt_to_cpu(cfg)
-    cfg.work_dir = str(work_dir)
-    return shrink(cfg)
 
 
 def steps(cfg: Config, split: str) -> dict[str, dict]:
@@ -271,13 +261,6 @@ def test_shorter_sides_are_to_crops_as_in_video_swin(size):
 
 
 # ---------------------------------------------------------------- all
-
-
-def test_the_metafile_lists_every_config():
-    import yaml
-
-    metafile = yaml.safe_load((CONFIGS / 'metafile.yml').read_text())
-    assert sorted(Path(m['Config']).stem for m in metafile['Models']) == PAPER
 
 
 def test_losses_and_gradients_are_finite_in_bfloat16(data, tmp_path):

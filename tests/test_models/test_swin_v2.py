@@ -13,7 +13,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swinv2_mm.models import SwinTransformerV2
+from swinv2_mm.models import BFloat16SwinTransformerV2, SwinTransformerV2
 from swinv2_mm.models.block import SwinBlock
 from swinv2_mm.ops import reference
 
@@ -86,6 +86,21 @@ def test_swin_v2_gradients_are_finite_under_autocast_with_padding(dtype, mask_pa
     (loss * 1024).backward()  # loss scaling, as in fp16 training
     for name, p in backbone.named_parameters():
         assert p.grad.isfinite().all(), name
+
+
+def test_bfloat16_swin_v2_computes_under_autocast_and_returns_float32():
+    backbone = build().train()
+    ours = BFloat16SwinTransformerV2(arch=ARCH, window_size=4, drop_path_rate=0.0).train()
+    ours.load_state_dict(backbone.state_dict())
+    x = image(64, 40)
+    with torch.autocast('cpu', torch.bfloat16):
+        expected = backbone(x)
+    features = ours(x)
+    assert expected[0].dtype == torch.bfloat16
+    assert {feature_map.dtype for feature_map in features} == {torch.float32}
+    assert all(torch.equal(a, b) for a, b in zip(features, expected, strict=True))
+    sum(feature_map.sum() for feature_map in features).backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in ours.parameters())
 
 
 @torch.no_grad()

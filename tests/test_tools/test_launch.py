@@ -91,6 +91,13 @@ def test_load_config_names_a_missing_config(error_of):
     assert 'config no_such.py does not exist (relative to ' in error_of('train', 'no_such.py')
 
 
+def test_load_config_names_a_line_that_is_not_python(tmp_path):
+    path = tmp_path / 'mine.py'
+    path.write_text('model = dict(\n    a b\n)\n')
+    with pytest.raises(ValueError, match=r"config \S*mine.py or .* not valid Python: .*line 2.*, '    a b'"):
+        launch.load_config(str(path))
+
+
 @pytest.mark.parametrize(
     ('tool', 'missing', 'option', 'split'),
     [

@@ -10,6 +10,7 @@ mmengine.analysis.
 """
 
 import argparse
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,9 @@ def _forward(model: nn.Module, inputs: Tensor, samples: list):
         return model.extract_feat(inputs, stage='head', data_samples=samples)
     if hasattr(model, 'target_generator'):  # that of mmpretrain's SimMIM before the decoder
         return model.neck(model.extract_feat(inputs)[0])
+    head = getattr(model, 'decode_head', None)
+    if head and 'batch_data_samples' in inspect.signature(head.forward).parameters:  # Mask2Former
+        return head(model.extract_feat(inputs), samples)
     return type(model).forward(model, inputs, samples, mode='tensor')
 
 
@@ -127,6 +131,7 @@ def _trace(model: nn.Module, inputs: Tensor, forward: Callable) -> tuple[dict[st
     model.forward = lambda x: tuple(_tensors(forward(x)))
     analyzer = FlopAnalyzer(model, (inputs,)).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analyzer.set_op_handle('aten::scaled_dot_product_attention', _attention_flops)
+    analyzer.set_op_handle('aten::baddbmm', _baddbmm_flops)
     try:
         with torch.no_grad():
             by_module = analyzer.by_module()
@@ -141,6 +146,11 @@ def _attention_flops(inputs: list, outputs: list) -> float:
     """FLOPs of q k^T for queries (..., L, C) and keys (..., S, C), and of its product with values (..., S, C)."""
     *batch, queries, channels = get_shape(inputs[0])
     return 2 * math.prod(batch) * queries * get_shape(inputs[1])[-2] * channels
+
+
+def _baddbmm_flops(inputs: list, outputs: list) -> int:
+    """FLOPs of the product in c + a b, for a (B, N, K), b (B, K, M)."""
+    return math.prod(get_shape(inputs[1])) * get_shape(inputs[2])[-1]
 
 
 def _has_products(operation: str) -> bool:

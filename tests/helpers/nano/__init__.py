@@ -1,15 +1,15 @@
 """Nano models, configs and data sets, which a CPU trains in a second.
 
 `NANO_CONFIGS` has a small config of each task for the command line; `nano.det`, `nano.seg`, `nano.cls` and `nano.video`
-shrink the recipes of this repository and write the data of both. `nano.training` compares trainings of several
-processes.
+shrink the recipes of this repository and write the data of both; `nano.starting_points` shrinks the toolboxes' recipes.
+`nano.training` compares trainings of several processes.
 """
 
 import argparse
 import inspect
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def check_bfloat16(cfg: Config) -> None:
 NUMBERS = {
     *('window_size', 'pretrained_window_sizes', 'patch_size', 'drop_path_rate'),
     *('lr', 'weight_decay', 'max_norm', 'batch_size', 'base_batch_size', 'indices'),
-    *('begin', 'end', 'T_max', 'interval'),
+    *('begin', 'end', 'T_max', 'interval', 'milestones'),
     *('scale', 'crop_size', 'size', 'clip_len', 'frame_interval'),
 }
 MEMORY_OPTIONS = {'with_cp', 'sequential_stages'}  # they do not change the output of the backbone
@@ -99,26 +99,26 @@ MEMORY_OPTIONS = {'with_cp', 'sequential_stages'}  # they do not change the outp
 
 def closest(cfg: Config, trained: list[Config]) -> list[str]:
     """Entries in which a config differs from the most similar trained one, without `NUMBERS` and `MEMORY_OPTIONS`."""
-    mine = runner_entries(cfg)
-    others = [runner_entries(other) for other in trained]
+    mine = runner_entries(cfg, NUMBERS | MEMORY_OPTIONS)
+    others = [runner_entries(other, NUMBERS | MEMORY_OPTIONS) for other in trained]
     return min((sorted(key for key in mine | other if mine.get(key) != other.get(key)) for other in others), key=len)
 
 
-def runner_entries(cfg: Config) -> dict:
-    """The entries of a config that `Runner` reads, by their dotted names."""
+def runner_entries(cfg: Config, without: Collection[str] = ()) -> dict:
+    """The entries of a config that `Runner` reads, by their dotted names; keys of `without` are left out."""
     read = inspect.signature(Runner).parameters
-    return dict(entry for key in cfg if key in read for entry in entries(cfg[key], key))
+    return dict(entry for key in cfg if key in read for entry in entries(cfg[key], key, without))
 
 
-def entries(value, name: str):
-    """Dotted names and values inside a config value, without `NUMBERS` and `MEMORY_OPTIONS`."""
+def entries(value, name: str, without: Collection[str]):
+    """Dotted names and values inside a config value."""
     if not isinstance(value, (dict, list, tuple)):
         yield name, value
         return
     yield name, 'entries'
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        if key not in NUMBERS | MEMORY_OPTIONS:
-            yield from entries(item, f'{name}.{key}')
+        if key not in without:
+            yield from entries(item, f'{name}.{key}', without)
 
 
 def trial_arguments(configs: Path) -> list[str]:

@@ -1,0 +1,30 @@
+# Mask2Former on SwinV2-L, ADE20K: mmseg's recipe for Swin V1, with its backbone replaced. No published result. Window
+# 40, that of the paper for crops of 640x640 (A2.1). Backbone from ImageNet-22K at 192x192 with window 12.
+#   tools/dist_train.sh configs/seg/mask2former_swinv2_l_ade20k.py 8
+_base_ = 'mmseg::mask2former/mask2former_swin-l-in22k-384x384-pre_8xb2-160k_ade20k-640x640.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='swinv2_mm.SwinTransformerV2',
+        arch='large',
+        window_size=40,
+        pretrained_window_sizes=(12, 12, 12, 6),
+        drop_path_rate=0.3,
+        init_cfg=dict(type='Pretrained', checkpoint='swinv2://large_window12_192_22k'),
+    ),
+)
+optim_wrapper = dict(
+    constructor='swinv2_mm.SwinV2OptimWrapperConstructor',
+    paramwise_cfg=dict(
+        _delete_=True,
+        custom_keys=dict(
+            backbone=dict(lr_mult=0.1),
+            query_embed=dict(decay_mult=0.0),
+            query_feat=dict(decay_mult=0.0),
+            level_embed=dict(decay_mult=0.0),
+        ),
+    ),
+)
+default_hooks = dict(checkpoint=dict(type='swinv2_mm.AtomicCheckpointHook', max_keep_ckpts=2))
+custom_hooks = [dict(type='swinv2_mm.ReproducibleResumeHook')]

@@ -128,8 +128,8 @@ def _code(value, indent: int = 0) -> str:
     return f'{start}\n{lines}{" " * indent}{end}'
 
 
-def _items(value: dict | list) -> list:
-    return list(value.values()) if isinstance(value, dict) else value
+def _items(value: dict | list | tuple) -> list:
+    return list(value.values() if isinstance(value, dict) else value)
 
 
 def read(text: str) -> Config:
@@ -154,7 +154,7 @@ def _feature_maps(cfg: Config) -> list[FeatureMap]:
     if any(fnmatch(str(kind), pattern) for pattern in MIX_FRAMES):
         raise ValueError(f'model.backbone of type {kind} mixes the frames of a clip, which a 2D Swin V2 does not')
     old = {k: None if k in ('init_cfg', 'pretrained') else v for k, v in cfg.model.backbone.items()}
-    x = torch.zeros(1, 3, *([frames] if _is_3d(cfg) else []), *to_2tuple(old.get('img_size', 224)))
+    x = torch.zeros(1, 3, *([frames] if _is_3d(cfg) else []), *to_2tuple(old.get('img_size', 128)))
     try:
         module = revert_sync_batchnorm(MODELS.build(old))
         module.eval()  # of mmdet's ResNet, it returns None
@@ -232,11 +232,11 @@ def _new_normalization(cfg: Config) -> dict:
 # ---------------------------------------------------------------- check
 
 
-def check(cfg: Config) -> list[str]:
+def check(cfg: Config) -> bool:
     """Train a step of a config's model on random data, with one block in each stage of its backbone.
 
     Returns:
-        Parameters of the backbone that get no gradient: norms of feature maps that no neck or head reads.
+        Whether all parameters of the backbone get a gradient; not so where neck and heads skip a feature map.
 
     Raises:
         ValueError: It fails; the message names the part of the model.
@@ -246,7 +246,7 @@ def check(cfg: Config) -> list[str]:
     arch = resolve_arch(model_cfg.backbone.arch)
     model_cfg.backbone.update(arch=dict(arch, depths=(1,) * len(arch['depths']), extra_norm_every_n_blocks=0))
     model_cfg.backbone.update(init_cfg=None)
-    _sample_few(model_cfg.get('train_cfg') or {})
+    _simplify(model_cfg)
     samples, size = TRIALS[cfg.default_scope]
     preprocessor = model_cfg.get('data_preprocessor') or {}
     if 'batch_augments' in preprocessor:
@@ -263,33 +263,38 @@ def check(cfg: Config) -> list[str]:
         optimizer = build_optim_wrapper(model, wrapper)
         batch = random_batch(cfg, input_shape(cfg, size), samples, model, objects=4)
         data = model.data_preprocessor(batch, True)
-        MessageHub.get_current_instance().update_info('iter', 0)  # as the Runner does; some heads read it
+        for name in ('iter', 'epoch'):  # as the Runner does; some heads read them
+            MessageHub.get_current_instance().update_info(name, 0)
         loss = model.parse_losses(model(**data, mode='loss'))[0]
         loss.backward()
-        unused = [name for name, p in model.backbone.named_parameters() if p.requires_grad and p.grad is None]
+        is_used = all(p.grad is not None for p in model.backbone.parameters() if p.requires_grad)
         optimizer.step()
     except Exception as error:
         raise ValueError(f'{_failed_part(model, error)}: {_one_line(error)}') from error
     if not loss.isfinite():
         raise ValueError(f'the loss of a training step on random data is {loss.item()}')
-    return unused
+    return is_used
 
 
-def _sample_few(part) -> None:
-    """Limit the regions that two-stage detectors sample, which take most of the time of a step."""
-    if isinstance(part, dict) and str(part.get('type')).endswith('Sampler') and 'num' in part:
-        part['num'] = min(part['num'], 16)
-    elif isinstance(part, (dict, list)):
+def _simplify(part) -> None:
+    """Change a config of a model for a step of one process: few sampled regions, which take most of the time."""
+    if isinstance(part, dict):
+        if str(part.get('type')).endswith('Sampler') and 'num' in part:
+            part['num'] = min(part['num'], 16)
+        if part.get('type') == 'MMSyncBN':  # cannot be built without a process group
+            part['type'] = 'BN'
+    if isinstance(part, (dict, list, tuple)):
         for item in _items(part):
-            _sample_few(item)
+            _simplify(item)
 
 
 def _failed_part(model: nn.Module | None, error: Exception) -> str:
-    """The innermost module that was running when an error was raised."""
-    if model is None:
-        return 'the model cannot be built'
-    names = {id(module): (name, type(module).__name__) for name, module in model.named_modules() if name}
+    """The innermost module that was built or running when an error was raised."""
     running = [frame.f_locals.get('self') for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if model is None:
+        built = [type(module).__name__ for module in running if isinstance(module, nn.Module)]
+        return f'{built[-1] if built else "the model"} cannot be built'
+    names = {id(module): (name, type(module).__name__) for name, module in model.named_modules() if name}
     found = [names[id(module)] for module in running if id(module) in names]
     return 'model.{} of type {}'.format(*found[-1]) if found else 'model'
 

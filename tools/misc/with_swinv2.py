@@ -69,10 +69,10 @@ def convert(args: argparse.Namespace) -> str:
     backbone = with_swinv2.Backbone(args.arch, args.window, weights)
     parts, notes = with_swinv2.changes(cfg, backbone)
     base = os.path.abspath(args.config) if is_file else args.config
-    unused = with_swinv2.check(with_swinv2.read(with_swinv2.source(base, parts)))
-    if unused and not cfg.get('find_unused_parameters'):
+    is_used = with_swinv2.check(with_swinv2.read(with_swinv2.source(base, parts)))
+    if not is_used and not cfg.get('find_unused_parameters'):
         parts['find_unused_parameters'] = True  # or training on several GPUs fails
-        notes.append(f'find_unused_parameters: neck and heads do not read all feature maps, see {", ".join(unused)}')
+        notes.append('find_unused_parameters: neck and heads do not read all feature maps of the backbone')
     return with_swinv2.source(f'./{os.path.relpath(base)}' if is_file else base, parts, notes)
 
 

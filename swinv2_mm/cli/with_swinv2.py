@@ -276,7 +276,8 @@ def check(cfg: Config) -> bool:
         is_used = all(p.grad is not None for p in model.backbone.parameters() if p.requires_grad)
         optimizer.step()
     except Exception as error:
-        raise ValueError(f'{_failed_part(model, error)}: {_one_line(error)}') from error
+        way_out = '; run this on a machine with a GPU' if 'implementation for device cpu' in str(error) else ''
+        raise ValueError(f'{_failed_part(model, error)}: {_one_line(error)}{way_out}') from error
     if not loss.isfinite():
         raise ValueError(f'the loss of a training step on random data is {loss.item()}')
     return is_used

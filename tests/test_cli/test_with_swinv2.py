@@ -6,6 +6,7 @@ import re
 import socket
 from collections import defaultdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from mmengine.config import Config
@@ -355,6 +356,15 @@ def test_check_names_the_part_that_does_not_work(head, text):
     with pytest.raises(ValueError, match=text) as error:
         check(segmentor(**head))
     assert '\n' not in str(error.value)
+
+
+def test_check_of_an_operator_without_a_cpu_version_asks_for_a_gpu(monkeypatch):
+    message = 'carafe_forward_impl: implementation for device cpu not found.'  # of mmcv
+    monkeypatch.setattr('mmseg.models.FCNHead.forward', Mock(side_effect=RuntimeError(message)))
+    with pytest.raises(
+        ValueError, match=f'model.decode_head of type FCNHead: RuntimeError: {message}; run this on .* GPU'
+    ):
+        check(segmentor())
 
 
 def test_check_builds_the_optimizer():

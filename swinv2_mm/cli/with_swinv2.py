@@ -184,16 +184,22 @@ def _stages(cfg: Config, maps: list[FeatureMap]) -> tuple[tuple[int, ...], list[
         stages = tuple(STRIDES.index(s) for s in strides)
         is_dilated = stages[-1] < len(STRIDES) - 1 and indices[-1:] in ((), (len(STRIDES) - 1,))
         return stages, [f'{note}; of Swin V2, stage {stages[-1] + 1} has the last of them'] if is_dilated else []
-    is_dilated = len(set(strides)) < len(strides) == len(indices)
-    if cfg.default_scope == 'mmseg' and is_dilated:  # heads of mmseg do not depend on the stride
-        note = f'{note}, by dilation; Swin V2 has '
-        if max(indices) < len(STRIDES):
-            return indices, [f'{note}{tuple(STRIDES[i] for i in indices)}']
-        if list(strides) == sorted(strides) and strides[0] == STRIDES[0] and len(strides) == len(STRIDES):
-            return (0, 1, 2, 3), [f'{note}{STRIDES}']
+    stages = _dilated_stages(strides, indices)
+    if cfg.default_scope == 'mmseg' and stages:  # its heads do not depend on the stride
+        return stages, [f'{note}, by dilation; Swin V2 has {tuple(STRIDES[i] for i in stages)}']
     raise ValueError(
         f'model.backbone of type {old.type} returns feature maps of strides {strides}; Swin V2 has {STRIDES}'
     )
+
+
+def _dilated_stages(strides: tuple[int, ...], indices: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The stages of a backbone with dilation, which makes strides smaller; None if it is not plain which they are."""
+    if len(strides) != len(indices) or list(strides) != sorted(strides):
+        return None
+    if len(indices) == len(STRIDES):  # all of them; MobileNetV2 counts layers
+        indices = (0, 1, 2, 3)
+    is_plain = max(indices) < len(STRIDES) and all(s <= STRIDES[i] for s, i in zip(strides, indices, strict=True))
+    return indices if is_plain else None
 
 
 def _new_backbone(cfg: Config, backbone: Backbone, stages: tuple[int, ...]) -> dict:
@@ -270,7 +276,8 @@ def check(cfg: Config) -> bool:
         is_used = all(p.grad is not None for p in model.backbone.parameters() if p.requires_grad)
         optimizer.step()
     except Exception as error:
-        raise ValueError(f'{_failed_part(model, error)}: {_one_line(error)}') from error
+        way_out = '; run this on a machine with a GPU' if 'implementation for device cpu' in str(error) else ''
+        raise ValueError(f'{_failed_part(model, error)}: {_one_line(error)}{way_out}') from error
     if not loss.isfinite():
         raise ValueError(f'the loss of a training step on random data is {loss.item()}')
     return is_used

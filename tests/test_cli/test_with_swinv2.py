@@ -1,10 +1,17 @@
 """Configs with a Swin V2 backbone compared with stock Swin V1 configs; their text; what is refused and why."""
 
 import functools
+import importlib.util
+import re
+import socket
+from collections import defaultdict
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from mmengine.config import Config
 from nano import ARCH, NANO_CONFIGS
+from tool_runs import REPOSITORY
 
 from swinv2_mm.cli.channels import new_channels
 from swinv2_mm.cli.optimization import new_optimization
@@ -234,6 +241,20 @@ def test_images_are_normalised_as_in_pre_training(former, new):
             dict(backbone=dict(type='UNet', base_channels=2)),
             r'model.backbone of type UNet returns feature maps of strides \(16, 8, 4, 2, 1\); Swin V2 has \(4, ',
         ),
+        (dict(backbone=dict(type='FastSCNN')), r'FastSCNN returns feature maps of strides \(8, 32, 8\)'),
+        (
+            dict(
+                backbone=dict(
+                    type='BiSeNetV1',
+                    backbone_cfg=dict(type='ResNet', depth=18, base_channels=2, stem_channels=2),
+                    context_channels=(4, 8, 16),
+                    spatial_channels=(2, 2, 2, 4),
+                    out_channels=8,
+                    out_indices=(0, 1, 2),
+                )
+            ),
+            r'BiSeNetV1 returns feature maps of strides \(8, 8, 16\)',
+        ),
         (dict(optim_wrapper=dict(type='OptimWrapper')), 'optim_wrapper of type OptimWrapper has no optimizer'),
     ],
 )
@@ -337,6 +358,15 @@ def test_check_names_the_part_that_does_not_work(head, text):
     assert '\n' not in str(error.value)
 
 
+def test_check_of_an_operator_without_a_cpu_version_asks_for_a_gpu(monkeypatch):
+    message = 'carafe_forward_impl: implementation for device cpu not found.'  # of mmcv
+    monkeypatch.setattr('mmseg.models.FCNHead.forward', Mock(side_effect=RuntimeError(message)))
+    with pytest.raises(
+        ValueError, match=f'model.decode_head of type FCNHead: RuntimeError: {message}; run this on .* GPU'
+    ):
+        check(segmentor())
+
+
 def test_check_builds_the_optimizer():
     cfg = segmentor()
     cfg.optim_wrapper = dict(type='AmpOptimWrapper', optimizer=dict(type='AdamW', lr=1e-3), loss_scale='dynamic')
@@ -354,3 +384,89 @@ def test_check_of_a_detector_of_persons_in_video():
     parts['model']['roi_head']['bbox_head']['in_channels'] += 1
     with pytest.raises(ValueError, match='model.roi_head.bbox_head'):
         check(read(source(name, parts)))
+
+
+# ---------------------------------------------------------------- all families
+
+# of families whose first config is a special case
+REPRESENTATIVES = {
+    'mmdet::bytetrack': 'yolox_x_8xb4-amp-80e_crowdhuman-mot17halftrain_test-mot17halfval.py',
+    'mmdet::cascade_rpn': 'cascade-rpn_faster-rcnn_r50-caffe_fpn_1x_coco.py',
+    'mmdet::dcn': 'faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py',
+    'mmdet::dcnv2': 'faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py',
+    'mmdet::v3det': 'fcos_r50_fpn_8x4_sample1e-3_mstrain_v3det_2x.py',
+    'mmseg::swin': SWIN_T_SEG.rpartition('/')[2],
+    'mmaction::recognition/tpn': 'tpn-slowonly_r50_8xb8-8x8x1-150e_kinetics400-rgb.py',
+}
+# packages that these configs need
+PACKAGES = {'mmdet::paa': 'sklearn', 'mmdet::timm_example': 'timm'}
+TOOLBOXES = ('mmdet', 'mmseg', 'mmaction')
+
+
+def stock_configs(toolbox: str) -> Path:
+    return Path(importlib.util.find_spec(toolbox).origin).parent / '.mim/configs'
+
+
+def families() -> dict[str, list[Path]]:
+    """The configs of each folder of the toolboxes, by names such as mmdet::faster_rcnn."""
+    found = defaultdict(list)
+    for toolbox in TOOLBOXES:
+        root = stock_configs(toolbox)
+        for path in sorted(root.glob('**/*.py')):
+            folder = path.parent.relative_to(root).as_posix()
+            if '_base_' not in folder and folder != 'common':
+                found[f'{toolbox}::{folder}'].append(path)
+    return found
+
+
+def simplest(family: str, configs: list[Path]) -> Path:
+    """The config of a family for a small backbone and a short training, with the shortest name."""
+    if family in REPRESENTATIVES:
+        return configs[0].with_name(REPRESENTATIVES[family])
+    sizes = ('r50', 'tiny', '-t')
+    return min(configs, key=lambda c: (not any(s in c.name for s in sizes), '1x' not in c.name, len(c.name), c.name))
+
+
+@functools.cache
+def families_that_do_not_work() -> set[str]:
+    """The families in the tables of the docs."""
+    page = (REPOSITORY / 'docs/any_config.md').read_text()
+    (section,) = re.findall(r'^## Families that do not work$(.*?)(?=^## |\Z)', page, re.MULTILINE | re.DOTALL)
+    listed = set()
+    for table in re.split(r'^### ', section, flags=re.MULTILINE)[1:]:
+        rows = [line.split('|')[1] for line in table.splitlines() if line.startswith('| `')]
+        listed |= {f'{table.split()[0]}::{name}' for row in rows for name in re.findall('`(.*?)`', row)}
+    return listed
+
+
+FAMILIES = families()
+
+
+@pytest.mark.slow
+def test_docs_list_families_that_exist():
+    assert families_that_do_not_work() <= FAMILIES.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', FAMILIES)
+def test_families_train_a_step_unless_the_docs_list_them(family, tmp_path, monkeypatch):
+    if family in PACKAGES:
+        pytest.importorskip(PACKAGES[family])
+    monkeypatch.chdir(tmp_path)  # some models write files
+    monkeypatch.setattr(socket, 'getaddrinfo', no_network)
+    path = simplest(family, FAMILIES[family])
+    toolbox, folder = family.split('::')
+    # mmengine finds no folder of another kind by the name of a toolbox
+    base = f'{toolbox}::{folder}/{path.name}' if re.match(r'\w+(/|$)', folder) else str(path)
+    try:
+        parts, _ = changes(stock(base), Backbone(ARCH, window=4))
+        check(read(source(base, parts)))
+        reason = ''
+    except (ValueError, FileNotFoundError) as error:
+        reason = str(error)
+    print(reason)
+    assert bool(reason) == (family in families_that_do_not_work()), reason
+
+
+def no_network(*_):
+    raise OSError('no network in tests')

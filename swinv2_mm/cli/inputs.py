@@ -43,7 +43,8 @@ def input_shape(cfg: Config, shape: list[int] | None) -> tuple[int, ...]:
     """Shape of one sample's input, before preprocessing, from the numbers of `--shape`.
 
     Args:
-        cfg: The config; a video model takes (clips, C, T, H, W) or (frames, C, H, W), as its `format_shape` says.
+        cfg: The config; a video model takes (clips, C, T, H, W) or (frames, C, H, W), as its `format_shape` says; of
+            actions of persons, (C, T, H, W).
         shape: (side,), (H, W), for video (T, H, W) or the full shape; None for the default of the toolbox.
 
     Returns:
@@ -63,14 +64,15 @@ def input_shape(cfg: Config, shape: list[int] | None) -> tuple[int, ...]:
         if len(size) != 2:
             raise ValueError(f'--shape of an image takes one or two numbers (H W), got {join_numbers(numbers)}')
         return (channels, *size)
-    axes = 5 if three_axes else 4
+    clips = () if 'roi_head' in cfg.model else (1,)  # the detectors of mmaction have no axis of clips
+    axes = 4 + len(clips) if three_axes else 4
     if len(size) == axes:
         return tuple(size)
     if len(size) not in ((3,) if three_axes else (2, 3)):
         kind = 'T H W' if three_axes else 'H W, or T H W for T frames'
         raise ValueError(f'--shape of this video model takes {kind}, or all {axes} axes, got {join_numbers(numbers)}')
     frames, size = (size[0] if len(size) == 3 else 1), tuple(size[-2:])
-    return (1, channels, frames, *size) if three_axes else (frames, channels, *size)
+    return (*clips, channels, frames, *size) if three_axes else (frames, channels, *size)
 
 
 def join_numbers(numbers: Sequence[int]) -> str:
@@ -150,14 +152,19 @@ def random_data(cfg: Config, shape: tuple[int, ...]) -> dict[str, list]:
     return dict(inputs=[torch.randint(0, 256, shape, dtype=torch.uint8)], data_samples=[sample])
 
 
-def random_batch(cfg: Config, shape: tuple[int, ...], samples: int, model: nn.Module) -> dict[str, list]:
-    """Random samples with targets, in the format of a data loader."""
+def random_batch(
+    cfg: Config, shape: tuple[int, ...], samples: int, model: nn.Module, objects: int = OBJECTS
+) -> dict[str, list]:
+    """Random samples with targets, in the format of a data loader; of detection, with `objects` objects per image."""
     batch = dict(inputs=[], data_samples=[])
     for _ in range(samples):
         data = random_data(cfg, shape)
         (sample,) = data['data_samples']
         if cfg.default_scope == 'mmdet':
-            _add_objects(sample, shape[-2:], model)
+            _add_objects(sample, shape[-2:], model, objects)
+        elif hasattr(model, 'roi_head'):  # actions of persons, in mmaction
+            _add_objects(sample, shape[-2:], model, objects)
+            sample.gt_instances.labels = torch.ones(objects, model.roi_head.bbox_head.num_classes)
         elif cfg.default_scope == 'mmseg':
             sample.gt_sem_seg = PixelData(data=torch.zeros(1, *shape[-2:], dtype=torch.int64))
         batch['inputs'] += data['inputs']
@@ -165,14 +172,17 @@ def random_batch(cfg: Config, shape: tuple[int, ...], samples: int, model: nn.Mo
     return batch
 
 
-def _add_objects(sample, size: tuple[int, int], model: nn.Module) -> None:
+def _add_objects(sample, size: tuple[int, int], model: nn.Module, objects: int) -> None:
     """Give a sample of mmdet objects of the first class, and the masks and segments that the model trains with."""
-    corners = torch.rand(OBJECTS, 2, 2).sort(dim=1).values * torch.tensor(size[::-1])
-    sample.gt_instances = InstanceData(bboxes=corners.flatten(1), labels=torch.zeros(OBJECTS, dtype=torch.int64))
+    corners = torch.rand(objects, 2, 2).sort(dim=1).values * torch.tensor(size[::-1])
+    sample.gt_instances = InstanceData(bboxes=corners.flatten(1), labels=torch.zeros(objects, dtype=torch.int64))
     sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
-    if getattr(model, 'with_mask', False):
+    if not getattr(model, 'with_rpn', True):
+        sample.proposals = InstanceData(bboxes=corners.flatten(1))
+    is_panoptic = hasattr(model, 'panoptic_head')
+    if getattr(model, 'with_mask', False) or is_panoptic:
         from mmdet.structures.mask import BitmapMasks
 
-        sample.gt_instances.masks = BitmapMasks(np.zeros((OBJECTS, *size), np.uint8), *size)
-    if getattr(model, 'with_semantic', False):
+        sample.gt_instances.masks = BitmapMasks(np.zeros((objects, *size), np.uint8), *size)
+    if is_panoptic or any(name.endswith('semantic_head') for name, _ in model.named_modules()):
         sample.gt_sem_seg = PixelData(sem_seg=torch.zeros(1, *size, dtype=torch.uint8))

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 
 with contextlib.redirect_stdout(sys.stderr):  # mmengine imports DeepSpeed, which prints there
+    from mmengine.logging import MMLogger
+
     import swinv2_mm  # noqa: F401  before any toolbox: it applies workarounds that the toolboxes' imports need
     from swinv2_mm.checkpoints.loaders import SCHEME, find_release
     from swinv2_mm.cli import launch, with_swinv2
@@ -56,6 +58,7 @@ def convert(args: argparse.Namespace) -> str:
         ModuleNotFoundError: Its toolbox is not installed.
         ValueError: The config cannot be read, or does not work with Swin V2; or an argument is out of range.
     """
+    MMLogger.get_instance('with_swinv2', log_level='WARNING')  # or mmengine logs how each parameter is initialised
     if args.window is not None and args.window < 1:
         raise ValueError(f'--window must be at least 1, got {args.window}')
     weights = args.weights or WEIGHTS.get(args.arch)
@@ -66,7 +69,10 @@ def convert(args: argparse.Namespace) -> str:
     backbone = with_swinv2.Backbone(args.arch, args.window, weights)
     parts, notes = with_swinv2.changes(cfg, backbone)
     base = os.path.abspath(args.config) if is_file else args.config
-    with_swinv2.check(with_swinv2.read(with_swinv2.source(base, parts)))
+    is_used = with_swinv2.check(with_swinv2.read(with_swinv2.source(base, parts)))
+    if not is_used and not cfg.get('find_unused_parameters'):
+        parts['find_unused_parameters'] = True  # or training on several GPUs fails
+        notes.append('find_unused_parameters: neck and heads do not read all feature maps of the backbone')
     return with_swinv2.source(f'./{os.path.relpath(base)}' if is_file else base, parts, notes)
 
 

@@ -170,7 +170,7 @@ def _add_objects(sample, size: tuple[int, int], model: nn.Module) -> None:
     corners = torch.rand(OBJECTS, 2, 2).sort(dim=1).values * torch.tensor(size[::-1])
     sample.gt_instances = InstanceData(bboxes=corners.flatten(1), labels=torch.zeros(OBJECTS, dtype=torch.int64))
     sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
-    if getattr(model, 'with_mask', False):
+    if getattr(model, 'with_mask', False) or hasattr(model, 'panoptic_head'):
         from mmdet.structures.mask import BitmapMasks
 
         sample.gt_instances.masks = BitmapMasks(np.zeros((OBJECTS, *size), np.uint8), *size)

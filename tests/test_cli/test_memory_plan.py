@@ -7,6 +7,7 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
+from nano import CHANNELS, starting_points
 from tool_runs import REPOSITORY
 
 from swinv2_mm.cli import inputs, memory_plan
@@ -18,7 +19,7 @@ pytest.importorskip('mmaction')
 
 CONFIGS = REPOSITORY / 'configs'
 LEAVES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob('*/*.py') if path.parent.name != '_base_')
-VARYING = ('cascade_mask_rcnn', 'objects365')  # train at several sizes
+VARYING = ('cascade_mask_rcnn', 'objects365', 'dino', 'faster_rcnn', 'retinanet')  # train at several sizes
 GIB = 2**30
 
 
@@ -119,6 +120,14 @@ def test_activations_rows_of_sequential_attention(monkeypatch, backend, rows):
     planned = memory_plan.activations(cfg, inputs.training_shape(cfg, [8, 64, 64]))
     assert len({row.name for row in planned}) == len({row.peak for row in planned}) == rows
     assert [row.name for row in planned if row.is_config] == ['none' if backend == 'auto' else 'sequential 1 2']
+
+
+def test_heads_memory_of_mask2former_includes_its_masks():
+    cfg = starting_points.shrink(read('det/mask2former_swinv2_l_panoptic.py'))
+    outputs = [
+        torch.empty(1, c, 64 // s, 64 // s, device='meta') for c, s in zip(CHANNELS, (4, 8, 16, 32), strict=True)
+    ]
+    assert memory_plan.heads_memory(cfg, (3, 64, 64), 1, outputs) > inputs.OBJECTS * 64 * 64
 
 
 def test_heads_memory_is_extrapolated_linearly_in_the_batch_size(monkeypatch):

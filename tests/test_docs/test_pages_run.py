@@ -9,6 +9,7 @@ import nano.cls
 import nano.det
 import nano.seg
 import nano.ssl
+import nano.starting_points
 import nano.video
 import oracles
 import pytest
@@ -34,6 +35,7 @@ TASKS = dict(
     ssl=(nano.ssl.shrink, nano.ssl.write_images),
     video=(nano.video.shrink, nano.video.write_kinetics400),
 )
+STARTING_POINTS = 'dino', 'faster_rcnn', 'mask2former', 'retinanet'
 CHECKPOINT = 'nano.pth'
 RELEASE = re.compile(r'swinv2://\w+')
 EXAMPLES = (  # of the pages
@@ -73,13 +75,14 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('docs')
     for script, name in EXAMPLES:
         call(root, f'misc/{script}', f'data/{name}', *small(script))
-    for task, (shrink, write_data) in TASKS.items():
+    for task, (shrink_task, write_data) in TASKS.items():
         (root / 'data' / task).mkdir(parents=True)
         data = write_data(root / 'data' / task)
         (root / 'configs' / task).mkdir(parents=True)
         for path in (REPOSITORY / 'configs' / task).glob('*.py'):
             is_demo = 'demo' in path.name  # small already, with data of its own
-            place = data / folder_in_data(path.stem)
+            place = data / folder_in_data(task, path.stem)
+            shrink = nano.starting_points.shrink if path.name.startswith(STARTING_POINTS) else shrink_task
             cfg = launch.load_config(str(path), {} if is_demo else dict(data_root=f'{place}/'))
             (cfg if is_demo else shrink(cfg)).dump(root / 'configs' / task / path.name)
     backbone = oracles.randomize(SwinTransformerV2(nano.ARCH, window_size=8, pretrained_window_sizes=8))
@@ -88,9 +91,9 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def folder_in_data(config: str) -> str:
+def folder_in_data(task: str, config: str) -> str:
     """Where the data of a config lie in what `write_data` writes for its task."""
-    if config.startswith(('cascade', 'htc')):
+    if task == 'det':
         return 'objects365' if 'objects365' in config else 'coco'
     return 'v2' if 'imagenet_v2' in config else '.'
 

@@ -86,7 +86,7 @@ def changes(cfg: Config, backbone: Backbone) -> tuple[dict, list[str]]:
     # weights of the former model
     if model.get('pretrained'):
         model_changes['pretrained'] = None
-    if (model.get('init_cfg') or {}).get('type') == 'Pretrained':
+    if isinstance(model.get('init_cfg'), dict) and model.init_cfg.type == 'Pretrained':
         model_changes['init_cfg'] = None
     normalization = _new_normalization(cfg)
     if normalization:

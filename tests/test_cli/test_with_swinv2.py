@@ -206,8 +206,8 @@ def test_weights_of_the_former_model_are_not_loaded():
     assert parts['model']['backbone']['init_cfg'] == dict(type='Pretrained', checkpoint='swinv2.pth')
     assert parts['model']['pretrained'] is parts['model']['init_cfg'] is parts['load_from'] is None
     assert notes == ['load_from: coco.pth is for the former backbone']
-    other = dict(model, init_cfg=dict(type='Normal', layer='Conv2d'))
-    assert 'init_cfg' not in changes(resnet(model=other), Backbone(ARCH))[0]['model']
+    for init in (dict(type='Normal', layer='Conv2d'), [dict(type='Normal', layer='Conv2d')]):
+        assert 'init_cfg' not in changes(resnet(model=dict(model, init_cfg=init)), Backbone(ARCH))[0]['model']
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from nano import ARCH, NANO_CONFIGS
+from nano import ARCH, NANO_CONFIGS, starting_points
 from nano.cls import write_classes
 from nano.seg import write_segments
 from nano.video import shrink, write_frames, write_kinetics400
 from tool_runs import REPOSITORY, TOOLS, call, load_tool, refuse, run
+from torch import nn
 
 from swinv2_mm.cli import launch
 from swinv2_mm.cli.inputs import input_shape
@@ -120,6 +121,19 @@ def test_get_flops_of_the_backbone(tool, window, size, others):
     cfg = backbone_config(NANO, window, **others)
     expected = multiply_adds(NANO, (window, window), size) + output_norm(NANO, 2 * 3)
     assert count_backbone(tool('get_flops'), cfg, (3, *size)) == expected
+
+
+def test_get_flops_of_a_product_added_to_another(tool):
+    x = torch.rand(2, 3, 4)
+    flops, uncounted = tool('get_flops')._trace(nn.Module(), x, lambda x: torch.baddbmm(x @ x.mT, x, x.mT))
+    assert (sum(flops.values()), uncounted) == (2 * 2 * 3 * 4 * 3, [])
+
+
+def test_get_flops_of_a_segmentor_whose_head_needs_data_samples(tool):
+    cfg = starting_points.shrink(Config.fromfile(REPOSITORY / 'configs/seg/mask2former_swinv2_t_ade20k.py'))
+    result = tool('get_flops').complexity(cfg, (3, 64, 64))
+    assert (result.skipped, result.uncounted) == ('', [])
+    assert [name for name, flops, _ in result.parts if flops] == ['backbone', 'decode_head']
 
 
 @pytest.mark.parametrize(

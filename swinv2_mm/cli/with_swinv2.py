@@ -230,7 +230,7 @@ def _new_normalization(cfg: Config) -> dict:
         value = preprocessor.get(key)
         if not value or len(value) != 3 or not all(map(lambda a, b: math.isclose(a, b, rel_tol=1e-2), value, wanted)):
             result[key] = wanted
-    if cfg.default_scope != 'mmaction' and not preprocessor.get('bgr_to_rgb'):
+    if cfg.default_scope != 'mmaction' and not (preprocessor.get('bgr_to_rgb') or preprocessor.get('to_rgb')):
         result['bgr_to_rgb'] = True
     return result
 
@@ -297,7 +297,9 @@ def _simplify(part) -> None:
 
 def _failed_part(model: nn.Module | None, error: Exception) -> str:
     """The innermost module that was built or running when an error was raised."""
-    running = [frame.f_locals.get('self') for frame, _ in traceback.walk_tb(error.__traceback__)]
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    # not the module that lacks an attribute, but the one that asks for it
+    running = [frame.f_locals.get('self') for frame in frames if frame.f_code.co_name != '__getattr__']
     if model is None:
         built = [type(module).__name__ for module in running if isinstance(module, nn.Module)]
         return f'{built[-1] if built else "the model"} cannot be built'

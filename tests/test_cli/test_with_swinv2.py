@@ -12,6 +12,7 @@ import pytest
 from mmengine.config import Config
 from nano import ARCH, NANO_CONFIGS
 from tool_runs import REPOSITORY
+from torch import nn
 
 from swinv2_mm.cli.channels import new_channels
 from swinv2_mm.cli.optimization import new_optimization
@@ -217,6 +218,7 @@ def test_weights_of_the_former_model_are_not_loaded():
         (dict(mean=[123.68, 116.779, 103.939], std=[58.393, 57.12, 57.375], bgr_to_rgb=True), None),
         (dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False), RGB),
         (dict(pad_size_divisor=32), RGB),
+        (dict({key: RGB[key] for key in ('mean', 'std')}, to_rgb=True), None),
     ],
 )
 def test_images_are_normalised_as_in_pre_training(former, new):
@@ -356,6 +358,21 @@ def test_check_names_the_part_that_does_not_work(head, text):
     with pytest.raises(ValueError, match=text) as error:
         check(segmentor(**head))
     assert '\n' not in str(error.value)
+
+
+class Asks(nn.Module):
+    """A head that asks another module for an attribute that it lacks."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.Linear(1, 1).num_branch
+
+
+def test_check_names_the_part_that_asks_for_an_attribute():
+    cfg = segmentor()
+    cfg.model.decode_head = dict(type=Asks)
+    with pytest.raises(ValueError, match="Asks cannot be built: AttributeError: 'Linear' object has no attribute"):
+        check(cfg)
 
 
 def test_check_of_an_operator_without_a_cpu_version_asks_for_a_gpu(monkeypatch):

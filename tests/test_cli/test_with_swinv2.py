@@ -350,6 +350,7 @@ def test_check_finds_out_whether_all_feature_maps_are_read(index):
     [
         (dict(in_channels=15), 'model.decode_head.convs.0.conv of type Conv2d: RuntimeError: .* 15 channels'),
         (dict(in_index=4), 'model.decode_head of type FCNHead: IndexError'),
+        (dict(num_convs=0), r'FCNHead cannot be built: AssertionError: assert self.in_channels == self.channels'),
         (dict(channels='many'), 'Conv2d cannot be built: TypeError'),
         (dict(loss_decode=dict(type='CrossEntropyLoss', loss_weight=float('inf'))), 'random data is (inf|nan)'),
     ],
@@ -358,6 +359,13 @@ def test_check_names_the_part_that_does_not_work(head, text):
     with pytest.raises(ValueError, match=text) as error:
         check(segmentor(**head))
     assert '\n' not in str(error.value)
+
+
+def test_check_loads_no_weights():
+    pretrained = dict(type='Pretrained', checkpoint='missing.pth')
+    cfg = segmentor(init_cfg=pretrained)
+    cfg.model.backbone.init_cfg = pretrained
+    check(cfg)
 
 
 class Asks(nn.Module):

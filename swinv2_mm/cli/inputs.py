@@ -179,10 +179,9 @@ def _add_objects(sample, size: tuple[int, int], model: nn.Module, objects: int) 
     sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
     if not getattr(model, 'with_rpn', True):
         sample.proposals = InstanceData(bboxes=corners.flatten(1))
-    is_panoptic = hasattr(model, 'panoptic_head')
-    if getattr(model, 'with_mask', False) or is_panoptic:
+    if getattr(model, 'with_mask', False) or any(hasattr(module, 'loss_mask') for module in model.modules()):
         from mmdet.structures.mask import BitmapMasks
 
         sample.gt_instances.masks = BitmapMasks(np.zeros((objects, *size), np.uint8), *size)
-    if is_panoptic or any(name.endswith('semantic_head') for name, _ in model.named_modules()):
+    if getattr(model, 'with_semantic', False) or getattr(model.data_preprocessor, 'pad_seg', False):
         sample.gt_sem_seg = PixelData(sem_seg=torch.zeros(1, *size, dtype=torch.uint8))

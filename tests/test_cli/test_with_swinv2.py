@@ -12,6 +12,7 @@ import pytest
 from mmengine.config import Config
 from nano import ARCH, NANO_CONFIGS
 from tool_runs import REPOSITORY
+from torch import nn
 
 from swinv2_mm.cli.channels import new_channels
 from swinv2_mm.cli.optimization import new_optimization
@@ -206,8 +207,8 @@ def test_weights_of_the_former_model_are_not_loaded():
     assert parts['model']['backbone']['init_cfg'] == dict(type='Pretrained', checkpoint='swinv2.pth')
     assert parts['model']['pretrained'] is parts['model']['init_cfg'] is parts['load_from'] is None
     assert notes == ['load_from: coco.pth is for the former backbone']
-    other = dict(model, init_cfg=dict(type='Normal', layer='Conv2d'))
-    assert 'init_cfg' not in changes(resnet(model=other), Backbone(ARCH))[0]['model']
+    for init in (dict(type='Normal', layer='Conv2d'), [dict(type='Normal', layer='Conv2d')]):
+        assert 'init_cfg' not in changes(resnet(model=dict(model, init_cfg=init)), Backbone(ARCH))[0]['model']
 
 
 @pytest.mark.parametrize(
@@ -217,6 +218,7 @@ def test_weights_of_the_former_model_are_not_loaded():
         (dict(mean=[123.68, 116.779, 103.939], std=[58.393, 57.12, 57.375], bgr_to_rgb=True), None),
         (dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False), RGB),
         (dict(pad_size_divisor=32), RGB),
+        (dict({key: RGB[key] for key in ('mean', 'std')}, to_rgb=True), None),
     ],
 )
 def test_images_are_normalised_as_in_pre_training(former, new):
@@ -348,6 +350,7 @@ def test_check_finds_out_whether_all_feature_maps_are_read(index):
     [
         (dict(in_channels=15), 'model.decode_head.convs.0.conv of type Conv2d: RuntimeError: .* 15 channels'),
         (dict(in_index=4), 'model.decode_head of type FCNHead: IndexError'),
+        (dict(num_convs=0), r'FCNHead cannot be built: AssertionError: assert self.in_channels == self.channels'),
         (dict(channels='many'), 'Conv2d cannot be built: TypeError'),
         (dict(loss_decode=dict(type='CrossEntropyLoss', loss_weight=float('inf'))), 'random data is (inf|nan)'),
     ],
@@ -356,6 +359,28 @@ def test_check_names_the_part_that_does_not_work(head, text):
     with pytest.raises(ValueError, match=text) as error:
         check(segmentor(**head))
     assert '\n' not in str(error.value)
+
+
+def test_check_loads_no_weights():
+    pretrained = dict(type='Pretrained', checkpoint='missing.pth')
+    cfg = segmentor(init_cfg=pretrained)
+    cfg.model.backbone.init_cfg = pretrained
+    check(cfg)
+
+
+class Asks(nn.Module):
+    """A head that asks another module for an attribute that it lacks."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.Linear(1, 1).num_branch
+
+
+def test_check_names_the_part_that_asks_for_an_attribute():
+    cfg = segmentor()
+    cfg.model.decode_head = dict(type=Asks)
+    with pytest.raises(ValueError, match="Asks cannot be built: AttributeError: 'Linear' object has no attribute"):
+        check(cfg)
 
 
 def test_check_of_an_operator_without_a_cpu_version_asks_for_a_gpu(monkeypatch):
@@ -452,6 +477,8 @@ def test_docs_list_families_that_exist():
 def test_families_train_a_step_unless_the_docs_list_them(family, tmp_path, monkeypatch):
     if family in PACKAGES:
         pytest.importorskip(PACKAGES[family])
+    if family == 'mmdet::crowddet' and not pytest.importorskip('torchvision.extension')._has_ops():
+        pytest.skip('its RoIAlign of torchvision takes minutes without the compiled operators')
     monkeypatch.chdir(tmp_path)  # some models write files
     monkeypatch.setattr(socket, 'getaddrinfo', no_network)
     path = simplest(family, FAMILIES[family])

@@ -1,5 +1,6 @@
-# DINO on SwinV2-L, 12 epochs: mmdet's recipe for Swin V1, with its backbone replaced. No published result. Window 16,
-# that of the paper for images of this size (A1). Backbone from ImageNet-22K at 192x192 with window 12.
+# DINO on SwinV2-L, 12 epochs: mmdet's recipe for Swin V1, with its backbone replaced, and without weight decay for
+# norms and biases. No published result. Window 16, that of the paper for images of this size (A1). Backbone from
+# ImageNet-22K at 192x192 with window 12.
 #   tools/dist_train.sh configs/det/dino_5scale_swinv2_l.py 8
 _base_ = 'mmdet::dino/dino-5scale_swin-l_8xb2-12e_coco.py'
 

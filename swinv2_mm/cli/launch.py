@@ -67,10 +67,13 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
         raise FileNotFoundError(f'config {path} does not exist{seen_from(path)}')
     try:
         cfg = Config.fromfile(path)
-    except ModuleNotFoundError as error:
+    except ImportError as error:  # ModuleNotFoundError, or one of `custom_imports`
         extra = next((extra for toolbox, extra in EXTRAS.items() if toolbox in str(error)), None)
-        install = f": pip install 'swinv2_mm[{extra}]'" if extra else ''
-        raise ModuleNotFoundError(f'config {path} cannot be read: {error}{install}') from error
+        way_out = (
+            f"pip install 'swinv2_mm[{extra}]'" if extra else 'modules of your own are found with PYTHONPATH=FOLDER'
+        )
+        reason = str(error).partition(', the current sys.path')[0]  # which mmengine lists in many lines
+        raise ModuleNotFoundError(f'config {path} cannot be read: {reason}: {way_out}') from error
     except SyntaxError as error:
         raise ValueError(f'config {path} or one of its bases is not valid Python: {error}, {error.text!r}') from error
     scope = cfg.get('default_scope')

@@ -53,7 +53,7 @@ class Backbone:
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """Channels and stride of an output of a backbone or neck."""
+    """Channels and stride in height and width of an output of a backbone."""
 
     channels: int
     stride: int
@@ -77,6 +77,8 @@ def changes(cfg: Config, backbone: Backbone) -> tuple[dict, list[str]]:
         inner = [key for key, value in model.items() if isinstance(value, dict) and 'backbone' in value]
         where = f': model.{inner[0]} has one; put it into the config of that model' if inner else ''
         raise ValueError(f'model of type {model.get("type")} has no backbone{where}')
+    if 'swinv2_mm.' in str(model.backbone.get('type')):
+        raise ValueError('model.backbone is a Swin V2 already: change its arch and window_size, and the in_channels')
     init_default_scope(scope)
     old_maps = _feature_maps(cfg)
     stages, notes = _stages(cfg, old_maps)
@@ -89,10 +91,11 @@ def changes(cfg: Config, backbone: Backbone) -> tuple[dict, list[str]]:
     if isinstance(model.get('init_cfg'), dict) and model.init_cfg.type == 'Pretrained':
         model_changes['init_cfg'] = None
     normalization = _new_normalization(cfg)
-    if normalization:
-        model_changes['data_preprocessor'] = normalization
-        notes.append('model.data_preprocessor: RGB, normalised as in the pre-training of Swin V2')
     result = dict(model=model_changes)
+    if normalization:
+        place = model_changes if model.get('data_preprocessor') else result  # the Runner takes either
+        place['data_preprocessor'] = normalization
+        notes.append('data_preprocessor: RGB, normalised as in the pre-training of Swin V2')
     if cfg.get('load_from'):
         result['load_from'] = None
         notes.append(f'load_from: {cfg.load_from} is for the former backbone')
@@ -107,22 +110,25 @@ def source(base: str, parts: dict, notes: Sequence[str] = ()) -> str:
         + '\n'
         for note in notes
     )
-    return f'{comments}_base_ = {base!r}\n\n' + ''.join(f'{key} = {_code(value)}\n' for key, value in parts.items())
+    return f'{comments}_base_ = {base!r}\n\n' + ''.join(
+        _code(value, 0, f'{key} = ') + '\n' for key, value in parts.items()
+    )
 
 
-def _code(value, indent: int = 0) -> str:
-    """A config value as Python code, dicts as `dict(...)` with an argument to a line where one line is too long."""
+def _code(value, indent: int = 0, name: str = '') -> str:
+    """A config value as Python code after `name`; dicts as `dict(...)`, an argument to a line if one is too long."""
     if not isinstance(value, (dict, list)):
-        return repr(value)
+        return name + repr(value)
     if isinstance(value, dict) and all(key.isidentifier() for key in value):
         start, end, names = 'dict(', ')', [f'{key}=' for key in value]
     elif isinstance(value, dict):
         start, end, names = '{', '}', [f'{key!r}: ' for key in value]
     else:
         start, end, names = '[', ']', [''] * len(value)
-    items = [name + _code(item, indent + 4) for name, item in zip(names, _items(value), strict=True)]
+    items = [_code(item, indent + 4, key) for key, item in zip(names, _items(value), strict=True)]
+    start = name + start
     line = start + ', '.join(items) + end
-    if len(line) + indent <= LINE_LENGTH and '\n' not in line:
+    if len(line) + indent < LINE_LENGTH and '\n' not in line:
         return line
     lines = ''.join(f'{" " * (indent + 4)}{item},\n' for item in items)
     return f'{start}\n{lines}{" " * indent}{end}'
@@ -168,7 +174,11 @@ def _feature_maps(cfg: Config) -> list[FeatureMap]:
 
 
 def _is_3d(cfg: Config) -> bool:
-    return 'NCTHW' in str((cfg.model.get('data_preprocessor') or {}).get('format_shape'))
+    return 'NCTHW' in str(_data_preprocessor(cfg).get('format_shape'))
+
+
+def _data_preprocessor(cfg: Config) -> dict:
+    return cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
 
 
 def _stages(cfg: Config, maps: list[FeatureMap]) -> tuple[tuple[int, ...], list[str]]:
@@ -224,7 +234,7 @@ def _new_backbone(cfg: Config, backbone: Backbone, stages: tuple[int, ...]) -> d
 
 
 def _new_normalization(cfg: Config) -> dict:
-    preprocessor = cfg.model.get('data_preprocessor') or {}
+    preprocessor = _data_preprocessor(cfg)
     result = {}
     for key, wanted in NORMALIZATION.items():
         value = preprocessor.get(key)
@@ -248,19 +258,10 @@ def check(cfg: Config) -> bool:
         ValueError: It fails; the message names the part of the model.
     """
     init_default_scope(toolbox(cfg))
-    model_cfg = Config(cfg.to_dict()).model
-    arch = resolve_arch(model_cfg.backbone.arch)
-    model_cfg.backbone.update(arch=dict(arch, depths=(1,) * len(arch['depths']), extra_norm_every_n_blocks=0))
-    _simplify(model_cfg)
     samples, size = TRIALS[cfg.default_scope]
-    preprocessor = model_cfg.get('data_preprocessor') or {}
-    if 'batch_augments' in preprocessor:
-        preprocessor.batch_augments = None
-    if 'size' in preprocessor:
-        preprocessor.size = tuple(size)
     model = None
     try:
-        model = revert_sync_batchnorm(MODELS.build(model_cfg)).to(get_device())
+        model = revert_sync_batchnorm(MODELS.build(_small_model(cfg))).to(get_device())
         model.init_weights()  # without it, some heads predict boxes of negative size
         # without the type, because AmpOptimWrapper refuses a CPU
         wrapper = cfg.get('optim_wrapper') or dict(optimizer=OPTIMIZERS[cfg.default_scope][0])
@@ -280,6 +281,21 @@ def check(cfg: Config) -> bool:
     if not loss.isfinite():
         raise ValueError(f'the loss of a training step on random data is {loss.item()}')
     return is_used
+
+
+def _small_model(cfg: Config) -> dict:
+    """The config's model for a step of one process on small inputs, without weights."""
+    model = Config(cfg.to_dict()).model
+    arch = resolve_arch(model.backbone.arch)
+    model.backbone.update(
+        arch=dict(arch, depths=(1,) * len(arch['depths']), extra_norm_every_n_blocks=0), init_cfg=None
+    )
+    _simplify(model)
+    preprocessor = model.data_preprocessor = dict(_data_preprocessor(cfg)) or None
+    for key, value in dict(batch_augments=None, size=tuple(TRIALS[cfg.default_scope][1])).items():
+        if key in (preprocessor or {}):
+            preprocessor[key] = value
+    return model
 
 
 def _simplify(part) -> None:

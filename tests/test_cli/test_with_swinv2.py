@@ -16,7 +16,7 @@ from torch import nn
 
 from swinv2_mm.cli.channels import new_channels
 from swinv2_mm.cli.optimization import new_optimization
-from swinv2_mm.cli.with_swinv2 import Backbone, changes, check, read, source
+from swinv2_mm.cli.with_swinv2 import LINE_LENGTH, Backbone, changes, check, read, source
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
@@ -236,6 +236,10 @@ def test_images_are_normalised_as_in_pre_training(former, new):
             dict(model=dict(type='QDTrack', detector=dict(backbone={}))),
             'QDTrack has no backbone: model.detector has one; put it into the config of that model',
         ),
+        (
+            dict(backbone=dict(type='swinv2_mm.SwinTransformerV2')),
+            'model.backbone is a Swin V2 already: change its arch',
+        ),
         (dict(backbone=dict(in_channels=6)), 'model.backbone of type ResNet takes 6 channels, not RGB'),
         (dict(backbone=dict(type='ResNetTSM')), 'model.backbone of type ResNetTSM mixes the frames of a clip'),
         (dict(backbone=dict(depth=19)), "model.backbone of type ResNet cannot be run: KeyError: 'invalid depth 19"),
@@ -283,23 +287,56 @@ def test_schedule_is_scaled_with_the_learning_rate_and_has_one_warm_up():
         first = dict(type=kind, end=5)
         assert optimization([first, poly])[0]['param_scheduler'] == [first, decay]
         assert 'param_scheduler' not in optimization([first])[0]
+    constant, falling = (
+        dict(type='ConstantLR', factor=0.1, end=5),
+        dict(type='LinearLR', start_factor=1, end_factor=0.1),
+    )
+    assert optimization([constant, poly])[0]['param_scheduler'] == [warm_up, decay]
+    assert optimization([falling])[0]['param_scheduler'] == [warm_up, falling]
+    tail = dict(constant, begin=90, end=100)
+    assert optimization([poly, tail])[0]['param_scheduler'] == [warm_up, decay, tail]
+    one_cycle = dict(type='OneCycleLR', eta_max=0.01)
+    assert optimization([one_cycle])[0]['param_scheduler'] == [dict(one_cycle, eta_max=6e-5)]
+
+
+def test_options_made_for_sgd_are_left_out():
+    changed, _ = optimization(paramwise_cfg=dict(bias_lr_mult=2.0, norm_decay_mult=0.0))
+    assert changed['optim_wrapper']['paramwise_cfg'] == dict(_delete_=True, norm_decay_mult=0.0)
+
+
+def test_a_learning_rate_for_training_from_scratch_is_named():
+    note = 'the learning rate of the backbone, 0.001, is kept; the Swin V1 configs of mmseg have 6e-05 for 16 samples'
+    assert note in optimization(optimizer=dict(type='AdamW'))[1][0]  # torch's default
+    assert optimization(optimizer=dict(type='AdamW', lr=1e-4))[1] == []
 
 
 def test_optimizer_of_adamw_is_kept():
-    adamw = dict(type='AdamW', lr=1e-3)
+    adamw = dict(type='AdamW', lr=1e-3)  # of the backbone, 1e-4
     keys = {'backbone': dict(lr_mult=0.1), 'backbone.layer1': dict(lr_mult=0), 'head': dict(lr_mult=2)}
     changed, notes = optimization(optimizer=adamw, paramwise_cfg=dict(custom_keys=keys, bypass_duplicate=True))
     kept = {key: keys[key] for key in ('backbone', 'head')}
     options = dict(_delete_=True, custom_keys=kept, bypass_duplicate=True)
     assert changed == dict(optim_wrapper=dict(constructor=CONSTRUCTOR, paramwise_cfg=options))
     assert notes == []
-    changed, notes = optimization(optimizer=adamw, constructor='LayerDecay', paramwise_cfg=dict(num_layers=12))
+    ours = dict(
+        optimizer=adamw, constructor=CONSTRUCTOR, paramwise_cfg=dict(custom_keys={'backbone': keys['backbone']})
+    )
+    assert optimization(**ours) == (dict(optim_wrapper=dict(constructor=CONSTRUCTOR)), [])
+    slow = dict(adamw, lr=1e-4)
+    changed, (note,) = optimization(optimizer=slow, constructor='LayerDecay', paramwise_cfg=dict(num_layers=12))
     assert changed == dict(optim_wrapper=dict(constructor=CONSTRUCTOR, paramwise_cfg=dict(_delete_=True)))
-    assert notes == ['optim_wrapper: without the options of LayerDecay']
+    assert note.startswith('optim_wrapper: without the options of LayerDecay; swinv2_mm.LearningRateDecay')
 
 
-def test_optimizer_of_a_config_for_tests_stays_away():
-    assert new_optimization(Config(dict(default_scope='mmdet')))[0] == {}
+def test_an_optimizer_may_have_no_learning_rate():
+    assert optimization(optimizer=dict(type='Adam'))[0]['optim_wrapper']['optimizer']['lr'] == 6e-5
+
+
+def test_a_config_for_tests_gets_no_optimizer():
+    assert new_optimization(Config(dict(default_scope='mmdet'))) == (
+        {},
+        ['the config has no optim_wrapper: it is for tests only'],
+    )
 
 
 # ---------------------------------------------------------------- text
@@ -323,7 +360,7 @@ def test_source_is_read_as_the_base_with_the_changes(tmp_path):
     expected.merge_from_dict(parts)
     assert read(text).to_dict() == expected.to_dict()
     assert read(text).model.backbone == dict(arch=dict(depths=(1, 2)), out_indices=(3,), ratio=0.5, name="it's")
-    assert all(len(line) <= 110 for line in text.splitlines() if 'BBB' not in line and str(base) not in line)
+    assert all(len(line) <= LINE_LENGTH for line in text.splitlines() if 'BBB' not in line and str(base) not in line)
 
 
 # ---------------------------------------------------------------- check

@@ -93,7 +93,8 @@ def test_the_backbone_has_what_swin_v1_has(name):
     backbone = read(name).model.backbone
     first, last = (inherit(STOCK[name][i]).model.backbone for i in (0, -1))
     assert backbone.get('out_indices', (0, 1, 2, 3)) == first.out_indices
-    assert backbone.get('with_cp', False) == first.get('with_cp', False)
+    is_smaller = name == 'det/dino_5scale_swinv2_t'  # than the stock model, and fits without
+    assert backbone.get('with_cp', False) == (first.get('with_cp', False) and not is_smaller)
     assert backbone.drop_path_rate == last.drop_path_rate
 
 
@@ -113,7 +114,7 @@ def test_starts_from_weights_of_its_size_and_windows(name):
 @pytest.mark.parametrize('name', STOCK)
 def test_parameters_are_those_of_the_table(name):
     page = (REPOSITORY / 'docs/configs.md').read_text()
-    row = re.search(rf'`{name.split("/")[1]}.py` \| (\d+) \| \w+ \| ([\d.]+) ', page)
+    row = re.search(rf'`{name.split("/")[1]}.py` \| (\d+) \| \w+ \| ([\d.]+) \| [\d.]+ \|', page)
     assert int(row[1]) == read(name).model.backbone.window_size
     assert float(row[2]) == round(sum(p.numel() for p in build(name).parameters()) / 1e6, 1)
 

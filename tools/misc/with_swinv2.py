@@ -20,6 +20,7 @@ with contextlib.redirect_stdout(sys.stderr):  # mmengine imports DeepSpeed, whic
     import swinv2_mm  # noqa: F401  before any toolbox: it applies workarounds that the toolboxes' imports need
     from swinv2_mm.checkpoints.loaders import SCHEME, find_release
     from swinv2_mm.cli import launch, with_swinv2
+    from swinv2_mm.cli.checks import seen_from
     from swinv2_mm.models.sizes import ARCHS
 
 # pre-trained weights of each size; those of H and G were never released
@@ -38,14 +39,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         'config',
         help='config of a toolbox, such as mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py, or a file; '
-        'the path of a file is printed relative to the working folder',
+        'with `> FOLDER/mine.py`, the path of a file is printed relative to FOLDER (on Linux)',
     )
     parser.add_argument('--arch', choices=list(ARCHS), default='tiny', help='size of the backbone (default: tiny)')
     parser.add_argument(
         '--window', type=int, help='window size in tokens (default: 16; of clips, 7, with 8 frames in a window)'
     )
     parser.add_argument(
-        '--weights', help='checkpoint: swinv2://NAME, a file or an address (default: a release of this size)'
+        '--weights',
+        help="checkpoint: swinv2://NAME, a file or an address; '' for none (default: a release of this size)",
     )
     return parser.parse_args(argv)
 
@@ -61,19 +63,47 @@ def convert(args: argparse.Namespace) -> str:
     MMLogger.get_instance('with_swinv2', log_level='WARNING')  # or mmengine logs how each parameter is initialised
     if args.window is not None and args.window < 1:
         raise ValueError(f'--window must be at least 1, got {args.window}')
-    weights = args.weights or WEIGHTS.get(args.arch)
-    if str(weights).startswith(SCHEME):
-        find_release(weights)
-    is_file = '::' not in args.config
-    cfg = launch.load_config(args.config) if is_file else with_swinv2.read(with_swinv2.source(args.config, {}))
-    backbone = with_swinv2.Backbone(args.arch, args.window, weights)
-    parts, notes = with_swinv2.changes(cfg, backbone)
-    base = os.path.abspath(args.config) if is_file else args.config
+    weights = WEIGHTS.get(args.arch) if args.weights is None else args.weights
+    check_weights(weights, args.arch)
+    base = args.config
+    if '::' not in base:
+        launch.load_config(base)  # for its error messages
+        base = os.path.abspath(base)
+    try:
+        cfg = with_swinv2.read(with_swinv2.source(base, {}))
+    except RuntimeError as error:  # a "lazy" config
+        raise ValueError(f'config {args.config} cannot be inherited by a config with `_base_`: {error}') from error
+    parts, notes = with_swinv2.changes(cfg, with_swinv2.Backbone(args.arch, args.window, weights))
     is_used = with_swinv2.check(with_swinv2.read(with_swinv2.source(base, parts)))
     if not is_used and not cfg.get('find_unused_parameters'):
         parts['find_unused_parameters'] = True  # or training on several GPUs fails
         notes.append('find_unused_parameters: neck and heads do not read all feature maps of the backbone')
-    return with_swinv2.source(f'./{os.path.relpath(base)}' if is_file else base, parts, notes)
+    printed = base if '::' in base else os.path.relpath(base, output_folder())
+    return with_swinv2.source(printed, parts, notes)
+
+
+def check_weights(weights: str | None, arch: str) -> None:
+    """Check that a checkpoint exists, and that a release has the size of the backbone.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: There is no such release, or it has another size.
+    """
+    if not weights:
+        return
+    if weights.startswith(SCHEME):
+        find_release(weights)
+        sizes = set(weights.removeprefix(SCHEME).split('_')) & set(ARCHS)
+        if arch.split('_')[0] not in sizes:
+            raise ValueError(f'--weights {weights} are of a {sizes.pop()} model, but --arch is {arch}')
+    elif '://' not in weights and not os.path.exists(weights):
+        raise FileNotFoundError(f'--weights {weights} does not exist{seen_from(weights)}')
+
+
+def output_folder() -> str:
+    """The folder of the file that the standard output is redirected to (Linux), or the working folder."""
+    path = os.path.realpath('/dev/stdout')
+    return os.path.dirname(path) if os.path.isfile(path) else os.getcwd()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

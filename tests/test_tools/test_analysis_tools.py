@@ -6,7 +6,6 @@ The tools run in this process. One slow test of each starts it as a user does.
 import importlib.util
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import cv2

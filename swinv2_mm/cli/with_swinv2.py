@@ -85,6 +85,8 @@ def changes(cfg: Config, backbone: Backbone) -> tuple[dict, list[str]]:
     width = resolve_arch(backbone.arch)['embed_dims']
     channels = [m.channels for m in old_maps], [width * 2**i for i in stages]
     model_changes = dict(backbone=_new_backbone(cfg, backbone, stages), **new_channels(model, *channels))
+    if model.type == 'Recognizer2D':
+        notes.append('model.backbone: Recognizer2D takes a tuple only from a type that starts with mmpretrain')
     # weights of the former model
     if model.get('pretrained'):
         model_changes['pretrained'] = None
@@ -223,7 +225,7 @@ def _new_backbone(cfg: Config, backbone: Backbone, stages: tuple[int, ...]) -> d
         out_indices=stages,
         **{key: old[key] for key in ('drop_path_rate', 'with_cp') if old.get(key)},
     )
-    if cfg.model.type == 'Recognizer2D':  # takes a tuple of one feature map from mmpretrain's backbones only
+    if cfg.model.type == 'Recognizer2D':  # takes a tuple, of one feature map, from mmpretrain's backbones only
         new['type'] = 'mmpretrain.' + new['type']
     if backbone.checkpoint:
         new['init_cfg'] = dict(type='Pretrained', checkpoint=backbone.checkpoint)

@@ -122,7 +122,9 @@ def test_with_swinv2_takes_a_preprocessor_outside_of_the_model(tmp_path, capsys,
 @pytest.mark.parametrize('number', range(5))
 def test_with_swinv2_prints_what_the_page_shows(number, tmp_path, capsys, monkeypatch):
     page = (REPOSITORY / 'docs/any_config.md').read_text()
-    args, shown = re.findall(r'with_swinv2\.py (mm.*) > mine\.py\n```[^`]*```python\n(.*?)```', page, re.DOTALL)[number]
+    args, shown = re.findall(r'with_swinv2\.py (mm[^`]*) > mine\.py\n```.*?```python\n(.*?)```', page, re.DOTALL)[
+        number
+    ]
     text = printed(tmp_path, capsys, monkeypatch, *args.replace('\\\n', ' ').split())
     assert re.sub(r'^#.*\n', '', text, flags=re.MULTILINE) == shown
 

@@ -12,7 +12,7 @@ OPTIMIZERS = {
 }
 MUCH_LARGER = 4  # a larger factor than that of usual batch sizes
 SGD_OPTIONS = ('bias_lr_mult', 'dcn_offset_lr_mult')  # of recipes from Caffe
-BACKBONE_LR = {'mmaction': 0.1}  # the factor in them
+BACKBONE_OPTIONS = {'mmaction': dict(lr_mult=0.1)}  # of them
 ADAM_LR = 1e-3  # torch's default
 WARM_UP = dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000)  # of mmdet's Swin V1 configs
 
@@ -26,49 +26,61 @@ def new_optimization(cfg: Config) -> tuple[dict, list[str]]:
     Raises:
         ValueError: The optimizer is not understood.
     """
-    wrapper = cfg.get('optim_wrapper')
+    wrapper, scope = cfg.get('optim_wrapper'), cfg.default_scope
     if not wrapper:
         return {}, ['the config has no optim_wrapper: it is for tests only']
     if not isinstance(wrapper.get('optimizer'), dict):
         raise ValueError(f'optim_wrapper of type {wrapper.get("type")} has no optimizer')
-    result, notes = dict(optim_wrapper=dict(constructor='swinv2_mm.SwinV2OptimWrapperConstructor')), []
-    paramwise, is_new = wrapper.get('paramwise_cfg') or {}, wrapper.optimizer.type != 'AdamW'
-    kept = _kept_options(wrapper.get('constructor'), paramwise)
+    is_adamw = wrapper.optimizer.type == 'AdamW'
+    paramwise, notes = _new_options(wrapper, {} if is_adamw else BACKBONE_OPTIONS.get(scope, {}))
+    changed = dict(constructor='swinv2_mm.SwinV2OptimWrapperConstructor')
+    if paramwise != (wrapper.get('paramwise_cfg') or {}):
+        changed['paramwise_cfg'] = dict(_delete_=True, **paramwise) if wrapper.get('paramwise_cfg') else paramwise
+    if is_adamw:
+        return dict(optim_wrapper=changed), notes + _large_rate(wrapper.optimizer.get('lr', ADAM_LR), paramwise, scope)
+    optimizer, batch_size = OPTIMIZERS[scope]
+    changed['optimizer'] = dict(_delete_=True, **optimizer)
+    notes.append(
+        f'optim_wrapper: AdamW as in the Swin V1 configs of {scope}, instead of {wrapper.optimizer.type}; '
+        f'lr={optimizer["lr"]:g} is for {batch_size} samples on all GPUs together'
+    )
+    return dict(optim_wrapper=changed, **_new_rates(cfg, optimizer['lr'], batch_size)), notes
+
+
+def _new_options(wrapper: dict, backbone: dict) -> tuple[dict, list[str]]:
+    """`paramwise_cfg` for Swin V2, and notes; `backbone` are `custom_keys` of the optimizer that replaces SGD."""
+    kept = _kept_options(wrapper.get('constructor'), wrapper.get('paramwise_cfg') or {})
+    notes = []
     if kept is None:
         kept = {}
         layer_wise = 'swinv2_mm.LearningRateDecayOptimWrapperConstructor'
         notes.append(f'optim_wrapper: without the options of {wrapper.constructor}; {layer_wise} has layer-wise rates')
-    if is_new:
+    if wrapper.optimizer.type != 'AdamW':
         kept = {key: value for key, value in kept.items() if key not in SGD_OPTIONS}
-    if is_new and cfg.default_scope in BACKBONE_LR:
-        kept['custom_keys'] = dict(backbone=dict(lr_mult=BACKBONE_LR[cfg.default_scope])) | kept.get('custom_keys', {})
-    if kept != paramwise:
-        result['optim_wrapper']['paramwise_cfg'] = dict(_delete_=True, **kept) if paramwise else kept
-    optimizer, batch_size = OPTIMIZERS[cfg.default_scope]
-    if not is_new:
-        notes += _large_rate(wrapper.optimizer.get('lr', ADAM_LR), kept, cfg.default_scope)
-    if is_new:
-        result['optim_wrapper']['optimizer'] = dict(_delete_=True, **optimizer)
-        if (cfg.get('auto_scale_lr') or {}).get('base_batch_size') != batch_size:
-            result['auto_scale_lr'] = dict(base_batch_size=batch_size)
-        notes.append(
-            f'optim_wrapper: AdamW as in the Swin V1 configs of {cfg.default_scope}, instead of '
-            f'{wrapper.optimizer.type}; lr={optimizer["lr"]:g} is for {batch_size} samples on all GPUs together'
-        )
-        schedulers = cfg.get('param_scheduler') or []
-        schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
-        adapted = _new_schedule(schedulers, optimizer['lr'] / wrapper.optimizer.get('lr', ADAM_LR))
-        if adapted != schedulers:
-            # `_scope_`, which mmengine adds, is the default scope
-            result['param_scheduler'] = [{k: v for k, v in s.items() if k != '_scope_'} for s in adapted]
-    return result, notes
+    if backbone:
+        kept['custom_keys'] = dict(backbone=backbone) | kept.get('custom_keys', {})
+    return kept, notes
+
+
+def _new_rates(cfg: Config, lr: float, batch_size: int) -> dict:
+    """The schedule and the batch size for scaling, where they do not fit the learning rate `lr` of a new optimizer."""
+    result = {}
+    if (cfg.get('auto_scale_lr') or {}).get('base_batch_size') != batch_size:
+        result['auto_scale_lr'] = dict(base_batch_size=batch_size)
+    schedulers = cfg.get('param_scheduler') or []
+    schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
+    adapted = _new_schedule(schedulers, lr / cfg.optim_wrapper.optimizer.get('lr', ADAM_LR))
+    if adapted != schedulers:
+        # `_scope_`, which mmengine adds, is the default scope
+        result['param_scheduler'] = [{k: v for k, v in s.items() if k != '_scope_'} for s in adapted]
+    return result
 
 
 def _large_rate(lr: float, paramwise: dict, scope: str) -> list[str]:
     """A note if AdamW trains the backbone much faster than in the Swin V1 configs, as recipes from scratch do."""
     rate = lr * paramwise.get('custom_keys', {}).get('backbone', {}).get('lr_mult', 1)
     optimizer, batch_size = OPTIMIZERS[scope]
-    usual = optimizer['lr'] * BACKBONE_LR.get(scope, 1)
+    usual = optimizer['lr'] * BACKBONE_OPTIONS.get(scope, {}).get('lr_mult', 1)
     if rate < MUCH_LARGER * usual:
         return []
     return [

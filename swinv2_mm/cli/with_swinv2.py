@@ -69,17 +69,8 @@ def changes(cfg: Config, backbone: Backbone) -> tuple[dict, list[str]]:
         ValueError: The config has no backbone, or one whose place a Swin V2 cannot take; or its optimizer is not
             understood.
     """
-    scope = toolbox(cfg)
-    if scope not in OPTIMIZERS:
-        raise ValueError(f'the config is one of {scope}, not of {", ".join(OPTIMIZERS)}')
-    model = cfg.get('model') or {}
-    if not isinstance(model.get('backbone'), dict):
-        inner = [key for key, value in model.items() if isinstance(value, dict) and 'backbone' in value]
-        where = f': model.{inner[0]} has one; put it into the config of that model' if inner else ''
-        raise ValueError(f'model of type {model.get("type")} has no backbone{where}')
-    if 'swinv2_mm.' in str(model.backbone.get('type')):
-        raise ValueError('model.backbone is a Swin V2 already: change its arch and window_size, and the in_channels')
-    init_default_scope(scope)
+    model = _model(cfg)
+    init_default_scope(cfg.default_scope)
     old_maps = _feature_maps(cfg)
     stages, notes = _stages(cfg, old_maps)
     width = resolve_arch(backbone.arch)['embed_dims']
@@ -103,6 +94,25 @@ def changes(cfg: Config, backbone: Backbone) -> tuple[dict, list[str]]:
         notes.append(f'load_from: {cfg.load_from} is for the former backbone')
     optimization, more = new_optimization(cfg)
     return result | optimization, notes + more
+
+
+def _model(cfg: Config) -> dict:
+    """The model of a config, which has a backbone that a Swin V2 may replace.
+
+    Raises:
+        ValueError: It has none.
+    """
+    scope = toolbox(cfg)
+    if scope not in OPTIMIZERS:
+        raise ValueError(f'the config is one of {scope}, not of {", ".join(OPTIMIZERS)}')
+    model = cfg.get('model') or {}
+    if not isinstance(model.get('backbone'), dict):
+        inner = [key for key, value in model.items() if isinstance(value, dict) and 'backbone' in value]
+        where = f': model.{inner[0]} has one; put it into the config of that model' if inner else ''
+        raise ValueError(f'model of type {model.get("type")} has no backbone{where}')
+    if 'swinv2_mm.' in str(model.backbone.get('type')):
+        raise ValueError('model.backbone is a Swin V2 already: change its arch and window_size, and the in_channels')
+    return model
 
 
 def source(base: str, parts: dict, notes: Sequence[str] = ()) -> str:

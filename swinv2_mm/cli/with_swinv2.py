@@ -303,10 +303,9 @@ def _small_model(cfg: Config) -> dict:
         arch=dict(arch, depths=(1,) * len(arch['depths']), extra_norm_every_n_blocks=0), init_cfg=None
     )
     _simplify(model)
-    preprocessor = model.data_preprocessor = dict(_data_preprocessor(cfg)) or None
-    for key, value in dict(batch_augments=None, size=tuple(TRIALS[cfg.default_scope][1])).items():
-        if key in (preprocessor or {}):
-            preprocessor[key] = value
+    preprocessor = dict(_data_preprocessor(cfg))
+    small = dict(batch_augments=None, size=tuple(TRIALS[cfg.default_scope][1]))
+    model.data_preprocessor = preprocessor | {key: small[key] for key in small if key in preprocessor} or None
     return model
 
 

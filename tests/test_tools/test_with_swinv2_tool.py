@@ -79,7 +79,8 @@ def test_default_weights_of_with_swinv2_are_releases_of_the_size():
 @pytest.mark.parametrize(
     ('change', 'args', 'text'),
     [
-        ({}, ['--window', '0'], '--window must be at least 1, got 0'),
+        ({}, ['--window', '0'], '--window must be between 1 and 128, got 0'),
+        ({}, ['--window', '1000'], '--window must be between 1 and 128, got 1000'),
         ({}, ['--weights', 'swinv2://none'], 'none'),
         ({}, ['--weights', 'swinv2://base_window8_256'], 'base_window8_256 are of a base model, but --arch is tiny'),
         ({}, ['--weights', 'none.pth'], r'--weights none.pth does not exist \(relative to '),
@@ -95,7 +96,7 @@ def test_with_swinv2_refuses_in_one_line_and_prints_no_config(tmp_path, capsys, 
     assert capsys.readouterr().out == ''
 
 
-@pytest.mark.parametrize('name', ['missing.py', 'mmseg::missing/missing.py'])
+@pytest.mark.parametrize('name', ['missing.py', 'mmseg::missing/missing.py', 'missing::a/b.py', 'mmseg::missing'])
 def test_with_swinv2_names_a_config_that_does_not_exist(tmp_path, name):
     assert 'missing' in refuse(tmp_path, TOOL, name)
 

@@ -31,6 +31,7 @@ WEIGHTS = {
     'large': 'swinv2://large_window12_192_22k',
     'giant_simmim': 'swinv2://simmim_giant_22k_500k',
 }
+MAX_WINDOW = 128  # the position bias of larger ones takes GiB; those of the paper have up to 56 tokens
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,8 +62,8 @@ def convert(args: argparse.Namespace) -> str:
         ValueError: The config cannot be read, or does not work with Swin V2; or an argument is out of range.
     """
     MMLogger.get_instance('with_swinv2', log_level='WARNING')  # or mmengine logs how each parameter is initialised
-    if args.window is not None and args.window < 1:
-        raise ValueError(f'--window must be at least 1, got {args.window}')
+    if args.window is not None and not 1 <= args.window <= MAX_WINDOW:
+        raise ValueError(f'--window must be between 1 and {MAX_WINDOW}, got {args.window}')
     weights = WEIGHTS.get(args.arch) if args.weights is None else args.weights
     check_weights(weights, args.arch)
     base = args.config
@@ -71,7 +72,7 @@ def convert(args: argparse.Namespace) -> str:
         base = os.path.abspath(base)
     try:
         cfg = with_swinv2.read(with_swinv2.source(base, {}))
-    except RuntimeError as error:  # a "lazy" config
+    except (AssertionError, RuntimeError, ValueError) as error:  # not a name of a config, or a "lazy" config
         raise ValueError(f'config {args.config} cannot be inherited by a config with `_base_`: {error}') from error
     parts, notes = with_swinv2.changes(cfg, with_swinv2.Backbone(args.arch, args.window, weights))
     is_used = with_swinv2.check(with_swinv2.read(with_swinv2.source(base, parts)))

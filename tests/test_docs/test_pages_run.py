@@ -50,6 +50,7 @@ ELSEWHERE = (
     r'(TINY=1 )?benchmarks/gpu_run\.sh ',
     r'(TRITON_INTERPRET=1 )?python -m swinv2_mm\.ops\.selfcheck',
     r'python tools/demo\.py',
+    r'python tools/misc/with_swinv2\.py',
 )
 # what makes a command small: of repeated options the last one counts
 SMALL = {

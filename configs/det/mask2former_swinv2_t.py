@@ -29,3 +29,7 @@ optim_wrapper = dict(
 )
 default_hooks = dict(checkpoint=dict(type='swinv2_mm.AtomicCheckpointHook'))
 custom_hooks = [dict(type='swinv2_mm.ReproducibleResumeHook')]
+# mmdet's config of instances still names the folders of panoptic segmentation
+train_dataloader = dict(dataset=dict(data_prefix=dict(_delete_=True, img='train2017/')))
+val_dataloader = dict(dataset=dict(data_prefix=dict(_delete_=True, img='val2017/')))
+test_dataloader = val_dataloader

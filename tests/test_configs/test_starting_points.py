@@ -76,7 +76,8 @@ def test_all_configs_are_tested():
 
 CHANGED = re.compile(
     r'model\.backbone\.|optim_wrapper\.(constructor|paramwise_cfg)|custom_hooks|'
-    r'default_hooks\.checkpoint\.(type|max_keep_ckpts)$|train_dataloader\.persistent_workers$'
+    r'default_hooks\.checkpoint\.(type|max_keep_ckpts)$|train_dataloader\.persistent_workers$|'
+    r'\w+_dataloader\.dataset\.data_prefix\.seg$'  # no panoptic folders for instances
 )
 
 
@@ -86,6 +87,12 @@ def test_the_rest_is_that_of_the_toolboxes(name):
     ours, stock = runner_entries(read(name)), [runner_entries(inherit(base)) for base in STOCK[name]]
     keys = [key for key in ours | stock[0] if not CHANGED.match(key)]
     assert [key for key in keys if ours.get(key) not in [entries.get(key) for entries in stock]] == []
+
+
+def test_instances_need_no_panoptic_folders():
+    for name in ('det/mask2former_swinv2_t', 'det/mask2former_swinv2_l'):
+        prefixes = [read(name)[f'{split}_dataloader'].dataset.data_prefix for split in ('train', 'val', 'test')]
+        assert prefixes == [dict(img='train2017/'), dict(img='val2017/'), dict(img='val2017/')]
 
 
 @pytest.mark.parametrize('name', STOCK)

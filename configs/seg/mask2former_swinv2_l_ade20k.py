@@ -14,17 +14,7 @@ model = dict(
         init_cfg=dict(type='Pretrained', checkpoint='swinv2://large_window12_192_22k'),
     ),
 )
-optim_wrapper = dict(
-    constructor='swinv2_mm.SwinV2OptimWrapperConstructor',
-    paramwise_cfg=dict(
-        _delete_=True,
-        custom_keys=dict(
-            backbone=dict(lr_mult=0.1),
-            query_embed=dict(decay_mult=0.0),
-            query_feat=dict(decay_mult=0.0),
-            level_embed=dict(decay_mult=0.0),
-        ),
-    ),
-)
+# the learning rates of the base stay; its keys for blocks of Swin V1 match nothing here
+optim_wrapper = dict(constructor='swinv2_mm.SwinV2OptimWrapperConstructor')
 default_hooks = dict(checkpoint=dict(type='swinv2_mm.AtomicCheckpointHook', max_keep_ckpts=2))
 custom_hooks = [dict(type='swinv2_mm.ReproducibleResumeHook')]
